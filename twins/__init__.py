@@ -1,0 +1,1 @@
+"""Twins-SVT and Twins-PCPVT with EcoFormer attention and its peers."""
