@@ -1,0 +1,28 @@
+"""The settings of a run: what they are, where they come from, and how they are kept."""
+
+from __future__ import annotations
+
+from ecoformer.config.cli import parse_config
+from ecoformer.config.file import read_config, save_config
+from ecoformer.config.schema import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    describe_changes,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "describe_changes",
+    "parse_config",
+    "read_config",
+    "save_config",
+]

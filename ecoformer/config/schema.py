@@ -1,0 +1,352 @@
+"""What a run can be told: each setting once, with its type, default and meaning.
+
+The defaults are the released recipe (DeiT's, as PVT and Twins use it). The line under each field
+is what ``--help`` shows. Settings are grouped here and flat everywhere else: on the command line,
+in configuration files, in a run's ``config.yaml`` and in its checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ecoformer.errors import InputError, nearest_name
+from ecoformer.hashing import HashConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network and its hash functions."""
+
+    model: str = ""
+    """Backbone variant or released model name."""
+    attn_type: str | None = None
+    """Attention kind; None: what the model's name says, else ecoformer."""
+    num_bits: int = 16
+    """Bits of a hash code (--nbits)."""
+    num_anchors: int = 25
+    """Tokens that kernel features are measured against (--anchor)."""
+    num_similar: int = 10
+    """Most and least similar tokens that the fit pairs with each token (--topk)."""
+    refit_every_epochs: int = 300
+    """Epochs from one fit of the hash functions to the next (--k)."""
+    num_fit_steps: int = 100
+    """Optimiser steps that the fit spends on each bit."""
+    value_bias: Literal["released", "normalized"] = "released"
+    """Form of the attention's constant term: as released, or a true weighted mean."""
+    drop: float = 0.0
+    """Dropout rate."""
+    drop_path: float = 0.1
+    """Drop path rate of the last block; earlier ones rise linearly to it."""
+    input_size: int = 224
+    """Image side, pixels."""
+    train_msa: bool = False
+    """Fine-tune original Twins weights into softmax attention."""
+
+    def __post_init__(self) -> None:
+        # HashConfig checks its own fields.
+        _ = self.hashing
+        _require(self, lambda x: x >= 1, "at least 1", "refit_every_epochs")
+        _require(self, lambda x: 0 <= x < 1, "in [0, 1)", "drop", "drop_path")
+        _require(self, lambda x: x >= 32, "at least 32 pixels", "input_size")
+
+    @property
+    def hashing(self) -> HashConfig:
+        """The settings of the hash functions alone, as layers take them."""
+        return HashConfig(**{f.name: getattr(self, f.name) for f in fields(HashConfig)})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and how they are loaded."""
+
+    data_path: str | None = None
+    """Data folder; with train/ and val/ for IMNET. DIGITS needs none."""
+    data_set: Literal["IMNET", "CIFAR", "FMNIST", "DIGITS", "INAT", "INAT19"] = "IMNET"
+    """IMNET is any folder of class folders."""
+    batch_size: int = 32
+    """Images a process takes a step."""
+    num_workers: int = 10
+    """Loader processes a rank."""
+    pin_mem: bool = True
+    """Page-lock batches, which speeds up their way to a GPU."""
+    repeated_aug: bool = True
+    """Draw each training image three times an epoch, augmented differently."""
+    dist_eval: bool = True
+    """Share evaluation between ranks; each image counts once either way."""
+    max_bad_images: int = 0
+    """Unreadable training images to skip an epoch before the run stops."""
+
+    def __post_init__(self) -> None:
+        _require(self, lambda x: x >= 1, "at least 1", "batch_size")
+        _require(self, lambda x: x >= 0, "at least 0", "num_workers", "max_bad_images")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to training images and labels."""
+
+    color_jitter: float = 0.4
+    """Colour jitter factor; a policy of --aa replaces it."""
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    """AutoAugment or RandAugment policy in timm's notation; none: off."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    """Resampling of training images."""
+    reprob: float = 0.25
+    """Probability of random erasing."""
+    remode: Literal["pixel", "rand", "const"] = "pixel"
+    """Fill of erased areas: a colour a pixel, one colour, or black."""
+    recount: int = 1
+    """Areas erased at most."""
+    resplit: bool = False
+    """Leave the first augmentation split without erasing."""
+    mixup: float = 0.8
+    """Mixup alpha; 0: off."""
+    cutmix: float = 1.0
+    """CutMix alpha; 0: off."""
+    cutmix_minmax: tuple[float, float] | None = None
+    """Smallest and largest share of the side that CutMix pastes; turns CutMix on."""
+    mixup_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix where both could be used."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """Draw the mixing ratio for a batch, a pair or each image."""
+
+    def __post_init__(self) -> None:
+        _require(self, lambda x: 0 <= x < 1, "in [0, 1)", "smoothing")
+        _require(self, lambda x: 0 <= x < math.inf, "at least 0", "color_jitter", "mixup", "cutmix")
+        _require(
+            self, lambda x: 0 <= x <= 1, "in [0, 1]", "reprob", "mixup_prob", "mixup_switch_prob"
+        )
+        _require(self, lambda x: x >= 1, "at least 1", "recount")
+        _require(
+            self, lambda x: 0 <= x[0] <= x[1] <= 1, "two rising shares in [0, 1]", "cutmix_minmax"
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule."""
+
+    opt: str = "adamw"
+    """Optimiser, by timm's name."""
+    opt_eps: float = 1e-8
+    """Epsilon of the optimiser."""
+    opt_betas: tuple[float, float] | None = None
+    """Betas of the optimiser; None: its own."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 0.05
+    """Weight decay; biases and vectors have none."""
+    clip_grad: float | None = None
+    """Largest L2 norm of the gradient; none: not clipped."""
+    lr: float = 5e-4
+    """Peak learning rate for 512 images a step; scaled to the real number."""
+    sched: Literal["cosine", "tanh", "step", "plateau", "poly"] = "cosine"
+    """Learning rate schedule."""
+    warmup_lr: float = 1e-6
+    """Learning rate that warm-up starts from; not scaled."""
+    min_lr: float = 1e-5
+    """Learning rate that the schedule ends at; not scaled."""
+    warmup_epochs: int = 5
+    """Epochs of warm-up, part of --epochs."""
+    cooldown_epochs: int = 10
+    """Accepted and without effect: a run lasts exactly --epochs."""
+    decay_epochs: float = 30.0
+    """Epochs between the drops of the step schedule."""
+    decay_rate: float = 0.1
+    """Factor of a drop."""
+    patience_epochs: int = 10
+    """Epochs without progress before the plateau schedule drops."""
+    lr_noise: tuple[float, ...] | None = None
+    """Share of the epochs at which noise on the rate starts, and ends."""
+    lr_noise_pct: float = 0.67
+    """Limit of the noise, share of the rate."""
+    lr_noise_std: float = 1.0
+    """Standard deviation of the noise."""
+    epochs: int = 300
+    """Epochs to train."""
+    grad_accum_steps: int = 1
+    """Batches whose gradients make one step."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            lambda x: 0 <= x < math.inf,
+            "at least 0",
+            *("opt_eps", "weight_decay", "lr", "warmup_lr", "min_lr", "warmup_epochs"),
+            *("cooldown_epochs", "patience_epochs", "lr_noise_pct", "lr_noise_std", "epochs"),
+        )
+        _require(self, lambda x: 0 < x < math.inf, "above 0", "clip_grad", "decay_epochs")
+        _require(self, lambda x: 0 < x <= 1, "in (0, 1]", "decay_rate")
+        _require(self, lambda x: 0 <= x < 1, "in [0, 1)", "momentum")
+        _require(self, lambda x: all(0 <= b < 1 for b in x), "two numbers in [0, 1)", "opt_betas")
+        _require(
+            self,
+            lambda x: len(x) in (1, 2) and all(0 <= share <= 1 for share in x),
+            "one or two shares in [0, 1]",
+            "lr_noise",
+        )
+        _require(self, lambda x: x >= 1, "at least 1", "grad_accum_steps")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to do, where, and from which weights."""
+
+    config: str | None = None
+    """Configuration file, Python or a run's config.yaml; flags win over it."""
+    finetune: str | None = None
+    """Weights of the earlier stage: file, URL or zoo name."""
+    resume: str | None = "auto"
+    """Checkpoint to go on from: file, URL or zoo name; auto: the output folder's newest, if any."""
+    eval: bool = False
+    """Only measure the accuracy."""
+    throughput: Literal["median", "released"] | None = None
+    """Only measure images/s: median and spread, or the released protocol (50 warm-up, 30 timed)."""
+    output_dir: str = ""
+    """Folder of the run; empty: runs/<name of the config file, else of the model>."""
+    device: str | None = None
+    """cuda, cuda:1, cpu ...; None: CUDA where there is one."""
+    seed: int = 0
+    """Seed of every random number."""
+    start_epoch: int = 0
+    """First epoch, where no checkpoint says it."""
+    amp_dtype: Literal["float16", "bfloat16", "none"] | None = None
+    """Type of mixed precision; None: float16 on CUDA, none on the CPU."""
+    train_mode: bool | None = None
+    """Train in train mode (--train-mode) or eval mode; None: eval mode exactly with --finetune."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    checkpoint_every: float = 0.0
+    """Minutes between checkpoints inside an epoch; 0: at its end only."""
+    allow_resume_change: tuple[Literal["world-size", "batch-size", "config"], ...] = ()
+    """What may differ from the run that is resumed; the result then differs too."""
+
+    def __post_init__(self) -> None:
+        _require(self, lambda x: x >= 0, "at least 0", "seed", "start_epoch")
+        _require(self, lambda x: 0 <= x < math.inf, "at least 0", "checkpoint_every")
+
+    @property
+    def is_train_mode(self) -> bool:
+        """Whether the network trains in train mode (drop path on)."""
+        return not self.finetune if self.train_mode is None else self.train_mode
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Return field name to value, in types that YAML and JSON know (tuples as lists)."""
+        sections = asdict(self).values()
+        values = {name: value for section in sections for name, value in section.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, object], base: Config | None = None) -> Config:
+        """Set fields by name.
+
+        Args:
+            values: field name to value; lists serve as tuples.
+            base: keeps what ``values`` leaves out; the defaults if not given.
+
+        Raises:
+            InputError: no such field, or a value of the wrong type or out of range.
+        """
+        types = field_types()
+        sections: dict[str, dict[str, Any]] = {section.name: {} for section in fields(cls)}
+        for name, value in values.items():
+            if name not in types:
+                near = nearest_name(name, list(types))
+                raise InputError(f"there is no field {name!r}{near or '.'}")
+            if not _fits(value, types[name]):
+                raise InputError(f"{name} is {value!r}; expected {_spell(types[name])}.")
+            sections[_field_sections()[name]][name] = (
+                tuple(value) if isinstance(value, list) else value
+            )
+        base = base or cls()
+        return cls(**{name: replace(getattr(base, name), **sections[name]) for name in sections})
+
+
+def describe_changes(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, str]:
+    """Compare two flat configurations.
+
+    Args:
+        old: from ``Config.to_flat``; a field that it lacks had its default.
+        new: the same.
+
+    Returns:
+        Each field that differs, with ``"old value -> new value"``.
+    """
+    defaults = Config().to_flat()
+    before, after = {**defaults, **old}, {**defaults, **new}
+    return {
+        name: f"{before.get(name)!r} -> {after.get(name)!r}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    }
+
+
+@cache
+def field_types() -> dict[str, Any]:
+    """Return the type of each field, by the field's name."""
+    sections = get_type_hints(Config).values()
+    return {name: hint for section in sections for name, hint in get_type_hints(section).items()}
+
+
+@cache
+def _field_sections() -> dict[str, str]:
+    sections = get_type_hints(Config).items()
+    return {field.name: name for name, section in sections for field in fields(section)}
+
+
+def _require(section: object, test: Callable[[Any], bool], expected: str, *names: str) -> None:
+    """Raise for the first field that is given and fails the test; NaN fails any."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not test(value):
+            raise InputError(f"{name} is {value!r}; expected {expected}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a file has the type of a field."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, choice) for choice in choices)
+    if origin is Literal:
+        return value in choices
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False
+        hints = choices[:1] * len(value) if choices[-1] is Ellipsis else choices
+        return len(value) == len(hints) and all(map(_fits, value, hints))
+    if hint in (int, float):
+        # bool is an int, and an int serves as a float.
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    """Write a type as the values that a user may give."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, choices))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_spell, choices))
+    if origin is tuple:
+        return f"a list of {_spell(choices[0])}"
+    return "None" if hint is NoneType else hint.__name__
