@@ -1,0 +1,73 @@
+"""Kinds of self-attention behind one signature: ``layer(x [B, N, C], size) -> [B, N, C]``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ecoformer.attention.ecoformer import EcoFormerAttention
+from ecoformer.attention.performer import PerformerAttention
+from ecoformer.attention.softmax import SharedQKAttention, SoftmaxAttention
+from ecoformer.attention.spatial_reduction import SpatialReductionAttention
+from ecoformer.errors import InputError, nearest_name
+from ecoformer.hashing import HashConfig
+
+ATTENTION_KINDS: dict[str, type[nn.Module]] = {
+    "ecoformer": EcoFormerAttention,
+    "msa": SoftmaxAttention,
+    "msa_share_qk": SharedQKAttention,
+    "sra": SpatialReductionAttention,
+    "performer": PerformerAttention,
+}
+
+
+def build_attention(
+    kind: str,
+    dim: int,
+    num_heads: int,
+    *,
+    qkv_bias: bool = True,
+    proj_drop: float = 0.0,
+    hashing: HashConfig | None = None,
+    sr_ratio: int = 1,
+    is_linear: bool = False,
+) -> nn.Module:
+    """Build a kind of attention, giving it those settings that concern it.
+
+    Args:
+        kind: a key of ``ATTENTION_KINDS``.
+        dim: C.
+        num_heads: H.
+        qkv_bias: whether the input projections have a bias.
+        proj_drop: dropout after the output projection.
+        hashing: of ``"ecoformer"``.
+        sr_ratio: of ``"sra"``.
+        is_linear: of ``"sra"``.
+
+    Returns:
+        The layer.
+
+    Raises:
+        InputError: no such kind.
+    """
+    if kind not in ATTENTION_KINDS:
+        raise InputError(
+            f"unknown attention kind {kind!r}{nearest_name(kind, tuple(ATTENTION_KINDS))}"
+            f" There are: {', '.join(ATTENTION_KINDS)}."
+        )
+    options: dict[str, object] = {}
+    if kind == "ecoformer":
+        options = {"hashing": hashing}
+    elif kind == "sra":
+        options = {"sr_ratio": sr_ratio, "is_linear": is_linear}
+    return ATTENTION_KINDS[kind](dim, num_heads, qkv_bias, proj_drop, **options)
+
+
+__all__ = [
+    "ATTENTION_KINDS",
+    "EcoFormerAttention",
+    "PerformerAttention",
+    "SharedQKAttention",
+    "SoftmaxAttention",
+    "SpatialReductionAttention",
+    "build_attention",
+]

@@ -1,0 +1,151 @@
+"""Performer attention: softmax approximated by positive random features.
+
+Shapes: B batch, H heads, N tokens, D head dim, C = H * D, F random features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ecoformer.attention.heads import divide_heads, merge_heads, split_heads
+from ecoformer.ops import as_full_precision, without_autocast
+
+_EPSILON = 1e-4
+
+
+def draw_orthogonal_features(
+    num_features: int, head_dim: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Random projection with orthogonal rows inside each block of D, and Gaussian norms.
+
+    Args:
+        num_features: F.
+        head_dim: D.
+        generator: where the numbers come from; the default one where None.
+
+    Returns:
+        [F, D], float32.
+
+    Source: Choromanski et al., arXiv 2009.14794, section 2.4.
+    """
+    blocks = []
+    for _ in range(-(-num_features // head_dim)):
+        gaussian = torch.randn(head_dim, head_dim, generator=generator)
+        blocks.append(torch.linalg.qr(gaussian).Q.T)
+    rows = torch.cat(blocks)[:num_features]
+    norms = torch.randn(num_features, head_dim, generator=generator).norm(dim=1, keepdim=True)
+    return rows * norms
+
+
+class RandomFeatureAttention(nn.Module):
+    """Linear attention over positive random features of the softmax kernel.
+
+    Args:
+        head_dim: D; there are int(D ln D) features.
+        generator: draws the projection, once.
+
+    Source: Choromanski et al., arXiv 2009.14794, section 2.3; constants from the released
+        implementation of EcoFormer.
+    """
+
+    projection_matrix: Tensor
+
+    def __init__(self, head_dim: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        num_features = int(head_dim * math.log(head_dim))
+        projection = draw_orthogonal_features(num_features, head_dim, generator)
+        self.register_buffer("projection_matrix", projection)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend among all tokens.
+
+        Args:
+            q, k, v: [B, H, N, D], float.
+
+        Returns:
+            [B, H, N, D], the dtype of ``v``; computed in float32, or float64 where ``q`` is.
+        """
+        # exp of a half-precision product, summed over all tokens, would not be worth its name.
+        with without_autocast(q):
+            q_features = self._features(q, is_query=True)  # [B, H, N, F]
+            k_features = self._features(k, is_query=False)
+            context = k_features.transpose(-1, -2) @ as_full_precision(v)  # [B, H, F, D]
+            weight_sum = k_features.sum(-2).unsqueeze(-1)  # [B, H, F, 1]
+            return (q_features @ context / (q_features @ weight_sum)).to(v.dtype)
+
+    def _features(self, rows: Tensor, *, is_query: bool) -> Tensor:
+        rows = as_full_precision(rows) * rows.shape[-1] ** -0.25
+        projected = rows @ self.projection_matrix.to(rows.dtype).T  # [B, H, N, F]
+        half_norm = rows.square().sum(-1, keepdim=True) / 2
+        # As released: one maximum a query row, one over the whole tensor for the keys.
+        largest = projected.amax(-1, keepdim=True) if is_query else projected.amax()
+        kernel = torch.exp(projected - half_norm - largest.detach()) + _EPSILON
+        return kernel * self.projection_matrix.shape[0] ** -0.5
+
+
+class PerformerAttention(nn.Module):
+    """Multi-head self-attention through ``RandomFeatureAttention``.
+
+    Args:
+        dim: C.
+        num_heads: H.
+        qkv_bias: whether ``qkv`` has a bias.
+        proj_drop: dropout after the output projection.
+        generator: draws the random features.
+
+    Raises:
+        InputError: ``num_heads`` does not divide ``dim``.
+
+    Source: Choromanski et al., arXiv 2009.14794.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.fast_attention = RandomFeatureAttention(divide_heads(dim, num_heads), generator)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Attend among all tokens.
+
+        Args:
+            x: [B, N, C], float.
+            size: not used; every kind of attention takes it.
+
+        Returns:
+            [B, N, C].
+        """
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        return self.proj_drop(self.proj(merge_heads(self.fast_attention(q, k, v))))
+
+    def count_attention(
+        self, num_tokens: int, size: tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """As ``EcoFormerAttention.count_attention``: the four products, equally as additions.
+
+        Args:
+            num_tokens: N.
+            size: not used.
+
+        Returns:
+            (multiplications, additions).
+        """
+        num_features, head_dim = self.fast_attention.projection_matrix.shape
+        # Queries and keys to features, keys to context and its sum, queries to the output
+        # and its divisor.
+        products = num_features * (2 * head_dim + 2 * head_dim + 2)
+        total = self.num_heads * num_tokens * products
+        return total, total

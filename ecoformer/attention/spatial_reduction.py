@@ -1,0 +1,118 @@
+"""Attention of all tokens to a reduced map of them.
+
+Shapes: B batch, H heads, N tokens, N' reduced tokens, D head dim, C = H * D.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, gelu, scaled_dot_product_attention
+
+from ecoformer.attention.heads import divide_heads, merge_heads, split_heads
+from ecoformer.attention.softmax import count_softmax
+from ecoformer.errors import InputError
+
+_POOLED_SIZE = 7
+
+
+class SpatialReductionAttention(nn.Module):
+    """Softmax attention whose keys and values come from a smaller map.
+
+    The map is reduced by a convolution with kernel and stride ``sr_ratio``, or, in the linear
+    form, pooled to 7 x 7. With ``sr_ratio`` 1 and not linear it is full attention.
+
+    Args:
+        dim: C.
+        num_heads: H.
+        qkv_bias: whether ``q`` and ``kv`` have a bias.
+        proj_drop: dropout after the output projection.
+        sr_ratio: how much smaller the map's sides become.
+        is_linear: pool to a fixed size instead, so that cost is linear in N.
+
+    Raises:
+        InputError: ``num_heads`` does not divide ``dim``.
+
+    Source: PVT, arXiv 2102.12122, section 3.2; linear form: PVTv2, arXiv 2106.13797, section 3.2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        *,
+        sr_ratio: int = 1,
+        is_linear: bool = False,
+    ) -> None:
+        super().__init__()
+        divide_heads(dim, num_heads)
+        self.num_heads, self.sr_ratio, self.is_linear = num_heads, sr_ratio, is_linear
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if self.is_reducing:
+            kernel = 1 if is_linear else sr_ratio
+            self.sr = nn.Conv2d(dim, dim, kernel_size=kernel, stride=kernel)
+            self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    @property
+    def is_reducing(self) -> bool:
+        """Whether keys and values come from a smaller map than queries."""
+        return self.is_linear or self.sr_ratio > 1
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Attend from all tokens to the reduced ones.
+
+        Args:
+            x: [B, N, C], float.
+            size: (height, width) of the map, height * width = N.
+
+        Returns:
+            [B, N, C].
+
+        Raises:
+            InputError: ``size`` is missing, or smaller than ``sr_ratio``.
+        """
+        q = split_heads(self.q(x), self.num_heads)
+        source = self._reduce(x, size) if self.is_reducing else x
+        k, v = (split_heads(part, self.num_heads) for part in self.kv(source).chunk(2, dim=-1))
+        out = scaled_dot_product_attention(q, k, v)
+        return self.proj_drop(self.proj(merge_heads(out)))
+
+    def _reduce(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """[B, N, C] to [B, N', C]."""
+        if size is None:
+            raise InputError(
+                "spatial reduction needs the map's size: call layer(x, (height, width))"
+            )
+        image = x.transpose(1, 2).unflatten(-1, size)  # [B, C, height, width]
+        if self.is_linear:
+            image = adaptive_avg_pool2d(image, _POOLED_SIZE)
+        elif min(size) < self.sr_ratio:
+            raise InputError(
+                f"a map of {size[0]} x {size[1]} tokens cannot be reduced {self.sr_ratio} times; "
+                "give larger images."
+            )
+        reduced = self.norm(self.sr(image).flatten(2).transpose(1, 2))  # [B, N', C]
+        return gelu(reduced) if self.is_linear else reduced
+
+    def count_attention(
+        self, num_tokens: int, size: tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """As ``EcoFormerAttention.count_attention``, by ``count_softmax``.
+
+        Args:
+            num_tokens: N.
+            size: (height, width) of the map, where it is reduced.
+
+        Returns:
+            (multiplications, additions).
+        """
+        num_keys = num_tokens
+        if self.is_linear:
+            num_keys = _POOLED_SIZE**2
+        elif self.is_reducing and size is not None:
+            num_keys = (size[0] // self.sr_ratio) * (size[1] // self.sr_ratio)
+        return count_softmax(num_tokens, num_keys, self.proj.in_features, self.num_heads)

@@ -1,0 +1,171 @@
+"""Multiplications, additions, energy and area of one image, by the paper's model.
+
+Convolution, linear and normalisation layers count the same number of multiplications and of
+additions; attention kinds tell their own. GELU, ReLU, softmax, pooling and residual sums
+count nothing. The counts follow the shapes that really pass through a model, on tensors that
+hold no data.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoformer.hashing import hash_layers
+
+MUL_ENERGY_PJ = 3.7
+ADD_ENERGY_PJ = 0.9
+MUL_AREA_UM2 = 7700
+ADD_AREA_UM2 = 4184
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Operations of one layer for one image.
+
+    Args:
+        name: of the module.
+        kind: ``"convolution"``, ``"linear"``, ``"normalisation"`` or ``"attention"``.
+        mul: float32 multiplications.
+        add: float32 additions.
+    """
+
+    name: str
+    kind: str
+    mul: int
+    add: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of a model for one image, and what they cost in 45 nm silicon.
+
+    Args:
+        layers: in the order in which they run.
+        parameters: number of parameters; buffers, and so hash functions, not counted.
+        input_size: (height, width) of the image, pixels.
+
+    Source: EcoFormer, arXiv 2209.09004, section 5; energy and area a float32 operation in
+        45 nm: Horowitz, ISSCC 2014.
+    """
+
+    layers: tuple[LayerCost, ...]
+    parameters: int
+    input_size: tuple[int, int]
+
+    @property
+    def mul(self) -> int:
+        """Multiplications."""
+        return sum(layer.mul for layer in self.layers)
+
+    @property
+    def add(self) -> int:
+        """Additions."""
+        return sum(layer.add for layer in self.layers)
+
+    @property
+    def energy_pj(self) -> float:
+        """Energy of the arithmetic, picojoules."""
+        return MUL_ENERGY_PJ * self.mul + ADD_ENERGY_PJ * self.add
+
+    @property
+    def area_um2(self) -> int:
+        """Area of one unit an operation, square micrometres."""
+        return MUL_AREA_UM2 * self.mul + ADD_AREA_UM2 * self.add
+
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """(multiplications, additions) of each kind of layer, in order of appearance."""
+        totals: dict[str, tuple[int, int]] = {}
+        for layer in self.layers:
+            mul, add = totals.get(layer.kind, (0, 0))
+            totals[layer.kind] = (mul + layer.mul, add + layer.add)
+        return totals
+
+
+@torch.no_grad()
+def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cost:
+    """Count the operations of one image.
+
+    Any model works whose attention layers have ``count_attention(num_tokens, size)``, as those
+    of ``ecoformer.attention`` do. It needs no fit, is not touched, and computes nothing.
+
+    Args:
+        model: on any device, in any mode.
+        input_size: pixels, a side or (height, width).
+
+    Returns:
+        The cost, layer by layer.
+
+    Source: EcoFormer, section 5, and its released counter.
+    """
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    shadow = _without_data(model).eval()
+    layers: list[LayerCost] = []
+
+    def watch(name: str, kind: str, count: Callable[..., tuple[int, int]]) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            layers.append(LayerCost(name, kind, *count(module, inputs, output)))
+
+        return hook
+
+    for name, module in shadow.named_modules():
+        for kind, (matches, count) in _COUNTERS.items():
+            if matches(module):
+                module.register_forward_hook(watch(name, kind, count))
+    in_chans = next((m.in_channels for m in shadow.modules() if isinstance(m, nn.Conv2d)), 3)
+    shadow(torch.empty(1, in_chans, height, width, device="meta"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(tuple(layers), parameters, (height, width))
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes only and whose hash functions count as fitted."""
+    # deepcopy asks this table first, so no weight is ever copied.
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    shadow = copy.deepcopy(model, memo)
+    for layer in hash_layers(shadow).values():
+        layer.set_functions(
+            weight=layer.weight, kernel_mean=layer.kernel_mean, anchors=layer.anchors
+        )
+    return shadow
+
+
+def _count_convolution(module: nn.Module, inputs: Any, output: Tensor) -> tuple[int, int]:
+    assert isinstance(module, nn.Conv2d)
+    products = math.prod(module.kernel_size) * module.in_channels // module.groups
+    operations = output.numel() * (products + (module.bias is not None))
+    return operations, operations
+
+
+def _count_linear(module: nn.Module, inputs: Any, output: Tensor) -> tuple[int, int]:
+    assert isinstance(module, nn.Linear)
+    operations = output.numel() * module.in_features
+    return operations, operations
+
+
+def _count_normalisation(module: nn.Module, inputs: Any, output: Tensor) -> tuple[int, int]:
+    return 2 * output.numel(), 2 * output.numel()
+
+
+def _count_attention(module: nn.Module, inputs: Any, output: Tensor) -> tuple[int, int]:
+    tokens, size = inputs[0], inputs[1] if len(inputs) > 1 else None
+    return module.count_attention(tokens.shape[1], size)  # type: ignore[operator]
+
+
+_Counter = tuple[Callable[[nn.Module], bool], Callable[..., tuple[int, int]]]
+_COUNTERS: dict[str, _Counter] = {
+    "convolution": (lambda module: isinstance(module, nn.Conv2d), _count_convolution),
+    "linear": (lambda module: isinstance(module, nn.Linear), _count_linear),
+    "normalisation": (lambda module: isinstance(module, nn.LayerNorm), _count_normalisation),
+    "attention": (lambda module: hasattr(module, "count_attention"), _count_attention),
+}

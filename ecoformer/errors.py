@@ -1,0 +1,43 @@
+"""Errors that a person can act on, and the exit code that each becomes."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+EXIT_NON_FINITE = 3
+EXIT_PREEMPTED = 75
+
+
+class InputError(ValueError):
+    """Something that a user gave is wrong; one line says what, and what to do."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, gradient, weight or hash function became NaN or infinite."""
+
+    exit_code = EXIT_NON_FINITE
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has saved what it needs to go on."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+def nearest_name(name: str, choices: list[str] | tuple[str, ...]) -> str:
+    """End a sentence about an unknown name with the closest one that exists.
+
+    Args:
+        name: what was typed.
+        choices: the names that exist.
+
+    Returns:
+        ``", did you mean 'x'?"``, or ``"."`` where nothing comes close.
+    """
+    # Imported here: only a failing command pays for it.
+    import difflib
+
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else "."

@@ -1,0 +1,119 @@
+"""What the training stack, the cost model and the commands know of a backbone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ecoformer.errors import InputError, nearest_name
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A backbone package seen from outside: its variants, names and recipe.
+
+    Args:
+        name: package name, e.g. ``"pvt"``.
+        create_model: ``create_model(variant, attention, *, num_classes, hashing, drop_rate,
+            drop_path_rate)``.
+        variants: variant name to the attention kinds that it has, its default first.
+        default_model: variant used when none is named.
+        recipe: configuration fields whose default differs from the shared one.
+        released_names: released model name to (variant, attention kind).
+        timm_names: name in timm's registry to variant.
+    """
+
+    name: str
+    create_model: Callable[..., nn.Module]
+    variants: Mapping[str, tuple[str, ...]]
+    default_model: str
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    released_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    timm_names: Mapping[str, str] = field(default_factory=dict)
+
+    def resolve(self, model: str, attention: str | None = None) -> tuple[str, str]:
+        """Turn a model name and an optional attention kind into (variant, kind).
+
+        Args:
+            model: a variant or a released model name.
+            attention: a kind; it wins over the one that a released name implies. ``None``
+                takes that one, or the first that the variant has.
+
+        Returns:
+            The variant's name and the attention kind.
+
+        Raises:
+            InputError: no such model, or the model has no such attention.
+        """
+        if model in self.released_names:
+            variant, implied = self.released_names[model]
+        elif model in self.variants:
+            variant, implied = model, self.variants[model][0]
+        else:
+            names = [*self.variants, *self.released_names]
+            raise InputError(
+                f"unknown {self.name} model {model!r}{nearest_name(model, names)}"
+                f" It has: {', '.join(names)}."
+            )
+        kind = attention or implied
+        if kind not in self.variants[variant]:
+            raise InputError(
+                f"{variant} has no attention kind {kind!r}; "
+                f"it has: {', '.join(self.variants[variant])}."
+            )
+        return variant, kind
+
+
+def register_with_timm(family: ModelFamily) -> None:
+    """Make ``timm.create_model`` know a family by its timm names.
+
+    Args:
+        family: its ``timm_names`` become functions of the package that it is named after.
+    """
+    from timm.models import register_model
+
+    package = sys.modules[family.name]
+    for timm_name, variant in family.timm_names.items():
+        entrypoint = _make_entrypoint(family, timm_name, variant)
+        setattr(package, timm_name, entrypoint)
+        register_model(entrypoint)
+
+
+def _make_entrypoint(family: ModelFamily, timm_name: str, variant: str) -> Callable[..., nn.Module]:
+    def entrypoint(
+        pretrained: bool = False,
+        pretrained_cfg: object = None,
+        pretrained_cfg_overlay: object = None,
+        cache_dir: object = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        if pretrained:
+            raise InputError(
+                f"{timm_name} has no download yet: build it without pretrained=True and give a "
+                "file to ecoformer.load_checkpoint(model, FILE)."
+            )
+        kind = kwargs.pop("attention", family.variants[variant][0])
+        model = family.create_model(variant, kind, **kwargs)
+        model.pretrained_cfg = model.default_cfg = {  # type: ignore[assignment]
+            "architecture": timm_name,
+            "input_size": (3, 224, 224),
+            "num_classes": model.num_classes,
+            "crop_pct": 224 / 256,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "classifier": "head",
+        }
+        return model
+
+    entrypoint.__name__ = entrypoint.__qualname__ = timm_name
+    entrypoint.__module__ = family.name
+    entrypoint.__doc__ = f"timm entry point of {variant}; keywords as for create_model."
+    return entrypoint

@@ -1,0 +1,150 @@
+"""Fitting all hash functions of a model on one batch, front to back.
+
+Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ecoformer.errors import InputError, NonFiniteError
+from ecoformer.hashing.fit import HashFit, fit_hash
+from ecoformer.hashing.kernel_hash import KernelHash
+from ecoformer.ops import normalize_rows, without_autocast
+
+_logger = logging.getLogger(__name__)
+
+
+def hash_layers(model: nn.Module) -> dict[str, KernelHash]:
+    """All hash modules of a model by name, in the order of its modules.
+
+    Args:
+        model: any module.
+    """
+    return {name: m for name, m in model.named_modules() if isinstance(m, KernelHash)}
+
+
+@torch.no_grad()
+def fit_hash_functions(
+    model: nn.Module, images: Tensor, generator: torch.Generator | None = None
+) -> dict[str, HashFit]:
+    """Learn the hash functions of every EcoFormer layer from one batch of images.
+
+    The images run through the model once, front to back: a layer is fitted just before it is
+    used, so the next one sees rows that were already hashed. The model stays in the mode,
+    train or eval, that it is in; autocast is off. A first fit starts from standard-normal
+    rows, a refit from the present ones; anchors are drawn anew either way.
+
+    Args:
+        model: a model with EcoFormer layers.
+        images: [B, 3, height, width], float, normalised as for training, on the model's
+            device.
+        generator: a CPU generator that all draws come from, in layer order; the default one
+            where None.
+
+    Returns:
+        What was learned, by layer name.
+
+    Raises:
+        InputError: the model has no EcoFormer layer, or the batch has fewer tokens in a stage
+            than there are anchors.
+        NonFiniteError: a layer's rows or its fit are not finite; the layer is named.
+
+    Source: EcoFormer, arXiv 2209.09004, section 3.2.
+    """
+    layers = hash_layers(model)
+    if not layers:
+        raise InputError("the model has no EcoFormer layer, so there is nothing to fit.")
+    fits: dict[str, HashFit] = {}
+    handles = []
+    for name, layer in layers.items():
+
+        def fit_before_use(
+            module: nn.Module, inputs: tuple[Tensor, Tensor], name: str = name
+        ) -> None:
+            assert isinstance(module, KernelHash)
+            fits[name] = _fit_layer(name, module, inputs[0], generator)
+
+        handles.append(layer.register_forward_pre_hook(fit_before_use))
+    try:
+        with without_autocast(images):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return fits
+
+
+def _fit_layer(
+    name: str, layer: KernelHash, q: Tensor, generator: torch.Generator | None
+) -> HashFit:
+    config = layer.config
+    x = normalize_rows(q)
+    num_tokens = x.shape[-2]
+    if num_tokens < 2 * config.num_similar:
+        _logger.info(
+            "%s: %d tokens, so %d similar pairs a token instead of %d",
+            *(name, num_tokens, num_tokens // 2, config.num_similar),
+        )
+    weight = layer.weight
+    if not layer.is_fitted:
+        weight = torch.randn(weight.shape, generator=generator).to(weight)
+    anchors = _draw_anchors(name, x, config.num_anchors, generator)
+    try:
+        fit = fit_hash(
+            x,
+            anchors=anchors,
+            weight=weight,
+            num_similar=config.num_similar,
+            num_steps=config.num_fit_steps,
+        )
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{name}: {error}; check the input and the weights.") from None
+    layer.set_functions(weight=fit.weight, kernel_mean=fit.kernel_mean, anchors=anchors)
+    return fit
+
+
+def _draw_anchors(
+    name: str, x: Tensor, num_anchors: int, generator: torch.Generator | None
+) -> Tensor:
+    """[H, M, D]: tokens of the first image, or of as many as hold M tokens."""
+    num_images, _, num_tokens, _ = x.shape
+    num_sources = -(-num_anchors // num_tokens)
+    if num_sources > num_images:
+        raise InputError(
+            f"{name}: {num_images} images of {num_tokens} tokens are fewer than the "
+            f"{num_anchors} anchors; fit on at least {num_sources} images, or on larger ones."
+        )
+    tokens = x[:num_sources].transpose(0, 1).flatten(1, 2)  # [H, images * N, D]
+    chosen = torch.randperm(tokens.shape[1], generator=generator)[:num_anchors]
+    return tokens[:, chosen.to(x.device)]
+
+
+def with_random_hash_functions(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of a model that runs without a fit, for cost and speed, never for accuracy.
+
+    Args:
+        model: any module; it is not touched.
+        seed: of the hash functions.
+
+    Returns:
+        A deep copy; unfitted hash functions are random.
+    """
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator)
+
+    for layer in hash_layers(model).values():
+        if not layer.is_fitted:
+            layer.set_functions(
+                weight=draw(layer.weight),
+                kernel_mean=draw(layer.kernel_mean),
+                anchors=normalize_rows(draw(layer.anchors)),
+            )
+    return model

@@ -1,0 +1,129 @@
+"""Learning the hash functions from the attention map of one calibration batch.
+
+Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors, T similar pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ecoformer.errors import NonFiniteError
+from ecoformer.hashing.targets import SimilarityTargets
+from ecoformer.ops import as_full_precision, binarize, kernel_features, without_autocast
+
+_LEARNING_RATE = 5e-4
+_MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class HashFit:
+    """Learned hash functions of one layer.
+
+    Args:
+        weight: [H, K, M], float.
+        kernel_mean: [H, M], float, mean kernel feature over tokens, then images.
+        is_changed: [K], bool, the bits whose rows moved from where they started.
+    """
+
+    weight: Tensor
+    kernel_mean: Tensor
+    is_changed: Tensor
+
+
+@torch.no_grad()
+def fit_hash(
+    x: Tensor, *, anchors: Tensor, weight: Tensor, num_similar: int = 10, num_steps: int = 100
+) -> HashFit:
+    """Learn the hash functions greedily, one bit after the other, for all heads together.
+
+    Each bit maximises ``y^T P y`` over ``y = tanh(kappa w / 2)``; its new row is kept only if
+    the hard codes are strictly better with it. ``P`` starts as the similarity targets and
+    loses ``y y^T`` with every bit, so later bits correct earlier ones. It is never built: its
+    sparse start and the codes so far give its products in O(N T + N K) time and memory.
+
+    Args:
+        x: [B, H, N, D], float, unit rows.
+        anchors: [H, M, D], float, unit rows.
+        weight: [H, K, M], float, the rows that the fit starts from.
+        num_similar: T; N // 2 is used where N < 2 T.
+        num_steps: steps a bit of SGD with Nesterov momentum 0.9 and learning rate 5e-4.
+
+    Returns:
+        The learned functions, float32, or float64 where ``x`` is.
+
+    Raises:
+        ValueError: fewer than two tokens.
+        NonFiniteError: a learned row is not finite.
+
+    Source: EcoFormer, arXiv 2209.09004, section 3.2; constants from the released
+        implementation.
+    """
+    num_tokens = x.shape[-2]
+    if num_tokens < 2:
+        raise ValueError(f"the fit compares tokens with each other and needs 2, not {num_tokens}")
+    x = as_full_precision(x)
+    with without_autocast(x):
+        features = kernel_features(x, anchors.to(x.dtype))  # [B, H, M, N]
+        kernel_mean = features.mean(-1).mean(0)  # [H, M]
+        features -= kernel_mean.unsqueeze(-1)
+        targets = SimilarityTargets.from_rows(x, min(num_similar, num_tokens // 2))
+        learned, is_changed = _fit_bits(features, targets, weight.to(x.dtype), num_steps)
+    if not (learned.isfinite().all() & kernel_mean.isfinite().all()):
+        raise NonFiniteError("the hash fit gave a row that is not finite")
+    return HashFit(learned, kernel_mean, is_changed)
+
+
+def _fit_bits(
+    features: Tensor, targets: SimilarityTargets, weight: Tensor, num_steps: int
+) -> tuple[Tensor, Tensor]:
+    """All bits in turn. No step waits for the device."""
+    num_images, num_heads, _, num_tokens = features.shape
+    num_bits = weight.shape[1]
+    learned = weight.clone()
+    is_changed = torch.zeros(num_bits, dtype=torch.bool, device=weight.device)
+    # Codes of the bits so far; each has taken its own outer product from P.
+    codes = features.new_zeros(num_images, num_heads, num_bits, num_tokens)
+    # d(mean over images and heads of -y^T P y / (N K)) / d(y^T P y), and d tanh(z / 2) / dz.
+    slope = -0.5 / (num_images * num_heads * num_tokens * num_bits)
+
+    for bit in range(num_bits):
+        earlier = codes[:, :, :bit]  # [B, H, bit, N]
+        old = learned[:, bit]  # [H, M]
+        new, velocity = old.clone(), torch.zeros_like(old)
+        for _ in range(num_steps):
+            y = _project(features, new).div_(2).tanh_()  # [B, H, N]
+            pull = targets.multiply(y).mul_(num_bits)
+            overlap = earlier @ y.unsqueeze(-1)  # [B, H, bit, 1]
+            pull -= (earlier.transpose(-1, -2) @ overlap).squeeze(-1).mul_(2)
+            pull *= y.square_().neg_().add_(1)
+            gradient = (features @ pull.unsqueeze(-1)).squeeze(-1).sum(0).mul_(slope)  # [H, M]
+            velocity.mul_(_MOMENTUM).add_(gradient)
+            new.sub_(gradient.add_(velocity, alpha=_MOMENTUM), alpha=_LEARNING_RATE)
+        new_codes, old_codes = (binarize(_project(features, row)) for row in (new, old))
+        new_agreement, old_agreement = (
+            _agreement(bits, targets, earlier, num_bits) for bits in (new_codes, old_codes)
+        )
+        is_better = new_agreement > old_agreement
+        is_changed[bit] = is_better
+        learned[:, bit] = torch.where(is_better, new, old)
+        codes[:, :, bit] = torch.where(is_better, new_codes, old_codes)
+    return learned, is_changed
+
+
+def _project(features: Tensor, row: Tensor) -> Tensor:
+    """[B, H, M, N] features and an [H, M] row give [B, H, N]."""
+    return (row.unsqueeze(-2) @ features).squeeze(-2)
+
+
+def _agreement(codes: Tensor, targets: SimilarityTargets, earlier: Tensor, num_bits: int) -> Tensor:
+    """``y^T P y`` of hard codes, summed over images and heads, exactly.
+
+    It is an integer that can pass 2^24, where float32 stops counting: hence float64. The
+    constant factors of the mean change no comparison.
+    """
+    codes, earlier = codes.double(), earlier.double()
+    similarity = num_bits * (codes * targets.multiply(codes)).sum() / 2
+    return similarity - (earlier @ codes.unsqueeze(-1)).square().sum()

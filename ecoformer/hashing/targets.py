@@ -1,0 +1,98 @@
+"""Which tokens the codes should bring together, and which apart, as a sparse matrix.
+
+Shapes: B batch, H heads, N tokens, D head dim, T similar pairs a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+# Similarities held at once while neighbours are searched: 16 MiB in float32.
+_CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class SimilarityTargets:
+    """The symmetric part ``P + P^T`` of the targets of all heads, block-diagonal, row by row.
+
+    Row n of P has +1 at the T tokens most similar to n, itself among them, and -1 at the T
+    least similar. A row holds 2 T entries, and those of the tokens that chose it.
+
+    Args:
+        columns: [E], int64, columns of the entries, one row after the other.
+        row_starts: [B * H * N], int64, where each row begins in ``columns``.
+        signs: [E], float, +1 or -1.
+    """
+
+    columns: Tensor
+    row_starts: Tensor
+    signs: Tensor
+
+    @classmethod
+    def from_rows(cls, x: Tensor, num_similar: int) -> SimilarityTargets:
+        """Search the neighbours of every token among those of its image and head.
+
+        Args:
+            x: [B, H, N, D], float, unit rows.
+            num_similar: T, at most N // 2.
+
+        Returns:
+            Targets in the dtype of ``x``.
+
+        Source: EcoFormer, arXiv 2209.09004, section 3.2.
+        """
+        num_tokens = x.shape[-2]
+        chosen = _choose_neighbours(x.flatten(0, 1), num_similar)  # [B * H, N, 2 T]
+        first_token = torch.arange(chosen.shape[0], device=x.device) * num_tokens
+        columns = (chosen + first_token[:, None, None]).flatten()
+        rows = torch.arange(columns.numel() // (2 * num_similar), device=x.device)
+        rows = rows.repeat_interleave(2 * num_similar)
+        signs = x.new_ones(2 * num_similar)
+        signs[num_similar:] = -1
+        signs = signs.repeat(columns.numel() // (2 * num_similar))
+        # The transpose's entries join those of P, sorted into its rows.
+        order = torch.cat([rows, columns]).argsort(stable=True)
+        counts = torch.bincount(columns) + 2 * num_similar
+        return cls(
+            columns=torch.cat([columns, rows])[order],
+            row_starts=counts.cumsum(0) - counts,
+            signs=torch.cat([signs, signs])[order],
+        )
+
+    def multiply(self, y: Tensor) -> Tensor:
+        """Return ``(P + P^T) y``.
+
+        A sparse product written as a weighted sum of one-wide embeddings: unlike the sparse
+        tensors of PyTorch it is deterministic on every device and needs no vendor library.
+
+        Args:
+            y: [B, H, N], float.
+
+        Returns:
+            [B, H, N], the dtype of ``y``.
+        """
+        product = embedding_bag(
+            self.columns,
+            y.reshape(-1, 1),
+            self.row_starts,
+            mode="sum",
+            per_sample_weights=self.signs.to(y.dtype),
+        )
+        return product.view_as(y)
+
+
+def _choose_neighbours(x: Tensor, num_similar: int) -> Tensor:
+    """The T most, then the T least similar tokens of each: [B * H, N, 2 T], int64."""
+    num_groups, num_tokens, _ = x.shape
+    chunk = max(1, _CHUNK_ELEMENTS // (num_groups * num_tokens))
+    chosen = []
+    for rows in x.split(chunk, dim=1):
+        similarities = rows @ x.transpose(-1, -2)  # [B * H, chunk, N]
+        most = similarities.topk(num_similar, sorted=False).indices
+        least = similarities.topk(num_similar, largest=False, sorted=False).indices
+        chosen.append(torch.cat([most, least], dim=-1))
+    return torch.cat(chosen, dim=1)

@@ -1,0 +1,292 @@
+"""What the backbones are built from: patch embedding, MLP, block, head.
+
+Shapes: B batch, N tokens = height * width, C channels.
+
+Tokens [B, N, C] and maps [B, C, height, width] share memory: the map is a view in
+channels-last order, so convolutions between token layers cost no copy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ecoformer.errors import InputError
+
+Size = tuple[int, int]
+
+
+def tokens_to_map(x: Tensor, size: Size) -> Tensor:
+    """View tokens as an image in channels-last memory.
+
+    Args:
+        x: [B, N, C], any dtype.
+        size: (height, width), height * width = N.
+
+    Returns:
+        [B, C, height, width].
+    """
+    return x.transpose(1, 2).unflatten(-1, size)
+
+
+def map_to_tokens(x: Tensor) -> Tensor:
+    """Undo ``tokens_to_map``.
+
+    Args:
+        x: [B, C, height, width], any dtype.
+
+    Returns:
+        [B, N, C].
+    """
+    return x.flatten(2).transpose(1, 2)
+
+
+class PatchEmbed(nn.Module):
+    """Strided convolution to tokens, then LayerNorm.
+
+    Args:
+        in_chans: channels of the map.
+        embed_dim: C.
+        kernel_size: of the convolution; patches overlap where it exceeds ``stride``.
+        stride: how much smaller the map's sides become.
+        padding: zeros around the map.
+
+    Source: ViT, arXiv 2010.11929; overlapping form: PVTv2, arXiv 2106.13797, section 3.1.
+    """
+
+    def __init__(
+        self, in_chans: int, embed_dim: int, *, kernel_size: int, stride: int, padding: int = 0
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Size]:
+        """Embed a map.
+
+        Args:
+            x: [B, in_chans, height, width], float.
+
+        Returns:
+            Tokens [B, N, C] and their (height, width).
+        """
+        x = self.proj(x)
+        return self.norm(map_to_tokens(x)), (x.shape[-2], x.shape[-1])
+
+
+class DepthwiseConv(nn.Module):
+    """3 x 3 depthwise convolution over the tokens' map.
+
+    Args:
+        dim: C.
+
+    Source: PVTv2, arXiv 2106.13797, section 3.1.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """Convolve.
+
+        Args:
+            x: [B, N, C], float.
+            size: (height, width).
+
+        Returns:
+            [B, N, C].
+        """
+        return map_to_tokens(self.dwconv(tokens_to_map(x, size)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, and a depthwise convolution where asked for.
+
+    Args:
+        dim: C.
+        hidden_dim: channels between the layers.
+        drop: dropout after each layer.
+        has_dwconv: convolve before the GELU.
+        has_relu: ReLU before the convolution, as in the linear PVTv2.
+
+    Source: PVTv2, arXiv 2106.13797, section 3.1, for the convolution.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        *,
+        has_dwconv: bool = False,
+        has_relu: bool = False,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.relu = nn.ReLU() if has_relu else nn.Identity()
+        self.dwconv = DepthwiseConv(hidden_dim) if has_dwconv else None
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """Mix channels.
+
+        Args:
+            x: [B, N, C], float.
+            size: (height, width).
+
+        Returns:
+            [B, N, C].
+        """
+        x = self.relu(self.fc1(x))
+        if self.dwconv is not None:
+            x = self.dwconv(x, size)
+        return self.drop(self.fc2(self.drop(self.act(x))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block.
+
+    Args:
+        dim: C.
+        attention: any kind, ``attention(x, size)``.
+        mlp: ``mlp(x, size)``.
+        drop_path: probability that a sample skips a branch in training.
+
+    Source: ViT, arXiv 2010.11929, section 3.1.
+    """
+
+    def __init__(
+        self, dim: int, attention: nn.Module, mlp: nn.Module, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attention
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """Attend, then mix channels.
+
+        Args:
+            x: [B, N, C], float.
+            size: (height, width).
+
+        Returns:
+            [B, N, C].
+        """
+        x = x + self.drop_path(self.attn(self.norm1(x), size))
+        return x + self.drop_path(self.mlp(self.norm2(x), size))
+
+
+class Backbone(nn.Module):
+    """A classifier over tokens: what the backbones share around their stages.
+
+    A subclass calls ``super().__init__``, builds its stages, calls ``init_weights`` and defines
+    ``forward_features``. Method names are timm's.
+
+    Args:
+        num_features: C of the last stage.
+        num_classes: outputs; 0 leaves the mean token as it is.
+    """
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.reset_classifier(num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Tokens of the last stage, normalised.
+
+        Args:
+            x: [B, in_chans, height, width], float.
+
+        Returns:
+            [B, N, C].
+        """
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over tokens, then the classifier.
+
+        Args:
+            x: [B, N, C], float.
+            pre_logits: leave the classifier out.
+
+        Returns:
+            [B, num_classes], or [B, C].
+        """
+        x = x.mean(dim=1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            x: [B, in_chans, height, width], float.
+
+        Returns:
+            [B, num_classes] logits.
+        """
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a freshly drawn classifier in place.
+
+        Args:
+            num_classes: outputs; 0 removes it.
+        """
+        self.num_classes = num_classes
+        self.head: nn.Module = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.num_features, num_classes)
+            _init_layer(self.head)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not 1-D and still take no weight decay."""
+        return set()
+
+    def init_weights(self) -> None:
+        """Draw all weights: truncated normal for linear, by fan-out for convolution."""
+        self.apply(_init_layer)
+
+
+def _init_layer(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Linear):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+    elif isinstance(layer, nn.Conv2d):
+        fan_out = math.prod(layer.kernel_size) * layer.out_channels // layer.groups
+        nn.init.normal_(layer.weight, std=math.sqrt(2.0 / fan_out))
+    if isinstance(layer, nn.Linear | nn.Conv2d) and layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def rising_drop_path(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Drop-path rates that rise linearly over all blocks, from 0 to ``rate``.
+
+    Args:
+        rate: of the last block.
+        depths: blocks a stage.
+
+    Returns:
+        One list a stage.
+
+    Raises:
+        InputError: ``rate`` outside [0, 1).
+
+    Source: stochastic depth, arXiv 1603.09382.
+    """
+    if not 0 <= rate < 1:
+        raise InputError(f"drop path is a probability below 1, not {rate}.")
+    rates = torch.linspace(0, rate, sum(depths)).split(list(depths))
+    return [stage.tolist() for stage in rates]

@@ -1,0 +1,26 @@
+"""The method as functions on tensors; ``reference`` holds the slow truth beside them."""
+
+from __future__ import annotations
+
+from ecoformer.ops.attention import ValueBias, hash_attention, kernelized_hash_attention
+from ecoformer.ops.codes import (
+    binarize,
+    encode,
+    kernel_features,
+    normalize_rows,
+    sign_straight_through,
+)
+from ecoformer.ops.precision import as_full_precision, without_autocast
+
+__all__ = [
+    "ValueBias",
+    "as_full_precision",
+    "binarize",
+    "encode",
+    "hash_attention",
+    "kernel_features",
+    "kernelized_hash_attention",
+    "normalize_rows",
+    "sign_straight_through",
+    "without_autocast",
+]

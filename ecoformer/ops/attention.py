@@ -1,0 +1,77 @@
+"""Linear attention over binary codes.
+
+Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ecoformer.ops.codes import encode, normalize_rows
+from ecoformer.ops.precision import without_autocast
+
+ValueBias = Literal["released", "normalized"]
+
+
+def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released") -> Tensor:
+    """Attention with similarity ``h_i . h_j + c``, ``c = K + 1``, in time linear in N.
+
+    Args:
+        codes: [B, H, N, K] in {-1, +1}, float.
+        v: [B, H, N, D], float.
+        value_bias: ``"released"`` adds ``c v_i`` to the numerator, as every released
+            checkpoint was trained with; ``"normalized"`` adds ``c sum_j v_j``, which makes
+            each output a weighted mean of the values.
+
+    Returns:
+        [B, H, N, D], the dtype of ``v``; summed in float32, or float64 where an input is.
+
+    Raises:
+        ValueError: another ``value_bias``.
+
+    Source: EcoFormer, arXiv 2209.09004, section 3.3.
+    """
+    if value_bias not in ("released", "normalized"):
+        raise ValueError(f"value_bias is 'released' or 'normalized', not {value_bias!r}")
+    num_tokens, num_bits = codes.shape[-2:]
+    c = num_bits + 1
+    dtype = torch.promote_types(torch.promote_types(codes.dtype, v.dtype), torch.float32)
+    values, codes = v.to(dtype), codes.to(dtype)
+    with without_autocast(v):
+        code_sum = codes.sum(-2).unsqueeze(-1)  # [B, H, K, 1]
+        code_value_sum = codes.transpose(-1, -2) @ values  # [B, H, K, D]
+        bias = values if value_bias == "released" else values.sum(-2, keepdim=True)
+        numerator = (codes @ code_value_sum).add_(bias, alpha=c)
+        denominator = (codes @ code_sum).add_(c * num_tokens)  # [B, H, N, 1]
+        return numerator.div_(denominator).to(v.dtype)
+
+
+def kernelized_hash_attention(
+    q: Tensor,
+    v: Tensor,
+    *,
+    anchors: Tensor,
+    weight: Tensor,
+    kernel_mean: Tensor,
+    value_bias: ValueBias = "released",
+) -> Tensor:
+    """Attend through binary codes of the rows that queries and keys share.
+
+    Args:
+        q: [B, H, N, D], float, raw rows of the shared query-key projection.
+        v: [B, H, N, D], float.
+        anchors: [H, M, D], float, unit rows.
+        weight: [H, K, M], float.
+        kernel_mean: [H, M], float.
+        value_bias: as for ``hash_attention``.
+
+    Returns:
+        [B, H, N, D], the dtype of ``v``.
+
+    Source: EcoFormer, section 3.
+    """
+    codes = encode(normalize_rows(q), anchors=anchors, weight=weight, kernel_mean=kernel_mean)
+    return hash_attention(codes, v, value_bias)

@@ -1,0 +1,34 @@
+"""Keeping the method in full precision, whatever surrounds it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def as_full_precision(x: Tensor) -> Tensor:
+    """Raise half precisions to float32; float32 and float64 pass as they are.
+
+    Args:
+        x: any shape, float.
+
+    Returns:
+        ``x`` in float32, or float64 where it is.
+    """
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A block in which autocast is off for the device of ``x``.
+
+    Half-precision kernel features flip codes, and a half-precision sum over thousands of
+    tokens is wrong.
+
+    Args:
+        x: any tensor; one that holds no data has no autocast to turn off.
+    """
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

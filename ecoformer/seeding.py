@@ -1,0 +1,63 @@
+"""Random numbers as a function of where a run stands, never of how it got there.
+
+A sample's augmentation, a step's mixup and drop path are seeded anew from (seed, epoch,
+position). A resumed run, or one with other data workers, therefore draws the same numbers
+without any generator state being saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Mix integers and labels into one seed.
+
+    Args:
+        parts: what the draw depends on, e.g. ``("sample", seed, epoch, position)``.
+
+    Returns:
+        A number in [0, 2**63), the same on every platform and Python version.
+    """
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's global generators (all devices).
+
+    Args:
+        seed: from ``derive_seed``.
+    """
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int, *, restore: bool = True) -> Iterator[None]:
+    """Seed the global CPU generators inside a block and restore them after it.
+
+    Args:
+        seed: from ``derive_seed``.
+        restore: false saves 100 us, nearly all of them NumPy's, where nobody else draws.
+    """
+    if restore:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    # The default generator alone: torch.manual_seed would also visit every device.
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if restore:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
