@@ -38,18 +38,20 @@ class Layer:
     libraries: frozenset[str] | None = None
 
 
+# The one name that all may take from the package itself.
+VERSION = "ecoformer.__version__"
 TORCH = frozenset({"torch"})
 METHOD = ("base", "ops", "hashing", "attention", "layers", "family")
 STACK = ("config", "data", "checkpoint", "cost", "engine")
 LAYERS = {
-    "base": Layer(("ecoformer.errors", "ecoformer.seeding"), libraries=TORCH | {"numpy"}),
+    "base": Layer((VERSION, "ecoformer.errors", "ecoformer.seeding"), libraries=TORCH | {"numpy"}),
     "ops": Layer(("ecoformer.ops",), ("base",), libraries=TORCH),
     "hashing": Layer(("ecoformer.hashing",), ("base", "ops"), libraries=TORCH),
     "attention": Layer(("ecoformer.attention",), ("base", "ops", "hashing"), libraries=TORCH),
     "layers": Layer(
         ("ecoformer.layers",), ("base", "hashing", "attention"), libraries=TORCH | {"timm"}
     ),
-    "family": Layer(("ecoformer.family",), ("base",), libraries=TORCH),
+    "family": Layer(("ecoformer.family",), ("base",), libraries=TORCH | {"timm"}),
     "pvt": Layer(("pvt",), METHOD, libraries=TORCH | {"timm"}),
     "twins": Layer(("twins",), METHOD, libraries=TORCH | {"timm"}),
     "config": Layer(("ecoformer.config",), ("base", "family", "hashing")),
@@ -124,8 +126,7 @@ def imports_of(module: Module, tree: Tree) -> Iterator[Import]:
                 base = ".".join([*parents, base] if base else parents)
             for alias in node.names:
                 full = f"{base}.{alias.name}"
-                # A name of ours is a module only if there is such a file.
-                is_module = full in tree or full in LATE_LIBRARIES
+                is_module = full in tree or full in {VERSION, *LATE_LIBRARIES}
                 yield Import(full if is_module else base, node.lineno, is_late)
         elif isinstance(node, ast.Call) and dotted_name(node.func).endswith(
             ("import_module", "__import__")
@@ -155,7 +156,8 @@ def layer_of(name: str) -> str | None:
     best, best_length = None, 0
     for layer, entry in LAYERS.items():
         for prefix in entry.modules:
-            is_inside = name == prefix or (prefix != "ecoformer" and name.startswith(f"{prefix}."))
+            is_inside = prefix != "ecoformer" and name.startswith(f"{prefix}.")
+            is_inside |= name == prefix
             if is_inside and len(prefix) > best_length:
                 best, best_length = layer, len(prefix)
     return best
@@ -343,7 +345,7 @@ def test_rules_pass_what_comes_close(tmp_path: Path) -> None:
         "ecoformer/errors.py": '"""Errors."""\n\n\ndef _private(): pass\n',
         "ecoformer/demo.py": '"""Demo."""\ndef main():\n    """Run."""\n    import pvt, sklearn\n',
         "ecoformer/engine/main.py": (
-            '"""Engine."""\nimport timm\nfrom typing import TYPE_CHECKING\nimport torch\n'
+            '"""Engine."""\nimport timm\nfrom ecoformer import __version__\nfrom typing import TYPE_CHECKING\nimport torch\n'
             "if TYPE_CHECKING:\n    from torch.utils.tensorboard import SummaryWriter\n"
             "torch.load('x', weights_only=True)\n"
         ),
