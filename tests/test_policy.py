@@ -345,7 +345,8 @@ def test_rules_pass_what_comes_close(tmp_path: Path) -> None:
         "ecoformer/errors.py": '"""Errors."""\n\n\ndef _private(): pass\n',
         "ecoformer/demo.py": '"""Demo."""\ndef main():\n    """Run."""\n    import pvt, sklearn\n',
         "ecoformer/engine/main.py": (
-            '"""Engine."""\nimport timm\nfrom ecoformer import __version__\nfrom typing import TYPE_CHECKING\nimport torch\n'
+            '"""Engine."""\nimport timm\nimport torch\nfrom ecoformer import __version__\n'
+            "from typing import TYPE_CHECKING\n"
             "if TYPE_CHECKING:\n    from torch.utils.tensorboard import SummaryWriter\n"
             "torch.load('x', weights_only=True)\n"
         ),
