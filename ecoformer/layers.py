@@ -288,5 +288,6 @@ def rising_drop_path(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
     """
     if not 0 <= rate < 1:
         raise InputError(f"drop path is a probability below 1, not {rate}.")
-    rates = torch.linspace(0, rate, sum(depths)).split(list(depths))
+    # On the CPU also where a model is built without data: these are numbers, not weights.
+    rates = torch.linspace(0, rate, sum(depths), device="cpu").split(list(depths))
     return [stage.tolist() for stage in rates]
