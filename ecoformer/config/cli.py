@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,15 +39,18 @@ def parse_config(family: ModelFamily, argv: Sequence[str] | None = None) -> Conf
     # Costs a tenth of a second, and only programs pay it.
     import tyro
 
-    config = tyro.cli(
-        Config,
-        prog=f"python -m {family.name}.main",
-        description=f"Train, evaluate or time a {family.name} model.",
-        args=[word for name, values in flags for word in (f"--{name}", *values)],
-        default=config,
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=is_main_process(),
-    )
+    is_main = is_main_process()
+    # tyro prints some errors in spite of console_outputs; one rank's are enough.
+    with nullcontext() if is_main else redirect_stderr(io.StringIO()):
+        config = tyro.cli(
+            Config,
+            prog=f"python -m {family.name}.main",
+            description=f"Train, evaluate or time a {family.name} model.",
+            args=[word for name, values in flags for word in (f"--{name}", *values)],
+            default=config,
+            config=(tyro.conf.OmitArgPrefixes,),
+            console_outputs=is_main,
+        )
     if "model" in given and "attn_type" not in given and config.model.model not in family.variants:
         # A released name that spells its attention out beats the file's attn_type.
         config = replace(config, model=replace(config.model, attn_type=None))
@@ -68,7 +73,7 @@ def _read_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
             groups[-1][1].append(word)
         else:
             raise InputError(f"unexpected {word!r}; every setting is a --flag, see --help.")
-    return [flag for group in groups if (flag := _read_flag(*group))]
+    return [pair for group in groups if (pair := _read_flag(*group))]
 
 
 def _read_flag(flag: str, values: list[str]) -> tuple[str, list[str]] | None:
@@ -102,10 +107,13 @@ def _complete(config: Config, family: ModelFamily) -> Config:
                 "model."
             )
         variant, attention = family.resolve(variant, "msa")
-    # A given attention kind is part of the name: stages must not share a folder.
-    name = Path(run.config).stem if run.config else model.model
-    if model.attn_type and not run.config:
-        name += f"_{model.attn_type}"
+    if run.config:
+        name = Path(run.config).stem
+    elif attention == family.resolve(model.model)[1]:
+        name = model.model
+    else:
+        # Two stages of one model must not share a folder.
+        name = f"{model.model}_{attention}"
     return replace(
         config,
         model=replace(model, model=variant, attn_type=attention),

@@ -31,7 +31,7 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
             if field is None:
                 continue
             if field in values:
-                raise InputError(f"{field} is set twice, once as {name!r}; keep one")
+                raise InputError(f"{field} is set twice, once as {name!r}; keep one.")
             values[field] = value
         return Config.from_flat(values, base)
     except InputError as error:
@@ -46,11 +46,15 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        found = "is not a file" if path.exists() else "does not exist"
-        near = nearest_name(path.name, sorted(p.name for p in path.parent.glob("*.py")))
-        raise InputError(f"{found}{near}")
-    # A quarter of a second, which only users of files pay.
+    """Read the assignments of a file, those of its ``cfg`` among them."""
+    if not path.exists():
+        near = nearest_name(path.name, [file.name for file in path.parent.glob("*.py")])
+        raise InputError(f"does not exist{near or '.'}")
+    if path.is_dir():
+        raise InputError("is a folder.")
+    if path.suffix not in (".py", ".yaml", ".yml"):
+        raise InputError("is neither Python (.py) nor YAML (.yaml).")
+    # A quarter of a second, which only those who give a file pay.
     from mmengine.config import Config as MMConfig
 
     try:
@@ -60,13 +64,13 @@ def _load(path: Path) -> dict[str, Any]:
         # mmengine wraps a syntax error in one that names its own temporary copy.
         cause = error.__context__ if isinstance(error, SyntaxError) and error.__context__ else error
         detail = " ".join(f"{type(cause).__name__}: {cause}".split())
-        raise InputError(f"cannot be read as Python or YAML, {detail}") from None
+        raise InputError(f"cannot be read, {detail.rstrip('.')}.") from None
     released = values.pop("cfg", {})
     if not isinstance(released, dict):
-        raise InputError("cfg is not a dict; write cfg = dict(...) or plain assignments")
+        raise InputError("cfg is not a dict; write cfg = dict(...) or plain assignments.")
     if twice := sorted(values.keys() & released.keys()):
-        raise InputError(f"{twice[0]} is set twice, once in cfg; keep one")
+        raise InputError(f"{twice[0]} is set twice, once in cfg; keep one.")
     values |= released
     if not values:
-        raise InputError("sets no field; write for example model = 'pvt_v2_b0'")
+        raise InputError("sets no field; write for example lr = 5e-5.")
     return values

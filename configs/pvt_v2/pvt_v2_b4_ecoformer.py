@@ -1,0 +1,12 @@
+r"""PVTv2-B4 with EcoFormer attention, stage 2.
+
+Recipe: the released one; from the weights of pvt_v2_b4_msa.py.
+Expected: 81.90 % top-1 on ImageNet, as published for EcoFormer.
+Command, on 8 GPUs:
+    torchrun --nproc_per_node=8 -m pvt.main --config configs/pvt_v2/pvt_v2_b4_ecoformer.py \
+        --data-path IMAGENET --finetune runs/pvt_v2_b4_msa/best_checkpoint.pth
+"""
+
+_base_ = "../_base_/ecoformer_stage.py"
+
+model = "pvt_v2_b4"

@@ -1,0 +1,12 @@
+r"""Twins-SVT-S with full softmax attention, stage 1.
+
+Recipe: the released one; from original Twins weights.
+Expected: no figure was released.
+Command, on 8 GPUs:
+    torchrun --nproc_per_node=8 -m twins.main --config configs/twins/alt_gvt_small_msa.py \
+        --data-path IMAGENET --finetune TWINS_WEIGHTS
+"""
+
+_base_ = "../_base_/softmax_stage.py"
+
+model = "alt_gvt_small"

@@ -1,0 +1,12 @@
+r"""Twins-PCPVT-S as its authors made it, with spatial reduction attention.
+
+Recipe: the one of the Twins paper; from nothing, 300 epochs.
+Expected: 81.2 % top-1 on ImageNet, as published for Twins.
+Command, on 8 GPUs:
+    torchrun --nproc_per_node=8 -m twins.main --config configs/twins/pcpvt_small_v0_sra.py \
+        --data-path IMAGENET
+"""
+
+model = "pcpvt_small_v0"
+attn_type = "sra"
+batch_size = 128

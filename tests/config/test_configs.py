@@ -1,0 +1,68 @@
+"""Every file under configs/: it loads, it is what its name says, and its command works."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ecoformer.config import Config, parse_config
+from ecoformer.family import ModelFamily
+
+ROOT = Path(__file__).parents[2]
+FILES = [path.relative_to(ROOT) for path in sorted((ROOT / "configs").glob("[!_]*/*.py"))]
+FAMILY_OF_FOLDER = {"pvt_v2": "pvt", "twins": "twins"}
+COMMAND = re.compile(r"torchrun --nproc_per_node=8 -m (\w+)\.main (.*)", re.DOTALL)
+
+
+def parse_own_command(
+    path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Config:
+    """Run the command of a file's docstring up to the configuration."""
+    monkeypatch.chdir(ROOT)
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert doc
+    command = COMMAND.search(doc)
+    assert command
+    assert command[1] == FAMILY_OF_FOLDER[path.parent.name]
+    family: ModelFamily = request.getfixturevalue(command[1])
+    return parse_config(family, shlex.split(command[2].replace("\\\n", " ")))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_file_is_what_it_says(
+    path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_own_command(path, request, monkeypatch)
+    assert config.run.config == str(path)
+    assert path.stem == f"{config.model.model}_{config.model.attn_type}"
+    assert config.run.output_dir == f"runs/{path.stem}"
+    if config.run.finetune and config.run.finetune.startswith("runs/"):
+        stage1 = Path(config.run.finetune).parent.name
+        assert (path.parent / f"{stage1}.py").is_file()
+        assert stage1 == f"{config.model.model}_msa"
+    stage = {"ecoformer": 30, "msa": 100, "lsa_msa": 100, "sra": 300, "lsa_gsa": 300}
+    assert config.optim.epochs == stage.get(config.model.attn_type or "", 30)
+    assert bool(config.run.finetune) == (config.optim.epochs < 300)
+
+
+def test_no_size_is_missing() -> None:
+    names = {path.stem for path in FILES}
+    for variant in (f"pvt_v2_b{size}" for size in range(6)):
+        assert {f"{variant}_msa", f"{variant}_ecoformer"} <= names
+    for size in ("small", "base", "large"):
+        assert {f"alt_gvt_{size}_msa", f"alt_gvt_{size}_ecoformer"} <= names
+        assert {f"pcpvt_{size}_v0_{kind}" for kind in ("sra", "msa", "ecoformer")} <= names
+
+
+def test_expected_results_are_the_published_ones(golden_dir: Path) -> None:
+    published = json.loads((golden_dir / "published_table.json").read_text(encoding="utf-8"))
+    claimed = {}
+    for path in FILES:
+        if match := re.search(r"([\d.]+) % top-1 .* for EcoFormer", path.read_text("utf-8")):
+            claimed[path.stem] = float(match[1])
+    assert claimed == {f"{name}_ecoformer": row["top1"] for name, row in published.items()}

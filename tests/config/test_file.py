@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ecoformer.config import Config, read_config, save_config
+from ecoformer.errors import InputError
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_yaml_round_trip(tmp_path: Path, changed: dict[str, Any]) -> None:
+    for config in (Config(), Config.from_flat(changed)):
+        save_config(config, tmp_path / "config.yaml")
+        # The base proves that every field was written.
+        assert read_config(tmp_path / "config.yaml", Config.from_flat(changed)) == config
+
+
+def test_plain_and_released_form_are_the_same(tmp_path: Path) -> None:
+    plain = write(tmp_path, "plain.py", '"""Doc."""\nnum_bits = 8\nlr = 5e-5\nclip_grad = None\n')
+    released = write(tmp_path, "cfg.py", "cfg = dict(nbits=8, lr=5e-5, clip_grad=None)\n")
+    base = Config.from_flat({"clip_grad": 5.0})
+    config = read_config(plain, base)
+    assert (config.model.num_bits, config.optim.lr, config.optim.clip_grad) == (8, 5e-5, None)
+    assert read_config(released, base) == config
+
+
+def test_released_names(tmp_path: Path) -> None:
+    text = "cfg = dict(nbits=8, m=20, k=3, topk=5)\n"
+    model = read_config(write(tmp_path, "a.py", text)).model
+    assert (model.num_bits, model.num_anchors, model.refit_every_epochs) == (8, 20, 3)
+    assert model.num_similar == 5
+    assert read_config(write(tmp_path, "b.py", "anchor = 20")).model.num_anchors == 20
+
+
+def test_base_files_and_code(tmp_path: Path) -> None:
+    write(tmp_path, "base.py", "lr = 1.0\nepochs = 3\nopt_betas = (0.9, 0.95)\n")
+    text = "import math\n_base_ = './base.py'\nepochs = int(math.sqrt(16))\n"
+    optim = read_config(write(tmp_path, "a.py", text)).optim
+    assert (optim.lr, optim.epochs, optim.opt_betas) == (1.0, 4, (0.9, 0.95))
+
+
+def test_released_name_without_meaning_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = read_config(write(tmp_path, "a.py", "p = 6\nepochs = 3\n"))
+    assert config == Config.from_flat({"epochs": 3})
+    assert [r.getMessage() for r in caplog.records] == [
+        "p has no meaning any more and is ignored: nothing reads it."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.py", "epoch = 3", "unknown field epoch, did you mean 'epochs'?"),
+        ("a.py", "cfg = dict(nbit=3)", "unknown field nbit, did you mean 'nbits'?"),
+        ("a.py", "quux = 3", "unknown field quux."),
+        ("a.py", "epochs = '3'", "epochs is '3'; expected int."),
+        ("a.py", "epochs = -3", "epochs is -3; expected at least 0."),
+        ("a.py", "nbits = 8\nnum_bits = 8", "num_bits is set twice, once as 'num_bits'; keep one."),
+        ("a.py", "lr = 1.0\ncfg = dict(lr=1.0)", "lr is set twice, once in cfg; keep one."),
+        ("a.py", "cfg = 3", "cfg is not a dict; write cfg = dict(...) or plain assignments."),
+        ("a.py", "", "sets no field; write for example lr = 5e-5."),
+        ("a.py", "cfg = dict()", "sets no field; write for example lr = 5e-5."),
+        ("a.py", "lr = = 3", "cannot be read, SyntaxError: invalid syntax (<unknown>, line 1)."),
+        ("a.py", "lr = 1 / 0", "cannot be read, ZeroDivisionError: division by zero."),
+        ("a.py", "raise SystemExit(3)", "cannot be read, SystemExit: 3."),
+        ("a.py", "raise ValueError('1\\n2')", "cannot be read, ValueError: 1 2."),
+        ("a.py", "\0", "source code string cannot contain null bytes."),
+        ("a.txt", "lr = 1.0", "is neither Python (.py) nor YAML (.yaml)."),
+        ("a", "lr = 1.0", "is neither Python (.py) nor YAML (.yaml)."),
+        ("a.yaml", "- 1", "cannot be read, AttributeError: 'list' object has no attribute 'get'."),
+    ],
+)
+def test_bad_files(
+    tmp_path: Path, name: str, text: str, expected: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, name, text)
+    with pytest.raises(InputError) as caught:
+        read_config(path)
+    assert str(caught.value).startswith(f"config file {path}: ")
+    assert str(caught.value).endswith(expected)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    write(tmp_path, "pvt_v2_b0_msa.py", "lr = 1.0")
+    with pytest.raises(InputError, match=r"does not exist, did you mean 'pvt_v2_b0_msa.py'\?$"):
+        read_config(tmp_path / "pvt_v2_b0_mas.py")
+    with pytest.raises(InputError, match=r"nowhere/a.py: does not exist\.$"):
+        read_config(tmp_path / "nowhere" / "a.py")
+    with pytest.raises(InputError, match=r"is a folder\.$"):
+        read_config(tmp_path)
+    broken_base = write(tmp_path, "a.py", "_base_ = './b.py'")
+    with pytest.raises(InputError, match=r"FileNotFoundError: .*b\.py"):
+        read_config(broken_base)
+
+
+def test_file_of_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(InputError, match="UnicodeDecodeError"):
+        read_config(path)
