@@ -1,0 +1,83 @@
+"""``python -m ecoformer.checkpoint convert IN OUT``: weight files between formats and layouts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ecoformer import __version__
+from ecoformer.checkpoint.files import open_atomic, read_checkpoint, save_atomic
+from ecoformer.checkpoint.layout import to_ours, to_released
+from ecoformer.checkpoint.zoo import resolve_source
+from ecoformer.errors import EXIT_DONE, InputError
+
+
+def convert(source: str, path: Path, *, is_released: bool = False) -> None:
+    """Write the weights of a file, and nothing else of it, in another format or layout.
+
+    Args:
+        source: a path, URL or zoo name, in any form that ``read_checkpoint`` takes.
+        path: where to; safetensors where it ends so, a bare state dict of PyTorch otherwise.
+        is_released: write the released layout, which the released code loads, and not ours.
+
+    Raises:
+        InputError: the source cannot be read, its hash functions are not fitted (where the
+            released layout is asked for), or the disk refuses.
+    """
+    state = to_ours(read_checkpoint(resolve_source(source))["model"])
+    if is_released:
+        state = to_released(state)
+    if path.suffix != ".safetensors":
+        save_atomic(state, path)
+        return
+    import safetensors.torch
+
+    metadata = {
+        "format": "pt",
+        "layout": "released" if is_released else "ecoformer",
+        "ecoformer": __version__,
+        "source": Path(source).name,
+    }
+    # The format has no views and no shared memory.
+    copies = {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+    }
+    with open_atomic(path) as file:
+        file.write(safetensors.torch.save(copies, metadata))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the words after the program's name; ``sys.argv`` if not given.
+
+    Returns:
+        The process's exit code: 0 done, 2 bad input.
+    """
+    parser = argparse.ArgumentParser(prog="python -m ecoformer.checkpoint")
+    command = parser.add_subparsers(required=True).add_parser(
+        "convert",
+        help="write weights as safetensors or PyTorch file, in our layout or the released one",
+    )
+    command.add_argument("input", metavar="IN", help="path, URL or zoo name")
+    command.add_argument("output", metavar="OUT", type=Path, help="NAME.safetensors or NAME.pth")
+    command.add_argument(
+        "--released", action="store_true", help="for the released code; otherwise for ours"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        convert(arguments.input, arguments.output, is_released=arguments.released)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"wrote {arguments.output}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,137 @@
+"""The one table between our names and those of the released EcoFormer files.
+
+Only the hash functions are named differently; all other names are the released ones.
+
+Letters: H heads, K hash bits, M anchors, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ecoformer.errors import InputError
+
+
+class _Row(NamedTuple):
+    ours: str
+    released: str
+    # Axes of length one that the released tensor has and ours lacks.
+    unit_axes: tuple[int, ...]
+
+
+_WEIGHT = _Row("hash.weight", "fast_attention.ksh.A", ())  # [H, K, M]
+_KERNEL_MEAN = _Row("hash.kernel_mean", "fast_attention.ksh.mvec", (0, 2))  # [H, M]
+_ANCHORS = _Row("hash.anchors", "fast_attention.ksh.anchor", (0,))  # [H, M, D]
+_TABLE = (_WEIGHT, _KERNEL_MEAN, _ANCHORS)
+
+# Ours alone: a released file holds fitted functions only.
+IS_FITTED = "hash.is_fitted"
+# [int(D ln D), D]. Nothing reads it beside a hash function, but the released model demands it;
+# a Performer layer has one of the same name, and needs it.
+PROJECTION = "fast_attention.projection_matrix"
+HASH_BUFFERS = (*(row.ours for row in _TABLE), IS_FITTED)
+
+
+def owner_of(name: str, suffix: str) -> str | None:
+    """Return what stands before ``suffix`` in a dotted name, or None if it does not end so.
+
+    Args:
+        name: a state-dict name, e.g. ``block1.0.attn.hash.weight``.
+        suffix: whole parts at its end, e.g. ``hash.weight``; the answer is ``block1.0.attn.``.
+    """
+    owner = name.removesuffix(suffix)
+    return owner if owner != name and (not owner or owner.endswith(".")) else None
+
+
+def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring the hash functions of a released file into our layout; ours pass unchanged.
+
+    Those of a released file are fitted, always. Projection matrices beside them are left out.
+
+    Args:
+        state: name -> tensor in either layout.
+
+    Returns:
+        name -> tensor in our layout; the tensors share memory with those of ``state``.
+
+    Source: file layout of the released implementation.
+    """
+    ours: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        for row in _TABLE:
+            owner = owner_of(name, row.released)
+            if owner is not None:
+                # One with fewer axes passes as it is: its shape is reported where it is loaded.
+                is_whole = tensor.ndim > max(row.unit_axes, default=-1)
+                ours[owner + row.ours] = tensor.squeeze(row.unit_axes) if is_whole else tensor
+                if row is _WEIGHT:
+                    ours[owner + IS_FITTED] = torch.tensor(True)
+                break
+        else:
+            owner = owner_of(name, PROJECTION)
+            if owner is None or owner + _WEIGHT.released not in state:
+                ours[name] = tensor
+    return ours
+
+
+def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring hash functions into the released layout.
+
+    Args:
+        state: name -> tensor in our layout.
+
+    Returns:
+        name -> tensor in the released layout, which the released model loads strictly; the
+        tensors share memory with those of ``state``.
+
+    Raises:
+        InputError: a hash function is not fitted, which the released layout cannot say.
+
+    Source: file layout of the released implementation.
+    """
+    released: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if owner_of(name, IS_FITTED) is not None:
+            if not tensor:
+                raise InputError(
+                    f"{name} is false, and the released layout has room for fitted hash functions "
+                    "only: call ecoformer.fit_hash_functions(model, images) first"
+                )
+            continue
+        for row in _TABLE:
+            owner = owner_of(name, row.ours)
+            if owner is not None:
+                for axis in row.unit_axes:
+                    tensor = tensor.unsqueeze(axis)
+                released[owner + row.released] = tensor
+                if row is _ANCHORS:
+                    dim = tensor.shape[-1]
+                    released[owner + PROJECTION] = tensor.new_zeros(int(dim * math.log(dim)), dim)
+                break
+        else:
+            released[name] = tensor
+    return released
+
+
+def export_released(model: nn.Module) -> dict[str, Tensor]:
+    """Copy a model's weights in the layout of the released ``.pth`` files.
+
+    Args:
+        model: any model; its hash functions, where it has some, are fitted.
+
+    Returns:
+        name -> tensor on the CPU, which the released model loads strictly.
+
+    Raises:
+        InputError: a hash function is not fitted.
+
+    Source: file layout of the released implementation.
+    """
+    return to_released(
+        {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    )

@@ -1,0 +1,269 @@
+"""Loading weights into a model: its own, the released ones, or those of an earlier stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from ecoformer.checkpoint.files import read_checkpoint, unwrap_state
+from ecoformer.checkpoint.layout import HASH_BUFFERS, IS_FITTED, PROJECTION, owner_of, to_ours
+from ecoformer.checkpoint.zoo import resolve_source
+from ecoformer.errors import InputError
+
+# What an attention layer makes of the projections of the stage before: from which, and how.
+# Rules chain: original weights (q, kv) become softmax ones (qkv), then EcoFormer's (to_qk, to_v).
+_DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
+    "qkv": (("q", "kv"), lambda q, kv: torch.cat([q, kv])),
+    "to_qk": (("qkv",), lambda qkv: qkv.tensor_split(3)[0]),
+    "to_v": (("qkv",), lambda qkv: qkv.tensor_split(3)[2]),
+}
+_PROJECTION_NAME = re.compile(r"(?P<layer>(?:.*\.)?attn\.)(?P<part>\w+)\.(?P<leaf>weight|bias)")
+# Drawn or fitted by the layer that needs them: no other kind of attention could give them.
+_OWN_BUFFERS = (*HASH_BUFFERS, PROJECTION)
+_HEAD = ("head.weight", "head.bias")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each entry of a weight file and of the model; ``str`` tells it in words.
+
+    Args:
+        source: the file, or what its origin was called.
+        loaded: entries of the model that were taken by equal name (in our layout).
+        derived: entries of the model that were made from others of the file.
+        dropped: entries of the file that a rule leaves out; ``[k]`` is the middle third of qkv.
+        missing: entries of the model that kept their values, but for hash functions.
+        unused: entries of the file that nothing asked for.
+        notes: what else one should know, a sentence each.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    derived: tuple[str, ...]
+    dropped: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        counts = [
+            f"{len(names)} {what} ({_summarise(names)})"
+            for what, names in (
+                ("derived", self.derived),
+                ("dropped by rule", self.dropped),
+                ("left as they were", self.missing),
+                ("unused", self.unused),
+            )
+            if names
+        ]
+        counts.insert(0, f"{len(self.loaded)} entries loaded by name")
+        return ". ".join([f"{self.source}: {', '.join(counts)}", *self.notes]) + "."
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: str | PathLike[str] | Mapping[str, object],
+    *,
+    exact: bool = False,
+    allow_missing: bool = False,
+    origin: str = "the state dict",
+) -> LoadReport:
+    """Load weights into a model, or leave it as it was if they do not fit.
+
+    Weights of an earlier stage are converted to the model's kind of attention: original ones
+    (spatial reduction) to softmax, softmax to shared-qk softmax, Performer or EcoFormer. Other
+    precisions are cast to the model's. Hash functions of a released file are fitted.
+
+    Args:
+        model: not wrapped for several devices; changed in place.
+        source: a path, URL, zoo name, state dict or training dictionary, in our layout or the
+            released one.
+        exact: model and file must hold the same entries, head and hash functions included, with
+            nothing converted and nothing left fresh: for evaluation, and to go on with a run.
+        allow_missing: backbone weights that have no source may keep their present values.
+        origin: what messages call a ``source`` that is a dictionary.
+
+    Returns:
+        What was loaded, derived, dropped by rule, is missing, and went unused.
+
+    Raises:
+        InputError: the source cannot be read, does not fit, or holds NaN or infinity.
+
+    Source: EcoFormer, section 4, and the file layout of the released implementation.
+    """
+    if isinstance(source, Mapping):
+        raw = unwrap_state(source, origin)["model"]
+    else:
+        origin = str(source)
+        raw = read_checkpoint(resolve_source(source))["model"]
+    state = to_ours(raw)
+    target = model.state_dict()
+
+    taken: dict[str, Tensor] = {}
+    sources: dict[str, tuple[str, ...]] = {}
+    for name in target:
+        found = _find(name, state, may_derive=not exact)
+        if found is not None:
+            taken[name], sources[name] = found
+
+    dropped = [name for name in raw if owner_of(name, PROJECTION) is not None and name not in state]
+    for name in taken:
+        if sources[name] != (name,):
+            dropped += _list_leftovers(name, sources[name], state)
+    notes: list[str] = []
+    if not exact:
+        for name in _HEAD:
+            if name in taken and _has_other_classes(taken[name], target[name]):
+                notes = [f"The head is fresh: {_tell_classes(taken[name], target[name])}"]
+                dropped.append(name)
+                del taken[name]
+
+    missing = [name for name in target if name not in taken and (exact or not _is_own(name, taken))]
+    used = {source for name in taken for source in sources[name]}
+    unused = [name for name in state if name not in used and name not in dropped]
+    _check_fit(taken, target, missing, unused, origin, exact=exact, allow_missing=allow_missing)
+    model.load_state_dict(
+        {name: _cast(taken[name], target[name], f"{origin}: {name}") for name in taken},
+        strict=False,
+    )
+
+    hashes = [buffer for name, buffer in target.items() if owner_of(name, IS_FITTED) is not None]
+    num_unfitted = sum(not is_fitted for is_fitted in hashes)
+    if num_unfitted:
+        notes.append(f"{num_unfitted} of {len(hashes)} hash functions are not fitted yet")
+    return LoadReport(
+        source=origin,
+        loaded=tuple(name for name in taken if sources[name] == (name,)),
+        derived=tuple(name for name in taken if sources[name] != (name,)),
+        dropped=tuple(dropped),
+        missing=tuple(missing),
+        unused=tuple(unused),
+        notes=tuple(notes),
+    )
+
+
+def _find(
+    name: str, state: Mapping[str, Tensor], *, may_derive: bool
+) -> tuple[Tensor, tuple[str, ...]] | None:
+    """Return an entry of the model and the entries of the file that it came from."""
+    if name in state:
+        return state[name], (name,)
+    match = _PROJECTION_NAME.fullmatch(name)
+    if not may_derive or match is None or match["part"] not in _DERIVED:
+        return None
+    tensors: list[Tensor] = []
+    names: tuple[str, ...] = ()
+    parts, make = _DERIVED[match["part"]]
+    for part in parts:
+        found = _find(f"{match['layer']}{part}.{match['leaf']}", state, may_derive=True)
+        if found is None:
+            return None
+        tensors.append(found[0])
+        names += found[1]
+    try:
+        return make(*tensors), names
+    except (RuntimeError, IndexError):
+        # Shapes of a broken file that do not join: what needs them counts as missing.
+        return None
+
+
+def _list_leftovers(name: str, sources: tuple[str, ...], state: Mapping[str, Tensor]) -> list[str]:
+    """List what the rules leave out of a layer when they derive a projection of it."""
+    match = _PROJECTION_NAME.fullmatch(name)
+    assert match is not None
+    layer, part, leaf = match.groups()
+    # One of its two projections speaks for an EcoFormer layer.
+    if part == "to_qk":
+        return []
+    leftovers = [f"{sources[-1]}[k]"] if part == "to_v" else []
+    if f"{layer}kv.{leaf}" in sources:
+        leftovers += [f"{layer}{module}.{leaf}" for module in ("sr", "norm")]
+    return [name for name in leftovers if name in state or name.endswith("[k]")]
+
+
+def _is_own(name: str, taken: Collection[str]) -> bool:
+    """Whether a layer keeps this buffer as it made it, the file having no hash function for it."""
+    for buffer in _OWN_BUFFERS:
+        owner = owner_of(name, buffer)
+        if owner is not None:
+            return not any(owner + other in taken for other in HASH_BUFFERS)
+    return False
+
+
+def _has_other_classes(theirs: Tensor, ours: Tensor) -> bool:
+    return theirs.shape[1:] == ours.shape[1:] and theirs.shape[:1] != ours.shape[:1]
+
+
+def _tell_classes(theirs: Tensor, ours: Tensor) -> str:
+    return f"{len(theirs)} classes in the file, {len(ours)} in the model"
+
+
+def _check_fit(
+    taken: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    missing: Sequence[str],
+    unused: Sequence[str],
+    origin: str,
+    *,
+    exact: bool,
+    allow_missing: bool,
+) -> None:
+    """Raise an InputError, as telling as can be, if file and model do not belong together."""
+    if not exact:
+        # Some entry has to fit, even where all may be missing.
+        missing = [] if allow_missing and taken else [name for name in missing if name not in _HEAD]
+    mismatched = [name for name in taken if taken[name].shape != target[name].shape]
+    if mismatched and not missing:
+        theirs, ours = taken[mismatched[0]], target[mismatched[0]]
+        if all(name in _HEAD for name in mismatched) and _has_other_classes(theirs, ours):
+            raise InputError(
+                f"{origin}: {_tell_classes(theirs, ours)}; take data with as many classes, or "
+                "start from it with --finetune, which makes a new head"
+            )
+        is_hash_weight = owner_of(mismatched[0], HASH_BUFFERS[0]) is not None
+        if is_hash_weight and all(_is_own(name, ()) for name in mismatched) and theirs.ndim == 3:
+            (bits, anchors), (our_bits, our_anchors) = theirs.shape[1:], ours.shape[1:]
+            raise InputError(
+                f"{origin}: hash functions of {bits} bits and {anchors} anchors, the model's have "
+                f"{our_bits} and {our_anchors}; pass --nbits {bits} --anchor {anchors}"
+            )
+    problems = []
+    if mismatched:
+        name = mismatched[0]
+        problems.append(
+            f"{len(mismatched)} of the model's {len(target)} entries have another shape, first "
+            f"{name}: {list(taken[name].shape)} in the file, {list(target[name].shape)} here"
+        )
+    if missing:
+        problems.append(
+            f"{len(missing)} of the model's {len(target)} have no source, first {missing[0]}"
+        )
+    if unused and (exact or problems):
+        problems.append(f"{len(unused)} of the file's fit nowhere, first {unused[0]}")
+    if problems:
+        raise InputError(
+            f"{origin}: weights of another model: {'; '.join(problems)}; choose the model and "
+            "attention that it was made with (--model, --attn_type)"
+            + (", or start from it with --finetune" if exact else "")
+        )
+
+
+def _cast(tensor: Tensor, like: Tensor, what: str) -> Tensor:
+    """Bring a tensor to the dtype of the model's, if it is sound."""
+    if tensor.is_floating_point() != like.is_floating_point():
+        raise InputError(f"{what} is {tensor.dtype}, expected {like.dtype}; save it as that")
+    tensor = tensor.to(like.dtype)
+    if not tensor.isfinite().all():
+        raise InputError(f"{what} holds NaN or infinity; go back to an earlier checkpoint")
+    return tensor
+
+
+def _summarise(names: Sequence[str]) -> str:
+    """Name up to four kinds of entries, block numbers starred."""
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
+    return ", ".join(kinds[:4] + ["..."] * (len(kinds) > 4))
