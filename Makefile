@@ -39,6 +39,6 @@ $(installed): pyproject.toml setup.py
 	  || { echo "error: $(PYTHON) lacks the venv module; install it (Debian, Ubuntu: apt install python3-venv), then repeat" >&2; exit 1; }
 	@echo "installing into $(VENV); PyTorch is large, so the first time takes minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@$(python) -m pip install --quiet "pip>=22.3"
-	@$(python) -m pip install --quiet --editable ".[dev]"
+	@$(python) -m pip install -qq "pip>=22.3"
+	@$(python) -m pip install -qq --editable ".[dev]"
 	@touch $@
