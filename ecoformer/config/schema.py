@@ -75,9 +75,9 @@ class DataConfig:
     pin_mem: bool = True
     """Page-lock batches, which speeds up their way to a GPU."""
     repeated_aug: bool = True
-    """Draw each training image three times an epoch, augmented differently."""
+    """An epoch is a third of the training images, three times each, augmented differently."""
     dist_eval: bool = True
-    """Share evaluation between ranks; each image counts once either way."""
+    """Accepted and without effect: ranks always share evaluation, and each image counts once."""
     max_bad_images: int = 0
     """Unreadable training images to skip an epoch before the run stops."""
 
@@ -105,7 +105,7 @@ class AugmentConfig:
     recount: int = 1
     """Areas erased at most."""
     resplit: bool = False
-    """Leave the first augmentation split without erasing."""
+    """Accepted and without effect, as in the released code: there is one augmentation split."""
     mixup: float = 0.8
     """Mixup alpha; 0: off."""
     cutmix: float = 1.0
