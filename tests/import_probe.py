@@ -74,13 +74,18 @@ def module_name(file: Path, tree: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def top_level_modules() -> set[str]:
+    """Names of all packages that are imported by now."""
+    return {name.partition(".")[0] for name in sys.modules}
+
+
 def main(tree: Path) -> int:
     """Import the tree and print the findings."""
     import torch
 
     probe = Probe(tree)
     files = [file for package in PACKAGES for file in (tree / package).rglob("*.py")]
-    before = set(sys.modules)
+    before = top_level_modules()
 
     class Arguments(list[str]):
         """Command line that tells who reads it."""
@@ -111,8 +116,8 @@ def main(tree: Path) -> int:
         except BaseException as error:
             probe.findings.append(f"{module}: import raised {type(error).__name__}: {error}")
         if module == "ecoformer":
-            new = {name.partition(".")[0] for name in set(sys.modules) - before}
-            extra = sorted(new - set(sys.stdlib_module_names) - {"ecoformer"})
+            known = before | sys.stdlib_module_names | {"ecoformer"}
+            extra = sorted(top_level_modules() - known)
             if extra:
                 probe.findings.append(f"ecoformer: import also imports {', '.join(extra)}")
 

@@ -68,7 +68,7 @@ LAYERS = {
 }
 # Slow to import, and only a few runs need them.
 LATE_LIBRARIES = {"matplotlib", "mmengine", "sklearn", "tensorboard", "torch.utils.tensorboard"}
-EXITS = {"exit", "os._exit", "quit", "sys.exit"}
+EXITS = {"exit", "quit", "sys.exit"}
 
 
 @dataclass(frozen=True)
