@@ -1,0 +1,191 @@
+"""The ranks of a run: who this one is, what they agree on, and what they share.
+
+Without torchrun there is no process group, and every helper gives the answer of a single rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ecoformer.errors import InputError, nearest_name
+from ecoformer.hashing import hash_layers
+
+T = TypeVar("T")
+
+# How long a rank waits for the others: longer than a fit or a save on a slow disk takes.
+_TIMEOUT = timedelta(minutes=10)
+_ERROR_KEY = "ecoformer/error"
+
+
+def rank() -> int:
+    """This process's number among all processes of the run."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which prints and saves."""
+    return rank() == 0
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that this process computes on.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or None for CUDA where there is one. Of the
+            processes that torchrun starts on a machine, each takes its own CUDA device.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(
+            f"--device {name!r} is no device{nearest_name(name, ['cpu', 'cuda'])}"
+            " Use cpu, cuda or cuda:N."
+        ) from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise InputError(f"--device {name!r} is not supported; use cpu, cuda or cuda:N.")
+    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+    num_devices = torch.cuda.device_count()
+    if index >= num_devices:
+        raise InputError(
+            f"CUDA device {index} was asked for, and there are {num_devices}; start no more "
+            "processes than devices (--nproc_per_node), or use --device cpu."
+        )
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def process_group(device_name: str | None = None) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, for the time of a block.
+
+    Args:
+        device_name: see ``choose_device``.
+
+    Yields:
+        This process's device.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    device = choose_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    yield device
+    # Not in a `finally`: after an error the others may be inside a collective, and leaving the
+    # group together with them would hang.
+    dist.destroy_process_group()
+
+
+def claim_error() -> bool:
+    """Whether this rank is to print its error: the first one that fails is, and no other."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    # The store may have gone with its host; then better twice than not at all.
+    with suppress(RuntimeError):
+        return dist.distributed_c10d._get_default_store().add(_ERROR_KEY, 1) == 1
+    return True
+
+
+def has_failed_elsewhere() -> bool:
+    """Whether another rank has claimed an error, which then explains a broken collective."""
+    if not dist.is_initialized():
+        return False
+    with suppress(RuntimeError):
+        return dist.distributed_c10d._get_default_store().check([_ERROR_KEY])
+    return True
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add a tensor up over all ranks, in place.
+
+    Args:
+        tensor: any shape, the same on all ranks.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """Take the largest of each entry over all ranks, in place.
+
+    Args:
+        tensor: any shape, the same on all ranks.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value, on every rank.
+
+    Args:
+        value: anything that pickles; looked at on rank 0 only.
+    """
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def run_on_main(action: Callable[[], object]) -> None:
+    """Do something on rank 0 while the others wait, and fail on all ranks where it fails.
+
+    Args:
+        action: what rank 0 does.
+
+    Raises:
+        Exception: what the action raised, on every rank.
+    """
+    error: Exception | None = None
+    if is_main():
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
+
+
+def broadcast_hash_functions(model: nn.Module) -> None:
+    """Give every rank the hash functions of rank 0.
+
+    Args:
+        model: the bare model, the same on every rank.
+    """
+    if not dist.is_initialized():
+        return
+    for layer in hash_layers(model).values():
+        for buffer in layer.buffers():
+            dist.broadcast(buffer, src=0)
+        layer.refresh_fitted()

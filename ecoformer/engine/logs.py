@@ -1,0 +1,150 @@
+"""What a run says while it goes on, and what it leaves written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+from ecoformer.engine.distributed import is_main
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+T = TypeVar("T")
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def print_log() -> Iterator[None]:
+    """Let rank 0 print what the package logs, and the others their warnings, inside a block."""
+    logger = logging.getLogger("ecoformer")
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if is_main() else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def format_seconds(seconds: float) -> str:
+    """``h:mm:ss``.
+
+    Args:
+        seconds: a duration.
+    """
+    return str(timedelta(seconds=round(seconds)))
+
+
+def track(
+    items: Iterable[T],
+    name: str,
+    *,
+    total: int,
+    start: int = 0,
+    note: Callable[[], str] = str,
+) -> Iterator[T]:
+    """Pass items through; rank 0 shows a bar on a terminal and a line now and then elsewhere.
+
+    Args:
+        items: what is worked through.
+        name: what stands before the numbers.
+        total: items in all, those before ``start`` included.
+        start: items that an earlier process has done.
+        note: what stands behind the numbers, asked for when something is shown.
+    """
+    if not is_main():
+        yield from items
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(items, name, total=total, initial=start, dynamic_ncols=True, leave=False) as bar:
+            for item in bar:
+                yield item
+                bar.set_postfix_str(note(), refresh=False)
+    else:
+        began = last = time.monotonic()
+        for count, item in enumerate(items, start=start + 1):
+            yield item
+            now = time.monotonic()
+            if now - last >= _SECONDS_BETWEEN_LINES:
+                last = now
+                left = format_seconds((now - began) / (count - start) * (total - count))
+                print(f"{name} {count}/{total} {note()} {left} left", file=sys.stderr, flush=True)
+
+
+class RunLog:
+    """``log.txt``, one JSON object an epoch, and the same numbers as TensorBoard events.
+
+    ``log.txt`` holds no times: a run that was interrupted and resumed leaves the same file as
+    one that was not.
+
+    Args:
+        folder: the run's folder.
+        first_epoch: the epoch that comes next; lines of it and of later ones are dropped.
+    """
+
+    def __init__(self, folder: Path, *, first_epoch: int) -> None:
+        self._path = folder / "log.txt"
+        self._events: SummaryWriter | None = None
+        if is_main():
+            from torch.utils.tensorboard import SummaryWriter
+
+            _drop_epochs(self._path, first_epoch)
+            self._events = SummaryWriter(str(folder), purge_step=first_epoch)
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Add an epoch; ranks other than 0 leave it to that one.
+
+        Args:
+            record: numbers by name, among them ``epoch``.
+        """
+        if self._events is None:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "epoch":
+                self._events.add_scalar(name, value, record["epoch"])
+        self._events.flush()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._events is not None:
+            self._events.close()
+
+
+def _drop_epochs(path: Path, first_epoch: int) -> None:
+    """Keep the whole lines of earlier epochs only; a crash may have cut the last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["epoch"] < first_epoch:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

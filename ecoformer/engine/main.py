@@ -1,0 +1,239 @@
+"""The run's story: configuration, ranks, data, model, weights, training, evaluation."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ecoformer.checkpoint import load_checkpoint, read_checkpoint, resolve_source
+from ecoformer.config import Config, parse_config, save_config
+from ecoformer.engine.distributed import (
+    broadcast_object,
+    claim_error,
+    has_failed_elsewhere,
+    process_group,
+    rank,
+    run_on_main,
+    world_size,
+)
+from ecoformer.engine.evaluate import evaluate
+from ecoformer.engine.logs import RunLog, format_seconds, print_log
+from ecoformer.engine.optim import create_optimizer, create_schedule, scale_learning_rate
+from ecoformer.engine.precision import choose_amp_dtype, create_scaler
+from ecoformer.engine.state import LAST_CHECKPOINT, TrainState, save_checkpoint
+from ecoformer.engine.sums import ExactMean
+from ecoformer.engine.throughput import measure_throughput
+from ecoformer.engine.train import compile_model, parallelize, train_epoch
+from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, Preempted
+from ecoformer.family import ModelFamily
+from ecoformer.seeding import derive_seed, seed_everything
+
+if TYPE_CHECKING:
+    from ecoformer.data import Loaders
+
+EXIT_FAILED_ELSEWHERE = 1
+EXIT_INTERRUPTED = 130
+
+_logger = logging.getLogger(__name__)
+
+
+def run_main(family: ModelFamily, argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate or time a model of a family, as its command line says.
+
+    Args:
+        family: the backbone.
+        argv: the words after the program's name; ``sys.argv`` if not given.
+
+    Returns:
+        The process's exit code: 0 done, 2 bad input, 3 non-finite, 75 preempted and saved,
+        130 interrupted.
+    """
+    try:
+        config = parse_config(family, argv)
+        with process_group(config.run.device) as device, print_log():
+            _run(family, config, device)
+    except (InputError, NonFiniteError, Preempted) as error:
+        _print_error(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _print_error("interrupted; the last checkpoint is untouched")
+        return EXIT_INTERRUPTED
+    except RuntimeError:
+        if not has_failed_elsewhere():
+            raise
+        return EXIT_FAILED_ELSEWHERE
+    return EXIT_DONE
+
+
+def _print_error(line: str) -> None:
+    if claim_error():
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
+
+
+def _run(family: ModelFamily, config: Config, device: torch.device) -> None:
+    if config.run.throughput:
+        _time(_create_model(family, config, device), config, device)
+        return
+    # Brings timm along, which takes seconds: whoever mistyped a flag need not wait for it.
+    from ecoformer.data import build_loaders
+
+    loaders = build_loaders(
+        config.data,
+        config.augment,
+        input_size=config.model.input_size,
+        seed=config.run.seed,
+        rank=rank(),
+        world_size=world_size(),
+        pin_memory=device.type == "cuda",
+        train=not config.run.eval,
+    )
+    model = _create_model(family, config, device, num_classes=loaders.num_classes)
+    amp_dtype = choose_amp_dtype(config.run.amp_dtype, device)
+    if not config.run.eval:
+        _train(model, loaders, config, device, amp_dtype)
+        return
+    _load_for_evaluation(model, config)
+    result = evaluate(model, loaders.eval, device=device, amp_dtype=amp_dtype)
+    _logger.info("%s", result)
+
+
+def _create_model(
+    family: ModelFamily, config: Config, device: torch.device, num_classes: int = 1000
+) -> nn.Module:
+    settings = config.model
+    seed_everything(derive_seed("model", config.run.seed))
+    model = family.create_model(
+        settings.model,
+        settings.attn_type,
+        num_classes=num_classes,
+        hashing=settings.hashing,
+        drop_rate=settings.drop,
+        drop_path_rate=settings.drop_path,
+    )
+    return model.to(device)
+
+
+def _find_last(config: Config) -> str | None:
+    """What ``--resume`` names; for ``auto`` the folder's last checkpoint, if there is one."""
+    if config.run.resume != "auto":
+        return config.run.resume
+    path = Path(config.run.output_dir) / LAST_CHECKPOINT
+    return broadcast_object(str(path) if path.exists() else None)
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {folder} cannot be written ({error.strerror or error}); choose another."
+        ) from error
+
+
+def _load_for_evaluation(model: nn.Module, config: Config) -> None:
+    run = config.run
+    if run.finetune and run.resume == "auto":
+        _logger.info("%s", load_checkpoint(model, run.finetune))
+        return
+    source = _find_last(config)
+    if source is None:
+        raise InputError(
+            f"--eval needs weights, and {run.output_dir} holds no {LAST_CHECKPOINT}; give --resume "
+            "FILE, URL or zoo name."
+        )
+    _logger.info("%s", load_checkpoint(model, source, exact=True))
+
+
+def _train(
+    model: nn.Module,
+    loaders: Loaders,
+    config: Config,
+    device: torch.device,
+    amp_dtype: torch.dtype,
+) -> None:
+    state = _start(model, config, device, amp_dtype)
+    folder, num_epochs = Path(config.run.output_dir), config.optim.epochs
+    run_on_main(lambda: _write_config(config, folder))
+    network = compile_model(model) if config.run.compile else model
+    parallel = parallelize(network, device)
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    began, first_epoch = time.monotonic(), state.epoch
+    with RunLog(folder, first_epoch=first_epoch) as log:
+        while state.epoch < num_epochs:
+            train_epoch(state, parallel, loaders, config, device=device, amp_dtype=amp_dtype)
+            result = evaluate(network, loaders.eval, device=device, amp_dtype=amp_dtype)
+            is_best = result.acc1 > state.best_acc1
+            state.best_acc1 = max(result.acc1, state.best_acc1)
+            record = {
+                "train_lr": state.learning_rate,
+                "train_loss": state.loss.mean(),
+                "test_loss": result.loss,
+                "test_acc1": result.acc1,
+                "test_acc5": result.acc5,
+                "epoch": state.epoch,
+                "n_parameters": num_parameters,
+            }
+            state.finish_epoch(result.acc1)
+            # Before the checkpoint: a run that dies between them writes this line again.
+            log.write(record)
+            save_checkpoint(state, config, folder, is_best=is_best)
+            num_done = state.epoch - first_epoch
+            left = (time.monotonic() - began) / num_done * (num_epochs - state.epoch)
+            _logger.info(
+                "epoch %d/%d: train loss %.4f, %s, best top-1 %.2f %%, %s left",
+                *(state.epoch, num_epochs, record["train_loss"], result, state.best_acc1),
+                format_seconds(left),
+            )
+
+
+def _start(
+    model: nn.Module, config: Config, device: torch.device, amp_dtype: torch.dtype
+) -> TrainState:
+    """Everything that training changes, where this run begins or goes on."""
+    peak_lr = scale_learning_rate(
+        config.optim, batch_size=config.data.batch_size, world_size=world_size()
+    )
+    optimizer = create_optimizer(model, config.optim, peak_lr)
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=create_schedule(optimizer, config.optim, seed=config.run.seed),
+        scaler=create_scaler(device, amp_dtype),
+        loss=ExactMean(device),
+    )
+    source = _find_last(config)
+    if source is not None:
+        state.restore(read_checkpoint(resolve_source(source)), config, origin=source)
+        _logger.info("%s: going on at epoch %d, step %d", source, state.epoch, state.step)
+        return state
+    if config.run.finetune:
+        _logger.info("%s", load_checkpoint(model, config.run.finetune))
+    if config.run.start_epoch:
+        state.epoch = config.run.start_epoch
+        state.schedule.step(state.epoch - 1)
+    return state
+
+
+def _time(model: nn.Module, config: Config, device: torch.device) -> None:
+    assert config.run.throughput is not None
+    # Without a word about it, in float32, as released: training's default is another matter.
+    amp_dtype = choose_amp_dtype(config.run.amp_dtype or "none", device)
+    result = measure_throughput(
+        model,
+        protocol=config.run.throughput,
+        batch_size=config.data.batch_size,
+        input_size=config.model.input_size,
+        device=device,
+        amp_dtype=amp_dtype,
+        is_compiled=config.run.compile,
+    )
+    _logger.info("%s", result)

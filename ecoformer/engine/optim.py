@@ -1,0 +1,136 @@
+"""Optimiser and learning-rate schedule, as released, through timm's factories."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ecoformer.errors import InputError, nearest_name
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
+
+    from ecoformer.config import OptimConfig
+
+# The batch that the base learning rate is stated for.
+_BASE_BATCH = 512
+
+
+def scale_learning_rate(optim: OptimConfig, *, batch_size: int, world_size: int) -> float:
+    """Peak learning rate: the base one times (images an update) / 512.
+
+    Images of accumulated batches count, as they do in timm. Warm-up and minimum rates are not
+    scaled.
+
+    Args:
+        optim: names the base rate and the batches an update.
+        batch_size: images a step on one rank.
+        world_size: number of ranks.
+
+    Source: EcoFormer, released recipe.
+    """
+    return optim.lr * batch_size * world_size * optim.grad_accum_steps / _BASE_BATCH
+
+
+def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Optimizer:
+    """Optimiser over two groups: tensors without weight decay, then those with.
+
+    1-D tensors, biases and what ``model.no_weight_decay()`` names are not decayed.
+
+    Args:
+        model: the bare model.
+        optim: optimiser, its constants and weight decay.
+        peak_lr: from ``scale_learning_rate``.
+
+    Raises:
+        InputError: no such optimiser, or it is not installed.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    given: dict[str, Any] = {"eps": optim.opt_eps, "betas": optim.opt_betas}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=optim.opt,
+            lr=peak_lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        near = nearest_name(optim.opt, [str(name) for name in list_optimizers()])
+        raise InputError(f"--opt {optim.opt!r} cannot be built ({error}){near}") from error
+
+
+def create_schedule(optimizer: Optimizer, optim: OptimConfig, *, seed: int) -> Scheduler:
+    """Learning-rate schedule over exactly ``epochs`` epochs.
+
+    Warm-up epochs count in its time. It is stepped after an epoch with that epoch's number, so
+    epochs 0 and 1 share the first value.
+
+    Args:
+        optimizer: its learning rate is the peak.
+        optim: the schedule's name and constants.
+        seed: of the learning-rate noise.
+
+    Raises:
+        InputError: no such schedule, or its constants do not fit together.
+
+    Source: EcoFormer, released recipe.
+    """
+    from timm.scheduler import create_scheduler_v2
+
+    noise: dict[str, Any] = {"noise": list(optim.lr_noise)} if optim.lr_noise else {}
+    try:
+        # The second value is timm's number of epochs, cool-down included: not ours.
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched=optim.sched,
+            num_epochs=optim.epochs,
+            decay_epochs=optim.decay_epochs,
+            patience_epochs=optim.patience_epochs,
+            decay_rate=optim.decay_rate,
+            min_lr=optim.min_lr,
+            warmup_lr=optim.warmup_lr,
+            warmup_epochs=optim.warmup_epochs,
+            noise_pct=optim.lr_noise_pct,
+            noise_std=optim.lr_noise_std,
+            noise_seed=seed,
+            **noise,
+        )
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"--sched {optim.sched!r} cannot be built: {error}") from error
+    return schedule
+
+
+def schedule_state(schedule: Scheduler) -> dict[str, Any]:
+    """All that a schedule remembers.
+
+    timm's own state of a plateau schedule leaves its counters out.
+
+    Args:
+        schedule: from ``create_schedule``.
+    """
+    state = {k: v for k, v in vars(schedule).items() if k not in ("optimizer", "lr_scheduler")}
+    plateau = getattr(schedule, "lr_scheduler", None)
+    return state if plateau is None else state | {"plateau": plateau.state_dict()}
+
+
+def restore_schedule(schedule: Scheduler, state: dict[str, Any], *, last_epoch: int) -> None:
+    """Set a schedule, and with it the optimiser, to where it was after an epoch.
+
+    Args:
+        schedule: from ``create_schedule``.
+        state: from ``schedule_state``.
+        last_epoch: the last finished epoch, -1 where there is none.
+    """
+    if "plateau" in state:
+        # Read from the past, not from the epoch; the rate itself is in the optimiser's state.
+        state = dict(state)
+        vars(schedule)["lr_scheduler"].load_state_dict(state.pop("plateau"))
+        vars(schedule).update(state)
+    elif last_epoch >= 0:
+        # A function of the epoch alone; the present configuration's, should it differ.
+        schedule.step(last_epoch)
