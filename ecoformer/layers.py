@@ -1,47 +1,23 @@
-"""What the backbones are built from: patch embedding, MLP, block, head.
+"""What the backbones are built from: patch embedding, MLP, block, stages, head.
 
 Shapes: B batch, N tokens = height * width, C channels.
-
-Tokens [B, N, C] and maps [B, C, height, width] share memory: the map is a view in
-channels-last order, so convolutions between token layers cost no copy.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ecoformer.attention import build_attention
+from ecoformer.attention.maps import Size, map_to_tokens, tokens_to_map
 from ecoformer.errors import InputError
-
-Size = tuple[int, int]
-
-
-def tokens_to_map(x: Tensor, size: Size) -> Tensor:
-    """View tokens as an image in channels-last memory.
-
-    Args:
-        x: [B, N, C], any dtype.
-        size: (height, width), height * width = N.
-
-    Returns:
-        [B, C, height, width].
-    """
-    return x.transpose(1, 2).unflatten(-1, size)
-
-
-def map_to_tokens(x: Tensor) -> Tensor:
-    """Undo ``tokens_to_map``.
-
-    Args:
-        x: [B, C, height, width], any dtype.
-
-    Returns:
-        [B, N, C].
-    """
-    return x.flatten(2).transpose(1, 2)
+from ecoformer.hashing import HashConfig
 
 
 class PatchEmbed(nn.Module):
@@ -63,6 +39,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-5)
+        self.min_side = kernel_size - 2 * padding
 
     def forward(self, x: Tensor) -> tuple[Tensor, Size]:
         """Embed a map.
@@ -72,7 +49,15 @@ class PatchEmbed(nn.Module):
 
         Returns:
             Tokens [B, N, C] and their (height, width).
+
+        Raises:
+            InputError: the map is smaller than one patch.
         """
+        if min(x.shape[-2:]) < self.min_side:
+            raise InputError(
+                f"a map of {x.shape[-2]} x {x.shape[-1]} is smaller than a patch; "
+                "give images of at least 32 pixels a side."
+            )
         x = self.proj(x)
         return self.norm(map_to_tokens(x)), (x.shape[-2], x.shape[-1])
 
@@ -271,23 +256,85 @@ def _init_layer(layer: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def rising_drop_path(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
-    """Drop-path rates that rise linearly over all blocks, from 0 to ``rate``.
+@dataclass(frozen=True)
+class PyramidSizes:
+    """Sizes of a backbone in four stages; tuples hold a value a stage.
 
     Args:
-        rate: of the last block.
-        depths: blocks a stage.
+        embed_dims: channels.
+        depths: blocks.
+        num_heads: attention heads.
+        mlp_ratios: hidden channels of the MLP over ``embed_dims``.
+        sr_ratios: how much spatial reduction shrinks the map's sides.
+
+    Source: the defaults are those of PVT-Tiny, arXiv 2102.12122; PVTv2 and Twins-PCPVT build on it.
+    """
+
+    embed_dims: tuple[int, ...] = (64, 128, 320, 512)
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    num_heads: tuple[int, ...] = (1, 2, 5, 8)
+    mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
+    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+
+
+def build_stages(
+    sizes: PyramidSizes,
+    kinds: Sequence[str],
+    last_kinds: Sequence[str],
+    *,
+    hashing: HashConfig | None,
+    drop_rate: float,
+    drop_path_rate: float,
+    is_linear: bool = False,
+    has_dwconv: bool = False,
+) -> list[nn.ModuleList]:
+    """Build the blocks of all stages.
+
+    Args:
+        sizes: of the backbone.
+        kinds: attention kinds that the blocks of a stage take in turn.
+        last_kinds: the same for the last stage.
+        hashing: settings of EcoFormer attention.
+        drop_rate: dropout in attention and MLP.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        is_linear: pooled spatial reduction, and ReLU in the MLP.
+        has_dwconv: convolution in the MLP.
 
     Returns:
-        One list a stage.
+        The blocks of each stage.
 
     Raises:
-        InputError: ``rate`` outside [0, 1).
+        InputError: ``drop_path_rate`` outside [0, 1).
 
     Source: stochastic depth, arXiv 1603.09382.
     """
-    if not 0 <= rate < 1:
-        raise InputError(f"drop path is a probability below 1, not {rate}.")
+    if not 0 <= drop_path_rate < 1:
+        raise InputError(f"drop path is a probability below 1, not {drop_path_rate}.")
     # On the CPU also where a model is built without data: these are numbers, not weights.
-    rates = torch.linspace(0, rate, sum(depths), device="cpu").split(list(depths))
-    return [stage.tolist() for stage in rates]
+    drop_paths = torch.linspace(0, drop_path_rate, sum(sizes.depths), device="cpu")
+    stages = []
+    for stage, stage_drop_paths in enumerate(drop_paths.split(list(sizes.depths))):
+        dim = sizes.embed_dims[stage]
+        stage_kinds = last_kinds if stage == len(sizes.depths) - 1 else kinds
+        blocks = nn.ModuleList()
+        # The kinds go round for as long as there are blocks.
+        for drop_path, kind in zip(stage_drop_paths.tolist(), cycle(stage_kinds), strict=False):
+            attention = build_attention(
+                kind,
+                dim,
+                sizes.num_heads[stage],
+                proj_drop=drop_rate,
+                hashing=hashing,
+                sr_ratio=sizes.sr_ratios[stage],
+                is_linear=is_linear,
+            )
+            mlp = Mlp(
+                dim,
+                dim * sizes.mlp_ratios[stage],
+                drop_rate,
+                has_dwconv=has_dwconv,
+                has_relu=is_linear,
+            )
+            blocks.append(Block(dim, attention, mlp, drop_path))
+        stages.append(blocks)
+    return stages

@@ -8,6 +8,7 @@ from ecoformer.attention.ecoformer import EcoFormerAttention
 from ecoformer.attention.performer import PerformerAttention
 from ecoformer.attention.softmax import SharedQKAttention, SoftmaxAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
+from ecoformer.attention.window import WindowAttention
 from ecoformer.errors import InputError, nearest_name
 from ecoformer.hashing import HashConfig
 
@@ -16,6 +17,7 @@ ATTENTION_KINDS: dict[str, type[nn.Module]] = {
     "msa": SoftmaxAttention,
     "msa_share_qk": SharedQKAttention,
     "sra": SpatialReductionAttention,
+    "lsa": WindowAttention,
     "performer": PerformerAttention,
 }
 
@@ -69,5 +71,6 @@ __all__ = [
     "SharedQKAttention",
     "SoftmaxAttention",
     "SpatialReductionAttention",
+    "WindowAttention",
     "build_attention",
 ]

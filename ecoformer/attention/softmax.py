@@ -11,22 +11,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from ecoformer.attention.heads import divide_heads, merge_heads, split_heads
 
 
-def count_softmax(num_queries: int, num_keys: int, dim: int, num_heads: int) -> tuple[int, int]:
+def count_softmax(num_pairs: int, dim: int, num_heads: int) -> tuple[int, int]:
     """Multiplications and additions of softmax attention of one image.
 
     Args:
-        num_queries: tokens that attend.
-        num_keys: tokens that each of them sees.
+        num_pairs: queries times the keys that each of them sees.
         dim: C.
         num_heads: H.
 
     Returns:
         (multiplications, additions), projections aside.
 
-    Source: the released counter of EcoFormer for equal numbers; other numbers by the same rule.
+    Source: the released counter of EcoFormer for all tokens; fewer keys by the same rule.
     """
-    products = 2 * num_queries * num_keys * dim
-    return products + num_heads * num_queries * num_keys, products
+    products = 2 * num_pairs * dim
+    return products + num_heads * num_pairs, products
 
 
 class SoftmaxAttention(nn.Module):
@@ -80,7 +79,7 @@ class SoftmaxAttention(nn.Module):
         Returns:
             (multiplications, additions).
         """
-        return count_softmax(num_tokens, num_tokens, self.proj.in_features, self.num_heads)
+        return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)
 
 
 class SharedQKAttention(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, gelu, scaled_dot_product_attention
 
 from ecoformer.attention.heads import divide_heads, merge_heads, split_heads
+from ecoformer.attention.maps import Size, map_to_tokens, require_size, tokens_to_map
 from ecoformer.attention.softmax import count_softmax
 from ecoformer.errors import InputError
 
@@ -62,7 +63,7 @@ class SpatialReductionAttention(nn.Module):
         """Whether keys and values come from a smaller map than queries."""
         return self.is_linear or self.sr_ratio > 1
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         """Attend from all tokens to the reduced ones.
 
         Args:
@@ -81,26 +82,21 @@ class SpatialReductionAttention(nn.Module):
         out = scaled_dot_product_attention(q, k, v)
         return self.proj_drop(self.proj(merge_heads(out)))
 
-    def _reduce(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def _reduce(self, x: Tensor, size: Size | None) -> Tensor:
         """[B, N, C] to [B, N', C]."""
-        if size is None:
-            raise InputError(
-                "spatial reduction needs the map's size: call layer(x, (height, width))"
-            )
-        image = x.transpose(1, 2).unflatten(-1, size)  # [B, C, height, width]
+        image = tokens_to_map(x, size)  # [B, C, height, width]
+        height, width = image.shape[-2:]
         if self.is_linear:
             image = adaptive_avg_pool2d(image, _POOLED_SIZE)
-        elif min(size) < self.sr_ratio:
+        elif min(height, width) < self.sr_ratio:
             raise InputError(
-                f"a map of {size[0]} x {size[1]} tokens cannot be reduced {self.sr_ratio} times; "
+                f"a map of {height} x {width} tokens cannot be reduced {self.sr_ratio} times; "
                 "give larger images."
             )
-        reduced = self.norm(self.sr(image).flatten(2).transpose(1, 2))  # [B, N', C]
+        reduced = self.norm(map_to_tokens(self.sr(image)))  # [B, N', C]
         return gelu(reduced) if self.is_linear else reduced
 
-    def count_attention(
-        self, num_tokens: int, size: tuple[int, int] | None = None
-    ) -> tuple[int, int]:
+    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         """As ``EcoFormerAttention.count_attention``, by ``count_softmax``.
 
         Args:
@@ -109,10 +105,14 @@ class SpatialReductionAttention(nn.Module):
 
         Returns:
             (multiplications, additions).
+
+        Raises:
+            InputError: ``size`` is missing.
         """
         num_keys = num_tokens
         if self.is_linear:
             num_keys = _POOLED_SIZE**2
-        elif self.is_reducing and size is not None:
-            num_keys = (size[0] // self.sr_ratio) * (size[1] // self.sr_ratio)
-        return count_softmax(num_tokens, num_keys, self.proj.in_features, self.num_heads)
+        elif self.is_reducing:
+            height, width = require_size(size)
+            num_keys = (height // self.sr_ratio) * (width // self.sr_ratio)
+        return count_softmax(num_tokens * num_keys, self.proj.in_features, self.num_heads)
