@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ class ModelFamily:
         create_model: ``create_model(variant, attention, *, num_classes, hashing, drop_rate,
             drop_path_rate)``.
         variants: variant name to the attention kinds that it has, its default first.
-        default_model: variant used when none is named.
+        default_model: variant or released model name that a command takes when none is named.
         recipe: configuration fields whose default differs from the shared one.
         released_names: released model name to (variant, attention kind).
         timm_names: name in timm's registry to variant.
@@ -38,13 +38,31 @@ class ModelFamily:
     released_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     timm_names: Mapping[str, str] = field(default_factory=dict)
 
-    def resolve(self, model: str, attention: str | None = None) -> tuple[str, str]:
-        """Turn a model name and an optional attention kind into (variant, kind).
+    def check(self, variant: str, attention: str) -> None:
+        """Refuse what ``create_model`` cannot build.
 
         Args:
-            model: a variant or a released model name.
-            attention: a kind; it wins over the one that a released name implies. ``None``
-                takes that one, or the first that the variant has.
+            variant: name of a variant, not a released model name.
+            attention: a kind.
+
+        Raises:
+            InputError: no such variant, or the variant has no such attention.
+        """
+        self._require_name(variant, self.variants)
+        if attention not in self.variants[variant]:
+            raise InputError(
+                f"{variant} has no attention kind {attention!r}; "
+                f"it has: {', '.join(self.variants[variant])}."
+            )
+
+    def resolve(self, model: str, attention: str | None = None) -> tuple[str, str]:
+        """Turn what a command line names into what ``create_model`` takes.
+
+        Args:
+            model: a released model name or a variant. One can be both, with another attention
+                than the default of ``create_model``: released commands keep their meaning.
+            attention: a kind; it wins over the one that the name implies. ``None`` takes that
+                one, or the first that the variant has.
 
         Returns:
             The variant's name and the attention kind.
@@ -52,23 +70,20 @@ class ModelFamily:
         Raises:
             InputError: no such model, or the model has no such attention.
         """
-        if model in self.released_names:
-            variant, implied = self.released_names[model]
-        elif model in self.variants:
-            variant, implied = model, self.variants[model][0]
-        else:
-            names = [*self.variants, *self.released_names]
+        defaults = {name: (name, kinds[0]) for name, kinds in self.variants.items()}
+        names = {**defaults, **self.released_names}
+        self._require_name(model, names)
+        variant, implied = names[model]
+        self.check(variant, attention or implied)
+        return variant, attention or implied
+
+    def _require_name(self, name: str, names: Iterable[str]) -> None:
+        names = list(names)
+        if name not in names:
             raise InputError(
-                f"unknown {self.name} model {model!r}{nearest_name(model, names)}"
+                f"unknown {self.name} model {name!r}{nearest_name(name, names)}"
                 f" It has: {', '.join(names)}."
             )
-        kind = attention or implied
-        if kind not in self.variants[variant]:
-            raise InputError(
-                f"{variant} has no attention kind {kind!r}; "
-                f"it has: {', '.join(self.variants[variant])}."
-            )
-        return variant, kind
 
 
 def register_with_timm(family: ModelFamily) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ecoformer.family import ModelFamily, register_with_timm
 from ecoformer.hashing import HashConfig
 from pvt.model import PyramidVisionTransformerV2
-from pvt.variants import PVT_VARIANTS, attention_kinds
+from pvt.variants import PVT_VARIANTS
 
 __all__ = ["FAMILY", "PVT_VARIANTS", "PyramidVisionTransformerV2", "create_model"]
 
@@ -37,7 +37,7 @@ def create_model(
     Raises:
         InputError: no such variant, or the variant has no such attention.
     """
-    variant, attention = FAMILY.resolve(variant, attention)
+    FAMILY.check(variant, attention)
     return PyramidVisionTransformerV2(
         PVT_VARIANTS[variant],
         attention,
@@ -52,7 +52,7 @@ def create_model(
 FAMILY = ModelFamily(
     name="pvt",
     create_model=create_model,
-    variants={name: attention_kinds(variant) for name, variant in PVT_VARIANTS.items()},
+    variants={name: variant.attention_kinds for name, variant in PVT_VARIANTS.items()},
     default_model="pvt_v2_b0",
     recipe={"drop_path": 0.1, "repeated_aug": True, "clip_grad": None},
     timm_names={f"ecoformer_{name}": name for name in PVT_VARIANTS},

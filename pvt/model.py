@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ecoformer.attention import build_attention
+from ecoformer.attention.maps import tokens_to_map
 from ecoformer.hashing import HashConfig
-from ecoformer.layers import Backbone, Block, Mlp, PatchEmbed, rising_drop_path, tokens_to_map
+from ecoformer.layers import Backbone, PatchEmbed, build_stages
 from pvt.variants import PvtVariant
 
 
@@ -48,40 +48,26 @@ class PyramidVisionTransformerV2(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(variant.embed_dims[-1], num_classes)
-        drop_paths = rising_drop_path(drop_path_rate, variant.depths)
-        in_dims = (in_chans, *variant.embed_dims[:-1])
-        for stage, dim in enumerate(variant.embed_dims):
-            is_first, is_last = stage == 0, stage == self.num_stages - 1
+        stages = build_stages(
+            variant,
+            kinds=(attention,),
+            last_kinds=(attention if attention == "sra" else "msa",),
+            hashing=hashing,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            is_linear=variant.is_linear,
+            has_dwconv=True,
+        )
+        for number, (dim, blocks) in enumerate(zip(variant.embed_dims, stages, strict=True), 1):
+            kernel_size, stride = (7, 4) if number == 1 else (3, 2)
             embed = PatchEmbed(
-                in_dims[stage],
-                dim,
-                kernel_size=7 if is_first else 3,
-                stride=4 if is_first else 2,
-                padding=3 if is_first else 1,
+                in_chans, dim, kernel_size=kernel_size, stride=stride, padding=kernel_size // 2
             )
-            blocks = nn.ModuleList()
-            for drop_path in drop_paths[stage]:
-                attn = build_attention(
-                    "msa" if is_last and attention != "sra" else attention,
-                    dim,
-                    variant.num_heads[stage],
-                    proj_drop=drop_rate,
-                    hashing=hashing,
-                    sr_ratio=variant.sr_ratios[stage],
-                    is_linear=variant.is_linear,
-                )
-                mlp = Mlp(
-                    dim,
-                    dim * variant.mlp_ratios[stage],
-                    drop_rate,
-                    has_dwconv=True,
-                    has_relu=variant.is_linear,
-                )
-                blocks.append(Block(dim, attn, mlp, drop_path))
             # Numbered from 1 and side by side, as in the released weights.
-            self.add_module(f"patch_embed{stage + 1}", embed)
-            self.add_module(f"block{stage + 1}", blocks)
-            self.add_module(f"norm{stage + 1}", nn.LayerNorm(dim, eps=1e-6))
+            self.add_module(f"patch_embed{number}", embed)
+            self.add_module(f"block{number}", blocks)
+            self.add_module(f"norm{number}", nn.LayerNorm(dim, eps=1e-6))
+            in_chans = dim
         self.init_weights()
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -93,11 +79,10 @@ class PyramidVisionTransformerV2(Backbone):
         Returns:
             [B, N, C], a token for every 32 x 32 pixels.
         """
-        for stage in range(1, self.num_stages + 1):
-            x, size = getattr(self, f"patch_embed{stage}")(x)
-            for block in getattr(self, f"block{stage}"):
-                x = block(x, size)
-            x = getattr(self, f"norm{stage}")(x)
-            if stage < self.num_stages:
-                x = tokens_to_map(x, size)
-        return x
+        for number in range(1, self.num_stages + 1):
+            tokens, size = getattr(self, f"patch_embed{number}")(x)
+            for block in getattr(self, f"block{number}"):
+                tokens = block(tokens, size)
+            tokens = getattr(self, f"norm{number}")(tokens)
+            x = tokens_to_map(tokens, size)
+        return tokens
