@@ -1,0 +1,121 @@
+"""Twins-SVT and Twins-PCPVT with a choice of attention.
+
+Papers: Twins, Chu et al., arXiv 2104.13840; conditional positional encodings, Chu et al.,
+arXiv 2102.10882; EcoFormer, Liu et al., arXiv 2209.09004.
+Origin: written anew from the papers and from measured behaviour. Parameter names are those of
+the released Twins and EcoFormer weights, which load into it.
+
+Shapes: B batch, N tokens = height * width, C channels of a stage.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ecoformer.attention.maps import Size, map_to_tokens, tokens_to_map
+from ecoformer.hashing import HashConfig
+from ecoformer.layers import Backbone, PatchEmbed, build_stages
+from twins.variants import TwinsVariant
+
+# Layouts whose even (local) and odd (global) blocks differ; the others name a kind for all.
+_ALTERNATING = {"lsa_gsa": ("lsa", "sra"), "lsa_msa": ("lsa", "msa")}
+
+
+class PositionalConvolution(nn.Module):
+    """3 x 3 depthwise convolution that tells tokens where they are, plus its input.
+
+    Args:
+        dim: C.
+
+    Source: conditional positional encodings, arXiv 2102.10882, section 3.2.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # The released weights have a list of one here.
+        self.proj = nn.Sequential(nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim))
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """Add the encoding.
+
+        Args:
+            x: [B, N, C], float.
+            size: (height, width).
+
+        Returns:
+            [B, N, C].
+        """
+        return x + map_to_tokens(self.proj(tokens_to_map(x, size)))
+
+
+class Twins(Backbone):
+    """Four stages of patch embedding and transformer blocks, with a convolution for position.
+
+    Args:
+        variant: sizes.
+        attention: layout. ``"lsa_gsa"`` alternates window attention and spatial reduction,
+            ``"lsa_msa"`` window and full softmax attention, and ``"ecoformer"`` leaves full
+            softmax attention to the last stage; the rest have one kind throughout.
+        num_classes: outputs.
+        in_chans: channels of the images.
+        hashing: settings of EcoFormer attention.
+        drop_rate: dropout in attention and MLP.
+        drop_path_rate: stochastic depth of the last block.
+
+    Source: Twins, arXiv 2104.13840; EcoFormer, arXiv 2209.09004, section 5.
+    """
+
+    def __init__(
+        self,
+        variant: TwinsVariant,
+        attention: str,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        hashing: HashConfig | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(variant.embed_dims[-1], num_classes)
+        kinds = _ALTERNATING.get(attention, (attention,))
+        stages = build_stages(
+            variant,
+            kinds=kinds,
+            last_kinds=("msa",) if attention == "ecoformer" else kinds,
+            hashing=hashing,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+        self.patch_embeds, self.pos_block = nn.ModuleList(), nn.ModuleList()
+        for stage, dim in enumerate(variant.embed_dims):
+            patch_size = 4 if stage == 0 else 2
+            embed = PatchEmbed(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+            self.patch_embeds.append(embed)
+            self.pos_block.append(PositionalConvolution(dim))
+            in_chans = dim
+        self.blocks = nn.ModuleList(stages)
+        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.init_weights()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Tokens of the last stage, normalised.
+
+        Args:
+            x: [B, in_chans, height, width], float; sides of at least 32.
+
+        Returns:
+            [B, N, C], a token for every 32 x 32 pixels.
+        """
+        stages = zip(self.patch_embeds, self.blocks, self.pos_block, strict=True)
+        for embed, blocks, position in stages:
+            tokens, size = embed(x)
+            for index, block in enumerate(blocks.children()):
+                tokens = block(tokens, size)
+                if index == 0:
+                    tokens = position(tokens, size)
+            x = tokens_to_map(tokens, size)
+        return self.norm(tokens)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not 1-D and still take no weight decay."""
+        return {f"pos_block.{name}" for name, _ in self.pos_block.named_parameters()}
