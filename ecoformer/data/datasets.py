@@ -1,0 +1,277 @@
+"""Labelled images: folders, and the small sets that come as arrays."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from ecoformer.data.digits import SPLITS, load_digits
+from ecoformer.errors import InputError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+
+class LabelledImages(Protocol):
+    """Images with one label each, read by index."""
+
+    class_names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return the image, RGB, and its label.
+
+        Args:
+            index: in [0, len(self)).
+        """
+
+    def describe(self, index: int) -> str:
+        """Say which image this is, so that a user finds it.
+
+        Args:
+            index: in [0, len(self)).
+        """
+
+
+class ImageFolder:
+    """Image files in one folder a class, in the order of torchvision's class of this name.
+
+    File names lie in one array: a list of a million strings would be copied into each worker
+    process little by little, as counting references writes to it. Hidden files and folders are
+    left out.
+
+    Args:
+        root: holds one folder a class; images may lie in folders below that.
+
+    Raises:
+        InputError: no folder, no class folder, or a class without an image.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        with os.scandir(root) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+        self.class_names: Sequence[str] = sorted(e.name for e in visible if e.is_dir())
+        if not self.class_names:
+            found = f"{len(visible)} files but no folder" if visible else "nothing"
+            raise InputError(f"{root} holds {found}; expected one folder of images a class.")
+        names: list[bytes] = []
+        counts: list[int] = []
+        for class_name in self.class_names:
+            found_names = _find_images(root / class_name)
+            if not found_names:
+                raise InputError(
+                    f"class folder {root / class_name} holds no image "
+                    f"({' '.join(EXTENSIONS)}); add some or delete it."
+                )
+            names += found_names
+            counts.append(len(found_names))
+        self.names = np.array(names)
+        self.labels = np.repeat(np.arange(len(counts)), counts)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return the image, RGB, and its label.
+
+        Args:
+            index: in [0, len(self)).
+
+        Raises:
+            Exception: what Pillow says of a file that is not a whole image.
+        """
+        return read_image(self.path(index)), int(self.labels[index])
+
+    def path(self, index: int) -> Path:
+        """Return the image's file.
+
+        Args:
+            index: in [0, len(self)).
+        """
+        return self.root / self.class_names[self.labels[index]] / os.fsdecode(self.names[index])
+
+    def describe(self, index: int) -> str:
+        """Return the image's file.
+
+        Args:
+            index: in [0, len(self)).
+        """
+        return str(self.path(index))
+
+
+class ImageArray:
+    """Images that fit in memory.
+
+    Args:
+        name: of the set, for messages.
+        images: [num_images, height, width] or [num_images, height, width, 3], uint8.
+        labels: [num_images], integers.
+        class_names: one for each label.
+    """
+
+    def __init__(
+        self, name: str, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+    ) -> None:
+        self.name = name
+        self.images = images
+        self.labels = labels
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return the image, RGB, and its label.
+
+        Args:
+            index: in [0, len(self)).
+        """
+        return Image.fromarray(self.images[index]).convert("RGB"), int(self.labels[index])
+
+    def describe(self, index: int) -> str:
+        """Return the set's name and the image's number in it.
+
+        Args:
+            index: in [0, len(self)).
+        """
+        return f"{self.name} image {index}"
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode a file, whatever its extension says.
+
+    Transparency is dropped and no rotation is applied, as torchvision's loader does.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The image, RGB.
+
+    Raises:
+        Exception: what Pillow says of a file that is not a whole image.
+    """
+    with open(path, "rb") as file:
+        image: Image.Image = Image.open(file)
+        if image.mode.startswith("I"):
+            # Pillow would turn all of 16 bits that exceeds 255 into white.
+            high_bytes = np.asarray(image).clip(0, 0xFFFF) >> 8
+            image = Image.fromarray(high_bytes.astype(np.uint8))
+        elif image.mode == "P" and "transparency" in image.info:
+            # The same colours as straight to RGB, without Pillow's warning.
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+
+
+def open_dataset(name: str, path: str | None, split: str, *, input_size: int) -> LabelledImages:
+    """Open one split of a data set.
+
+    Args:
+        name: ``"IMNET"``, ``"CIFAR"``, ``"FMNIST"`` or ``"DIGITS"``.
+        path: folder of the data; not needed for ``"DIGITS"``.
+        split: ``"train"`` or ``"val"``.
+        input_size: side that digits are enlarged to, pixels.
+
+    Raises:
+        InputError: the data are not there, or not as they should be.
+    """
+    assert split in SPLITS
+    if name in ("INAT", "INAT19"):
+        raise InputError(
+            f"{name} has no reader of its own; lay it out as train/CLASS/*.jpg and "
+            "val/CLASS/*.jpg and give --data-set IMNET."
+        )
+    if name == "DIGITS":
+        images, labels = load_digits(split, size=input_size)
+        return ImageArray(name, images, labels, [str(digit) for digit in range(10)])
+    if not path:
+        raise InputError(f"data set {name} needs its folder; give --data-path.")
+    if not os.path.isdir(path):
+        raise InputError(f"--data-path {path} is no folder; give the one that holds the data.")
+    readers: dict[str, Callable[[Path, str], LabelledImages]] = {
+        "IMNET": _open_folder,
+        "CIFAR": _open_cifar,
+        "FMNIST": _open_fashion,
+    }
+    try:
+        return readers[name](Path(path), split)
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename} ({error.strerror}).") from error
+
+
+def _open_folder(path: Path, split: str) -> ImageFolder:
+    if not (path / split).is_dir():
+        raise InputError(f"{path} has no folder {split}/; expected train/ and val/ in --data-path.")
+    return ImageFolder(path / split)
+
+
+def _find_images(folder: Path) -> list[bytes]:
+    """Names of the image files in and below a folder, relative to it, sorted folder by folder."""
+    found: list[tuple[str, str]] = []
+    below = [""]
+    for inner in below:
+        with os.scandir(folder / inner) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                # Asks no file for its status: the folder's own listing tells what is a folder.
+                if entry.is_dir():
+                    below.append(os.path.join(inner, entry.name))
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    found.append((inner, entry.name))
+    return [os.fsencode(os.path.join(*parts)) for parts in sorted(found)]
+
+
+def _open_cifar(path: Path, split: str) -> ImageArray:
+    from torchvision.datasets import CIFAR100
+
+    try:
+        # It checks the files' digests before it reads them.
+        cifar = CIFAR100(str(path), train=split == "train")
+    except RuntimeError as error:
+        raise InputError(
+            f"{path} does not hold the published CIFAR-100 files, whole; unpack "
+            f"{CIFAR100.filename} there, so that {path / CIFAR100.base_folder} exists."
+        ) from error
+    return ImageArray("CIFAR", cifar.data, np.array(cifar.targets), cifar.classes)
+
+
+def _open_fashion(path: Path, split: str) -> ImageArray:
+    prefix = "train" if split == "train" else "t10k"
+    images = _read_idx(path, f"{prefix}-images-idx3-ubyte", num_axes=3)
+    labels = _read_idx(path, f"{prefix}-labels-idx1-ubyte", num_axes=1)
+    if len(images) != len(labels):
+        raise InputError(
+            f"{path} holds {len(images)} {split} images but {len(labels)} labels; "
+            "get the four published files again."
+        )
+    return ImageArray("FMNIST", images, labels, FASHION_CLASSES)
+
+
+def _read_idx(folder: Path, name: str, *, num_axes: int) -> np.ndarray:
+    """Read bytes in the format of MNIST: 0, 0, type 8, axes, their lengths, the values."""
+    files = [file for file in (folder / name, folder / f"{name}.gz") if file.exists()]
+    if not files:
+        raise InputError(f"{folder} holds no {name}, plain or .gz; expected the published files.")
+    try:
+        data = files[0].read_bytes()
+        content = gzip.decompress(data) if files[0].suffix == ".gz" else data
+        header = np.frombuffer(content, np.uint8, 4)
+        shape = np.frombuffer(content, ">i4", num_axes, offset=4)
+        if header.tolist() != [0, 0, 8, num_axes]:
+            raise ValueError("its first bytes are of another format")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{files[0]} is no whole idx file ({error}); get it again.") from error

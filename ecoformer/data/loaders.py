@@ -1,0 +1,292 @@
+"""Batches of a run: each a function of (seed, epoch, step, rank), however it is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+
+from ecoformer.data.datasets import LabelledImages, open_dataset
+from ecoformer.data.digits import SPLITS
+from ecoformer.data.transforms import (
+    Transform,
+    build_eval_transform,
+    build_mixup,
+    build_train_transform,
+)
+from ecoformer.data.workers import prepare_worker
+from ecoformer.errors import InputError
+from ecoformer.seeding import seeded
+
+if TYPE_CHECKING:
+    from timm.data import Mixup
+
+    from ecoformer.config.schema import AugmentConfig, DataConfig
+    from ecoformer.data.samplers import Draw, DrawBatches
+
+Batch = tuple[Tensor, Tensor]
+
+_logger = logging.getLogger(__name__)
+
+# Number of an image that cannot be read, and why.
+BadImage = tuple[int, str]
+
+
+class _Sample(NamedTuple):
+    """An image and its label, None after too many bad ones; and the bad ones before it."""
+
+    content: tuple[Tensor, int] | None
+    bad: list[BadImage]
+
+
+class SampleReader(Dataset[_Sample]):
+    """Read and transform a drawn image; the next one in its place where it cannot be read.
+
+    Args:
+        images: what is read from.
+        transform: what is done to an image; seeded by the draw.
+        max_bad_images: how many may be passed over.
+    """
+
+    def __init__(
+        self, images: LabelledImages, transform: Transform, *, max_bad_images: int
+    ) -> None:
+        self.images = images
+        self.transform = transform
+        self.max_bad_images = max_bad_images
+
+    def __getitem__(self, draw: Draw) -> _Sample:
+        index, bad = draw.image, list[BadImage]()
+        while len(bad) <= self.max_bad_images:
+            try:
+                image, label = self.images.read(index)
+            # Pillow raises whatever its decoders meet.
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                bad.append((index, reason))
+                index = (index + 1) % len(self.images)
+                continue
+            # A worker's generators serve nothing else.
+            with seeded(draw.seed, restore=get_worker_info() is None):
+                return _Sample((self.transform(image), label), bad)
+        return _Sample(None, bad)
+
+
+class Loader:
+    """The batches of one split on one rank; each iteration is an epoch, or the rest of one.
+
+    Neither the number of workers nor what was read before changes a batch. Reading draws from no
+    generator of the caller.
+
+    Args:
+        images: what is read from.
+        transform: what is done to each image.
+        batches: which images, when, and their seeds.
+        num_workers: processes that read; 0 reads in this one.
+        pin_memory: page-lock batches, for a faster way to a GPU.
+        max_bad_images: different images that may be replaced by the next one before the run stops.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        transform: Transform,
+        batches: DrawBatches,
+        *,
+        num_workers: int,
+        pin_memory: bool = False,
+        max_bad_images: int = 0,
+    ) -> None:
+        self.images = images
+        self.batches = batches
+        # One image at least must be left to take the others' place.
+        self.max_bad_images = min(max_bad_images, len(images) - 1)
+        self.bad_images: dict[int, str] = {}
+        # A forked worker starts in milliseconds and shares the parent's modules and file names.
+        context = "fork" if num_workers and sys.platform == "linux" else None
+        self._loader = DataLoader(
+            SampleReader(images, transform, max_bad_images=self.max_bad_images),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            worker_init_fn=prepare_worker,
+            multiprocessing_context=context,
+            persistent_workers=num_workers > 0,
+            # Its own, so that the first iteration does not draw from the caller's.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        """Number of batches in a whole epoch."""
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch that the next iteration goes through, and where it begins.
+
+        Args:
+            epoch: counted from 0.
+            start_step: batches to leave out, since an earlier process has seen them.
+        """
+        self.batches.set_epoch(epoch, start_step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield images [B, 3, height, width], float32, and labels [B], int64.
+
+        Raises:
+            InputError: more images than allowed cannot be read.
+        """
+        for batch, bad in self._loader:
+            for index, reason in bad:
+                self._count(index, reason)
+            assert batch is not None
+            images, labels = batch
+            yield images, labels
+
+    def _count(self, index: int, reason: str) -> None:
+        if index in self.bad_images:
+            return
+        self.bad_images[index] = reason
+        found = f"cannot read {self.images.describe(index)} ({reason})"
+        if len(self.bad_images) > self.max_bad_images:
+            raise InputError(
+                f"{found}; replace or delete it. Training skips up to --max-bad-images such files, "
+                "evaluation none."
+            )
+        _logger.warning("%s; the next image takes its place.", found)
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The data of a run.
+
+    Args:
+        train: None where only evaluation was asked for.
+        eval: each image once, over all ranks.
+        class_names: in the order of the labels.
+        mixup: blends a training batch; None where it is off.
+    """
+
+    train: Loader | None
+    eval: Loader
+    class_names: Sequence[str]
+    mixup: Mixup | None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that the labels tell apart."""
+        return len(self.class_names)
+
+
+def build_loaders(
+    data: DataConfig,
+    augment: AugmentConfig,
+    *,
+    input_size: int,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    train: bool = True,
+) -> Loaders:
+    """Open the data and build its loaders.
+
+    Args:
+        data: what to load, and how; no more workers than cores, which would only get in each
+            other's way.
+        augment: what is done to training images.
+        input_size: side of the images, pixels.
+        seed: of order and augmentation; the same on all ranks.
+        rank: this process.
+        world_size: number of processes.
+        pin_memory: whether batches go to a CUDA device, so that ``data.pin_mem`` has a meaning.
+        train: whether to open the training images; evaluation alone needs none.
+
+    Raises:
+        InputError: the data are not there, or not as they should be.
+    """
+    # Imports timm, which takes a second and which nothing of a run needs before.
+    from ecoformer.data.samplers import (
+        DrawBatches,
+        EvaluationSampler,
+        Order,
+        RepeatedAugmentationSampler,
+        ShuffledSampler,
+    )
+
+    ranks = {"rank": rank, "world_size": world_size}
+    images = {
+        split: open_dataset(data.data_set, data.data_path, split, input_size=input_size)
+        for split in (SPLITS if train else ("val",))
+    }
+    class_names = images["val"].class_names
+
+    def load(split: str, order: Order, transform: Transform) -> Loader:
+        is_train = split == "train"
+        batches = DrawBatches(
+            order, batch_size=data.batch_size, seed=seed, drop_last=is_train, **ranks
+        )
+        return Loader(
+            images[split],
+            transform,
+            batches,
+            num_workers=min(data.num_workers, _num_cores()),
+            pin_memory=data.pin_mem and pin_memory,
+            max_bad_images=data.max_bad_images if is_train else 0,
+        )
+
+    order = EvaluationSampler(num_images=len(images["val"]), **ranks)
+    eval_loader = load("val", order, build_eval_transform(input_size))
+    if not train:
+        return Loaders(None, eval_loader, class_names, None)
+
+    _require_equal_classes(images["train"].class_names, class_names)
+    sampler = RepeatedAugmentationSampler if data.repeated_aug else ShuffledSampler
+    train_loader = load(
+        "train",
+        sampler(images["train"], seed=seed, **ranks),
+        build_train_transform(augment, input_size=input_size),
+    )
+    mixup = build_mixup(augment, num_classes=len(class_names))
+    if mixup and data.batch_size % 2:
+        raise InputError(
+            f"--batch-size {data.batch_size} is odd, and Mixup pairs images; make it even, or give "
+            "--mixup 0 --cutmix 0."
+        )
+    if not len(train_loader):
+        raise InputError(
+            f"an epoch has {len(train_loader.batches.order)} training images a rank, too few for "
+            f"one batch; lower --batch-size {data.batch_size} to that or less."
+        )
+    return Loaders(train_loader, eval_loader, class_names, mixup)
+
+
+def _num_cores() -> int:
+    # Not every system can tell a process's own share.
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _require_equal_classes(train: Sequence[str], val: Sequence[str]) -> None:
+    for name, only in (("val/", set(train) - set(val)), ("train/", set(val) - set(train))):
+        if only:
+            few = ", ".join(sorted(only)[:3])
+            raise InputError(
+                f"{name} lacks {len(only)} classes of the other split ({few}); "
+                "both need the same class folders."
+            )
+
+
+def _collate(samples: list[_Sample]) -> tuple[Batch | None, list[BadImage]]:
+    bad = [image for sample in samples for image in sample.bad]
+    contents = [sample.content for sample in samples if sample.content is not None]
+    if len(contents) < len(samples):
+        return None, bad
+    images, labels = default_collate(contents)
+    return (images, labels), bad
