@@ -56,7 +56,9 @@ class SimilarityTargets:
         signs = signs.repeat(columns.numel() // (2 * num_similar))
         # The transpose's entries join those of P, sorted into its rows.
         order = torch.cat([rows, columns]).argsort(stable=True)
-        counts = torch.bincount(columns) + 2 * num_similar
+        # Where rows are equal, or not finite, a token may be chosen by nobody, not even itself.
+        num_rows = chosen.shape[0] * num_tokens
+        counts = torch.bincount(columns, minlength=num_rows) + 2 * num_similar
         return cls(
             columns=torch.cat([columns, rows])[order],
             row_starts=counts.cumsum(0) - counts,
