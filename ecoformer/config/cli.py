@@ -113,7 +113,7 @@ def _complete(config: Config, family: ModelFamily) -> Config:
         name = model.model
     else:
         # Two stages of one model must not share a folder.
-        name = f"{model.model}_{attention}"
+        name = f"{variant}_{attention}"
     return replace(
         config,
         model=replace(model, model=variant, attn_type=attention),

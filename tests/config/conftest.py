@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from torch import nn
 
+import pvt as pvt_package
+import twins as twins_package
 from ecoformer.family import ModelFamily
 
 
@@ -14,42 +17,16 @@ def build_nothing(*args: object, **kwargs: object) -> nn.Module:
     raise AssertionError("parsing settings must not build a model")
 
 
-PVT_KINDS = ("ecoformer", "msa", "msa_share_qk", "sra", "performer")
-SVT_KINDS = ("ecoformer", "msa", "lsa_msa", "lsa_gsa")
-PCPVT_KINDS = ("ecoformer", "msa", "sra")
-SIZES = ("small", "base", "large")
-
-PVT = ModelFamily(
-    name="pvt",
-    create_model=build_nothing,
-    variants={f"pvt_v2_b{i}": PVT_KINDS for i in range(6)} | {"pvt_v2_b2_li": ("sra",)},
-    default_model="pvt_v2_b0",
-    recipe={"drop_path": 0.1, "repeated_aug": True, "clip_grad": None},
-)
-TWINS = ModelFamily(
-    name="twins",
-    create_model=build_nothing,
-    variants={f"alt_gvt_{size}": SVT_KINDS for size in SIZES}
-    | {f"pcpvt_{size}_v0": PCPVT_KINDS for size in SIZES},
-    default_model="alt_gvt_small",
-    recipe={"drop_path": 0.2, "repeated_aug": False, "clip_grad": 5.0},
-    released_names={f"alt_gvt_{size}": (f"alt_gvt_{size}", "msa") for size in SIZES}
-    | {f"alt_gvt_{size}_ecoformer": (f"alt_gvt_{size}", "ecoformer") for size in SIZES}
-    | {f"pcpvt_{size}_v0": (f"pcpvt_{size}_v0", "sra") for size in SIZES}
-    | {"alt_gvt_small_sra_to_msa": ("alt_gvt_small", "lsa_msa")},
-)
-
-
 @pytest.fixture
 def pvt() -> ModelFamily:
     """The PVTv2 family, which cannot build a model."""
-    return PVT
+    return replace(pvt_package.FAMILY, create_model=build_nothing)
 
 
 @pytest.fixture
 def twins() -> ModelFamily:
     """The Twins family, which cannot build a model."""
-    return TWINS
+    return replace(twins_package.FAMILY, create_model=build_nothing)
 
 
 @pytest.fixture

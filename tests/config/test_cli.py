@@ -274,7 +274,8 @@ def test_help(twins: ModelFamily, line: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("line", "model", "kind", "folder"),
     [
-        ("", "alt_gvt_small", "msa", "alt_gvt_small"),
+        ("", "alt_gvt_small", "ecoformer", "alt_gvt_small_ecoformer"),
+        ("--attn_type msa", "alt_gvt_small", "msa", "alt_gvt_small_msa"),
         ("--model alt_gvt_base_ecoformer", "alt_gvt_base", "ecoformer", "alt_gvt_base_ecoformer"),
         (
             "--model alt_gvt_small_sra_to_msa --train_msa",
@@ -289,11 +290,11 @@ def test_help(twins: ModelFamily, line: str, capsys: pytest.CaptureFixture[str])
         ),
         (
             "--model alt_gvt_small_ecoformer --attn_type msa",
-            *("alt_gvt_small", "msa", "alt_gvt_small_ecoformer_msa"),
+            *("alt_gvt_small", "msa", "alt_gvt_small_msa"),
         ),
         (
             "--model alt_gvt_small_ecoformer --attn_type msa --train_msa",
-            *("alt_gvt_small", "msa", "alt_gvt_small_ecoformer_msa"),
+            *("alt_gvt_small", "msa", "alt_gvt_small_msa"),
         ),
     ],
 )
