@@ -90,6 +90,10 @@ class DataConfig:
 class AugmentConfig:
     """What is done to training images and labels."""
 
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of an image's area that a training crop shows."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
     color_jitter: float = 0.4
     """Colour jitter factor; a policy of --aa replaces it."""
     aa: str | None = "rand-m9-mstd0.5-inc1"
@@ -123,8 +127,12 @@ class AugmentConfig:
         _require(self, lambda x: 0 <= x < 1, "in [0, 1)", "smoothing")
         _require(self, lambda x: 0 <= x < math.inf, "at least 0", "color_jitter", "mixup", "cutmix")
         _require(
-            self, lambda x: 0 <= x <= 1, "in [0, 1]", "reprob", "mixup_prob", "mixup_switch_prob"
+            self,
+            lambda x: 0 <= x <= 1,
+            "in [0, 1]",
+            *("hflip", "reprob", "mixup_prob", "mixup_switch_prob"),
         )
+        _require(self, lambda x: 0 < x[0] <= x[1] <= 1, "two rising shares in (0, 1]", "scale")
         _require(self, lambda x: x >= 1, "at least 1", "recount")
         _require(
             self, lambda x: 0 <= x[0] <= x[1] <= 1, "two rising shares in [0, 1]", "cutmix_minmax"

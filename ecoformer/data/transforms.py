@@ -45,6 +45,8 @@ def build_train_transform(augment: AugmentConfig, *, input_size: int) -> Transfo
         transform = create_transform(
             input_size,
             is_training=True,
+            scale=augment.scale,
+            hflip=augment.hflip,
             color_jitter=augment.color_jitter,
             auto_augment=augment.aa,
             interpolation=augment.train_interpolation,
