@@ -67,13 +67,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         with open(path, "rb") as file:
             content = _parse(file, str(path))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
+        raise InputError(f"{path}: no such file; check the path.") from None
     except IsADirectoryError:
-        raise InputError(f"{path}: a folder, not a weight file; name a file in it") from None
+        raise InputError(f"{path}: a folder, not a weight file; name a file in it.") from None
     except PermissionError:
-        raise InputError(f"{path}: no permission to read it; ask its owner or chmod it") from None
+        raise InputError(f"{path}: no permission to read it; ask its owner or chmod it.") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); check the disk") from error
+        raise InputError(f"{path}: cannot be read ({error}); check the disk.") from error
     return unwrap_state(content, str(path))
 
 
@@ -82,10 +82,10 @@ def _parse(file: IO[bytes], origin: str) -> object:
     start = file.read(512)
     file.seek(0)
     if not start:
-        raise InputError(f"{origin}: empty, 0 bytes; download or save it again")
+        raise InputError(f"{origin}: empty, 0 bytes; download or save it again.")
     for pattern, advice in _IMPOSTORS:
         if re.match(pattern, start):
-            raise InputError(f"{origin}: {advice}")
+            raise InputError(f"{origin}: {advice}.")
     # The length of a JSON header, then the header. Before pickle: a length may begin with 0x80.
     is_safetensors = start[8:9] == b"{"
     is_torch = start.startswith((b"PK\x03\x04", b"\x80"))
@@ -99,28 +99,26 @@ def _parse(file: IO[bytes], origin: str) -> object:
                 warnings.simplefilter("ignore")
                 return torch.load(file, map_location="cpu", weights_only=True)
         error: Exception | None = None
-    except OSError:
-        raise
-    # Bytes from anywhere: both libraries raise a dozen types, from KeyError to struct.error.
+    # Bytes from anywhere: both libraries raise a dozen types, from KeyError to OSError.
     except Exception as caught:
         error = caught
     culprit = _find_blocked_global(file, error)
     if culprit:
         raise InputError(
             f"{origin}: asks for {culprit!r} to be run, which is refused; "
-            "get a plain state dict or safetensors file from a source that you trust"
+            "get a plain state dict or safetensors file from a source that you trust."
         ) from error
     if error is None:
         raise InputError(
             f"{origin}: neither a PyTorch file nor safetensors, begins with {start[:8]!r}; "
-            "name a weight file"
+            "name a weight file."
         )
     # PyTorch's long texts advise to load the file unsafely; their first sentence is the reason.
     reason = re.split(r"\. |\n", str(error), maxsplit=1)[0] or type(error).__name__
     kind = "safetensors" if is_safetensors else "PyTorch"
     raise InputError(
         f"{origin}: damaged, cut short or no {kind} weight file ({reason}); "
-        "download or save it again"
+        "download or save it again."
     ) from error
 
 
@@ -131,8 +129,9 @@ def _find_blocked_global(file: IO[bytes], error: Exception | None) -> str | None
         return named[1]
     # Pickles that PyTorch's safe reader gives up on before it meets the name.
     with contextlib.suppress(Exception):
+        is_zip = zipfile.is_zipfile(file)
         file.seek(0)
-        if zipfile.is_zipfile(file):
+        if is_zip:
             archive = zipfile.ZipFile(file)
             inner = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             file = archive.open(inner)
@@ -189,17 +188,17 @@ def unwrap_state(content: object, origin: str) -> dict[str, Any]:
                 break
     if not isinstance(state, Mapping) or not state:
         found = "nothing" if isinstance(state, Mapping) else f"a {type(state).__name__}"
-        raise InputError(f"{origin}: holds {found}; {expected}")
+        raise InputError(f"{origin}: holds {found}; {expected}.")
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
-            raise InputError(f"{origin}: entry {name!r} is a {kind}, not a tensor; {expected}")
+            raise InputError(f"{origin}: entry {name!r} is a {kind}, not a tensor; {expected}.")
         if tensor.layout is not torch.strided or tensor.is_quantized:
-            raise InputError(f"{origin}: entry {name!r} is sparse or quantized; save it dense")
+            raise InputError(f"{origin}: entry {name!r} is sparse or quantized; save it dense.")
         short = _WRAPPERS.sub("", name)
         if short in tensors:
-            raise InputError(f"{origin}: has {short!r} twice, bare and wrapped; keep one of them")
+            raise InputError(f"{origin}: has {short!r} twice, bare and wrapped; keep one of them.")
         tensors[short] = tensor
     return {**rest, "model": tensors}
 
@@ -249,7 +248,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(cause, OSError):
             raise InputError(
                 f"{path}: cannot be written ({cause.strerror or cause}), nothing was changed; "
-                "free space or get the right to write there, or choose another folder"
+                "free space or get the right to write there, or choose another folder."
             ) from error
         raise
     # Flushes the new name. Some file systems refuse; either name leads to a whole file.

@@ -100,7 +100,7 @@ def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if not tensor:
                 raise InputError(
                     f"{name} is false, and the released layout has room for fitted hash functions "
-                    "only: call ecoformer.fit_hash_functions(model, images) first"
+                    "only: call ecoformer.fit_hash_functions(model, images) first."
                 )
             continue
         for row in _TABLE:

@@ -223,14 +223,14 @@ def _check_fit(
         if all(name in _HEAD for name in mismatched) and _has_other_classes(theirs, ours):
             raise InputError(
                 f"{origin}: {_tell_classes(theirs, ours)}; take data with as many classes, or "
-                "start from it with --finetune, which makes a new head"
+                "start from it with --finetune, which makes a new head."
             )
         is_hash_weight = owner_of(mismatched[0], HASH_BUFFERS[0]) is not None
         if is_hash_weight and all(_is_own(name, ()) for name in mismatched) and theirs.ndim == 3:
             (bits, anchors), (our_bits, our_anchors) = theirs.shape[1:], ours.shape[1:]
             raise InputError(
                 f"{origin}: hash functions of {bits} bits and {anchors} anchors, the model's have "
-                f"{our_bits} and {our_anchors}; pass --nbits {bits} --anchor {anchors}"
+                f"{our_bits} and {our_anchors}; pass --nbits {bits} --anchor {anchors}."
             )
     problems = []
     if mismatched:
@@ -243,27 +243,35 @@ def _check_fit(
         problems.append(
             f"{len(missing)} of the model's {len(target)} have no source, first {missing[0]}"
         )
-    if unused and (exact or problems):
-        problems.append(f"{len(unused)} of the file's fit nowhere, first {unused[0]}")
+    # An entry too many of a kind that the model has comes from a deeper one.
+    kinds = {_strip_numbers(name) for name in target}
+    surplus = [name for name in unused if exact or problems or _strip_numbers(name) in kinds]
+    if surplus:
+        problems.append(f"{len(surplus)} of the file's fit nowhere, first {surplus[0]}")
     if problems:
         raise InputError(
             f"{origin}: weights of another model: {'; '.join(problems)}; choose the model and "
             "attention that it was made with (--model, --attn_type)"
-            + (", or start from it with --finetune" if exact else "")
+            + (", or start from it with --finetune." if exact else ".")
         )
 
 
 def _cast(tensor: Tensor, like: Tensor, what: str) -> Tensor:
     """Bring a tensor to the dtype of the model's, if it is sound."""
     if tensor.is_floating_point() != like.is_floating_point():
-        raise InputError(f"{what} is {tensor.dtype}, expected {like.dtype}; save it as that")
+        raise InputError(f"{what} is {tensor.dtype}, expected {like.dtype}; save it as that.")
     tensor = tensor.to(like.dtype)
     if not tensor.isfinite().all():
-        raise InputError(f"{what} holds NaN or infinity; go back to an earlier checkpoint")
+        raise InputError(f"{what} holds NaN or infinity; go back to an earlier checkpoint.")
     return tensor
 
 
 def _summarise(names: Sequence[str]) -> str:
-    """Name up to four kinds of entries, block numbers starred."""
-    kinds = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
+    """Name up to four kinds of entries: layers alike in all blocks count as one."""
+    kinds = [re.sub(r"^.*?(?=attn\.)|\.(weight|bias)", "", name) for name in names]
+    kinds = list(dict.fromkeys(map(_strip_numbers, kinds)))
     return ", ".join(kinds[:4] + ["..."] * (len(kinds) > 4))
+
+
+def _strip_numbers(name: str) -> str:
+    return re.sub(r"\d+", "*", name)

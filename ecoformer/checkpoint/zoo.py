@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ecoformer.errors import InputError
-
 
 def resolve_source(source: str | os.PathLike[str]) -> Path:
     """Find the local file that a source stands for.
@@ -14,10 +12,7 @@ def resolve_source(source: str | os.PathLike[str]) -> Path:
     Args:
         source: a path.
 
-    Raises:
-        InputError: there is no such file.
+    Returns:
+        A path, at which there need not be a file.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise InputError(f"{path}: no such file; check the path")
-    return path
+    return Path(source).expanduser()

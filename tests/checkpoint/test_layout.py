@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-import pvt
-from ecoformer.checkpoint import export_released
 from ecoformer.checkpoint.layout import HASH_BUFFERS, to_ours, to_released
-from ecoformer.errors import InputError
 from tests.checkpoint.weights import released_shapes, small_state
 
 ROWS = sorted(released_shapes())
-PVT_ROWS = [row for row in ROWS if row.startswith("pvt")]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -57,23 +53,3 @@ def test_a_lone_attention_layer_has_the_same_layout() -> None:
     shapes = ((1, 16, 25), (1, 1, 1, 25), (1, 1, 25, 32))
     state = {f"fast_attention.ksh.{n}": torch.ones(s) for n, s in zip(names, shapes, strict=True)}
     assert set(to_ours(state)) == set(HASH_BUFFERS)
-
-
-@pytest.mark.parametrize("row", PVT_ROWS)
-def test_model_has_the_entries_of_the_released_row(row: str) -> None:
-    variant, attention = row.split("/")
-    with torch.device("meta"):
-        model = pvt.create_model(variant, attention)
-    released = {name: torch.empty(s, device="meta") for name, s in released_shapes()[row].items()}
-    ours = {name: tensor.shape for name, tensor in to_ours(released).items()}
-    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == ours
-
-
-def test_export_copies_and_refuses_what_is_not_fitted() -> None:
-    model = pvt.create_model("pvt_v2_b0", "msa", num_classes=3)
-    exported = export_released(model)
-    exported["head.bias"] += 1
-    assert not torch.equal(exported["head.bias"], model.state_dict()["head.bias"])
-
-    with pytest.raises(InputError, match="fit_hash_functions"):
-        export_released(pvt.create_model("pvt_v2_b0", num_classes=3))

@@ -1,0 +1,201 @@
+"""Loading into a model: conversions entry by entry, what the report says, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from ecoformer.checkpoint import load_checkpoint
+from ecoformer.checkpoint.layout import to_ours
+from ecoformer.errors import InputError
+from tests.checkpoint.weights import Entries, released_shapes, small_state
+
+# What the weights of a kind of attention can become.
+STAGES = {
+    "sra": ("msa", "msa_share_qk", "ecoformer"),
+    "lsa_gsa": ("msa", "lsa_msa", "ecoformer"),
+    "msa": ("msa_share_qk", "ecoformer"),
+    "lsa_msa": ("ecoformer",),
+}
+CONVERSIONS = [
+    (row, f"{row.split('/')[0]}/{kind}")
+    for row in sorted(released_shapes())
+    for kind in STAGES.get(row.split("/")[1], ())
+    if f"{row.split('/')[0]}/{kind}" in released_shapes()
+]
+
+
+def make_pair(earlier: str, later: str) -> tuple[Mapping[str, Tensor], Entries]:
+    """Weights of one row, and a module with the entries of another."""
+    return small_state(earlier), Entries(to_ours(small_state(later)))
+
+
+def convert_by_hand(name: str, source: Mapping[str, Tensor]) -> Tensor:
+    """The value that one entry has to take, told in the words of the three stages."""
+    if name in source:
+        return source[name]
+    layer, part, leaf = name.rsplit(".", 2)
+    if f"{layer}.qkv.{leaf}" in source:
+        qkv = source[f"{layer}.qkv.{leaf}"]
+    else:
+        qkv = torch.cat([source[f"{layer}.q.{leaf}"], source[f"{layer}.kv.{leaf}"]])
+    width = qkv.shape[0] // 3
+    return {"qkv": qkv, "to_qk": qkv[:width], "to_v": qkv[2 * width :]}[part]
+
+
+@pytest.mark.parametrize(("earlier", "later"), CONVERSIONS)
+def test_conversion_entry_by_entry(earlier: str, later: str) -> None:
+    source, model = make_pair(earlier, later)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_checkpoint(model, source)
+
+    after = model.state_dict()
+    hashes = {name for name in after if ".hash." in name}
+    for name, tensor in after.items():
+        expected = before[name] if name in hashes else convert_by_hand(name, source)
+        assert torch.equal(tensor, expected), name
+
+    assert {*report.loaded, *report.derived} == after.keys() - hashes
+    assert set(report.loaded) == source.keys() & after.keys()
+    assert (report.missing, report.unused) == ((), ())
+    reductions = {name for name in source if re.search(r"attn\.(sr|norm)\.", name)}
+    num_values = sum(".to_v." in name for name in report.derived)
+    assert {name for name in report.dropped if not name.endswith("[k]")} == reductions
+    assert sum(name.endswith("[k]") for name in report.dropped) == num_values
+    assert len(set(report.dropped)) == len(report.dropped)
+
+
+def test_performer_takes_qkv_and_keeps_its_own_features() -> None:
+    source = small_state("pvt_v2_b0/msa")
+    features = {"block1.0.attn.fast_attention.projection_matrix": torch.ones(110, 32)}
+    model = Entries({**source, **features})
+    report = load_checkpoint(model, source)
+    assert set(report.loaded) == set(source)
+    assert (report.missing, report.unused, report.derived) == ((), (), ())
+    assert torch.equal(
+        model.state_dict()["block1.0.attn.fast_attention.projection_matrix"],
+        torch.full((110, 32), -7.0),
+    )
+
+
+def test_half_precision_is_cast_by_copy() -> None:
+    source, model = make_pair("pvt_v2_b0/ecoformer", "pvt_v2_b0/ecoformer")
+    halves = {name: tensor.half() for name, tensor in source.items()}
+    load_checkpoint(model, halves, exact=True)
+    for name, tensor in to_ours(halves).items():
+        loaded = model.state_dict()[name]
+        assert loaded.dtype is (torch.bool if name.endswith("is_fitted") else torch.float32)
+        assert torch.equal(loaded, tensor.to(loaded.dtype))
+        assert loaded.data_ptr() != tensor.data_ptr()
+
+
+@pytest.mark.parametrize("num_classes", [10, None])
+def test_other_head_stays_fresh_and_is_said(num_classes: int | None) -> None:
+    source, model = make_pair("pvt_v2_b0/msa", "pvt_v2_b0/msa")
+    changed = {name: t for name, t in source.items() if not name.startswith("head.")}
+    if num_classes:
+        changed["head.weight"] = torch.ones(num_classes, source["head.weight"].shape[1])
+        changed["head.bias"] = torch.ones(num_classes)
+    report = load_checkpoint(model, changed)
+    assert report.missing == ("head.weight", "head.bias")
+    assert report.dropped == (report.missing if num_classes else ())
+    assert model.state_dict()["head.bias"].eq(-7).all()
+    assert "head" in str(report)
+    assert f"{num_classes} classes in the file, 1000 in the model" in str(report) or not num_classes
+
+    with pytest.raises(InputError, match=r"10 classes in the file, 1000 in the model|head.weight"):
+        load_checkpoint(model, changed, exact=True)
+
+
+def test_missing_backbone_weight_is_refused_unless_asked_for() -> None:
+    source, model = make_pair("pvt_v2_b0/msa", "pvt_v2_b0/msa")
+    part = dict(source)
+    del part["block3.1.mlp.fc1.weight"]
+    with pytest.raises(InputError, match=r"1 of .* no source, first block3\.1\.mlp\.fc1\.weight"):
+        load_checkpoint(model, part)
+    assert model.state_dict()["norm4.weight"].eq(-7).all(), "a refused file changes nothing"
+    assert load_checkpoint(model, part, allow_missing=True).missing == ("block3.1.mlp.fc1.weight",)
+    with pytest.raises(InputError, match="no source"):
+        load_checkpoint(model, part, allow_missing=True, exact=True)
+    with pytest.raises(InputError, match="no source"):
+        load_checkpoint(model, {"conv1.weight": torch.ones(3)}, allow_missing=True)
+
+
+def test_unused_entries_are_reported_and_refused_where_it_must_be_exact() -> None:
+    source, model = make_pair("pvt_v2_b0/msa", "pvt_v2_b0/msa")
+    more = {**source, "aux_head.weight": torch.ones(3)}
+    report = load_checkpoint(model, more)
+    assert report.unused == ("aux_head.weight",)
+    assert "1 unused (aux_head)" in str(report)
+    with pytest.raises(InputError, match=r"1 of the file's fit nowhere, first aux_head\.weight"):
+        load_checkpoint(model, more, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "message"),
+    [
+        ("pvt_v2_b1/msa", "pvt_v2_b0/msa", r"patch_embed1.proj.weight: \[2, 3, 7, 7\] in the file"),
+        ("pvt_v2_b2/msa", "pvt_v2_b1/msa", "fit nowhere, first block1.2"),
+        ("alt_gvt_small/msa", "pvt_v2_b0/msa", "first patch_embed1.proj.weight"),
+        ("pvt_v2_b0/ecoformer", "pvt_v2_b0/msa", "no source, first block1.0.attn.qkv.weight"),
+        ("pvt_v2_b0/msa", "pvt_v2_b0/sra", "no source, first block1.0.attn.q.weight"),
+    ],
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_another_architecture_is_one_line(file: str, model: str, message: str, exact: bool) -> None:
+    source, target = make_pair(file, model)
+    with pytest.raises(InputError, match=message) as caught:
+        load_checkpoint(target, source, exact=exact, origin="stage1.pth")
+    assert re.fullmatch(r"stage1\.pth: .*--model, --attn_type.*\.", str(caught.value))
+    assert all(tensor.eq(-7).all() for tensor in target.state_dict().values() if tensor.ndim)
+
+
+@pytest.mark.parametrize("stage", ["msa", "sra", "msa_share_qk"])
+def test_exact_converts_nothing(stage: str) -> None:
+    source, model = make_pair(f"pvt_v2_b0/{stage}", "pvt_v2_b0/ecoformer")
+    with pytest.raises(InputError, match="--finetune"):
+        load_checkpoint(model, source, exact=True)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_hash_functions_of_other_size_name_the_flags(exact: bool) -> None:
+    source, model = make_pair("pvt_v2_b0/ecoformer", "pvt_v2_b0/ecoformer")
+    other = {name: t[:, :8] if name.endswith("ksh.A") else t for name, t in source.items()}
+    with pytest.raises(
+        InputError, match=r"8 bits and 25 anchors.*16 and 25.*--nbits 8 --anchor 25"
+    ):
+        load_checkpoint(model, other, exact=exact)
+
+
+def test_half_a_hash_function_is_refused() -> None:
+    source, model = make_pair("pvt_v2_b0/ecoformer", "pvt_v2_b0/ecoformer")
+    part = {name: t for name, t in source.items() if not name.endswith("block2.1.attn.mvec")}
+    del part["block2.1.attn.fast_attention.ksh.mvec"]
+    with pytest.raises(InputError, match=r"block2\.1\.attn\.hash\.kernel_mean"):
+        load_checkpoint(model, part)
+
+
+def test_unsound_values_are_refused() -> None:
+    source, model = make_pair("pvt_v2_b0/msa", "pvt_v2_b0/msa")
+    for value in (float("nan"), float("inf")):
+        bad = {**source, "norm4.bias": torch.full_like(source["norm4.bias"], value)}
+        with pytest.raises(InputError, match=r"norm4\.bias holds NaN or infinity"):
+            load_checkpoint(model, bad)
+    bad = {**source, "norm4.bias": source["norm4.bias"].int()}
+    with pytest.raises(InputError, match=r"norm4\.bias is torch\.int32, expected torch\.float32"):
+        load_checkpoint(model, bad)
+    assert model.state_dict()["norm4.bias"].eq(-7).all()
+
+
+def test_report_reads_as_sentences() -> None:
+    source, model = make_pair("pvt_v2_b0/sra", "pvt_v2_b0/ecoformer")
+    text = str(load_checkpoint(model, source, origin="pvt_v2_b0.pth"))
+    assert text == (
+        "pvt_v2_b0.pth: 122 entries loaded by name, 28 derived (attn.to_qk, attn.to_v, attn.qkv), "
+        "36 dropped by rule (attn.kv[k], attn.sr, attn.norm). "
+        "6 of 6 hash functions are not fitted yet."
+    )

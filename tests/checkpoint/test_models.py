@@ -1,0 +1,113 @@
+"""Real models against the released files: names, shapes, logits, and the way back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import pvt
+from ecoformer.checkpoint import export_released, load_checkpoint, save_atomic
+from ecoformer.checkpoint.__main__ import convert
+from ecoformer.checkpoint.layout import to_ours
+from ecoformer.errors import InputError
+from tests.checkpoint.weights import fill_state, released_shapes
+from tests.golden.fill import images
+
+FAMILIES = {"pvt": pvt.FAMILY}
+ROWS = [
+    (family, row)
+    for family in FAMILIES
+    for row in released_shapes()
+    if row.split("/")[0] in FAMILIES[family].variants
+]
+B0 = "pvt_v2_b0/ecoformer"
+
+
+@pytest.mark.parametrize(("family", "row"), ROWS)
+def test_model_has_the_entries_of_the_released_file(family: str, row: str) -> None:
+    with torch.device("meta"):
+        model = FAMILIES[family].create_model(*row.split("/"))
+        released = {name: torch.empty(shape) for name, shape in released_shapes()[row].items()}
+    expected = {name: tensor.shape for name, tensor in to_ours(released).items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize("row", [B0, "pvt_v2_b0/msa", "pvt_v2_b0/msa_share_qk", "pvt_v2_b0/sra"])
+def test_released_weights_come_out_as_they_went_in(row: str) -> None:
+    released = fill_state(released_shapes()[row])
+    model = pvt.create_model(*row.split("/"))
+    report = load_checkpoint(model, released, exact=True)
+    assert (report.derived, report.missing, report.unused) == ((), (), ())
+    exported = export_released(model)
+    assert exported.keys() == released.keys()
+    for name, tensor in released.items():
+        expected = tensor * 0 if name.endswith("projection_matrix") else tensor
+        assert torch.equal(exported[name], expected), name
+
+
+@pytest.fixture(scope="module")
+def b0_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """PVTv2-B0's weights, filled by name, in the forms that users hold."""
+    folder = tmp_path_factory.mktemp("b0")
+    state = fill_state(released_shapes()[B0])
+    files = {
+        "bare": folder / "bare.pth",
+        "training": folder / "training.pth",
+        "legacy": folder / "legacy.pth",
+        "safetensors": folder / "ours.safetensors",
+        "back": folder / "back.pth",
+    }
+    save_atomic(state, files["bare"])
+    save_atomic({"model": state, "epoch": 29}, files["training"])
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save(wrapped, files["legacy"], _use_new_zipfile_serialization=False)
+    convert(str(files["bare"]), files["safetensors"])
+    convert(str(files["safetensors"]), files["back"], is_released=True)
+    return files
+
+
+@pytest.mark.parametrize("form", ["bare", "training", "legacy", "safetensors", "back"])
+def test_each_form_gives_the_released_logits(
+    form: str, b0_files: dict[str, Path], golden_dir: Path
+) -> None:
+    golden = json.loads((golden_dir / "logits.json").read_text())[B0]
+    model = pvt.create_model("pvt_v2_b0").eval()
+    report = load_checkpoint(model, b0_files[form], exact=True)
+    assert report.notes == ()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert all(flag for name, flag in before.items() if name.endswith("is_fitted"))
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(images(golden["seed"], tuple(golden["input"]))))
+    torch.testing.assert_close(logits, torch.tensor(golden["logits"]), rtol=0, atol=2e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_earlier_stage_leaves_the_hash_functions_to_be_fitted() -> None:
+    source = pvt.create_model("pvt_v2_b0", "sra", num_classes=10)
+    model = pvt.create_model("pvt_v2_b0", num_classes=5).eval()
+    report = load_checkpoint(model, source.state_dict())
+    assert "6 of 6 hash functions are not fitted yet" in str(report)
+    assert "10 classes in the file, 5 in the model" in str(report)
+    with pytest.raises(InputError, match="not fitted"):
+        model(torch.zeros(1, 3, 32, 32))
+
+
+def test_performer_takes_the_weights_of_the_softmax_stage() -> None:
+    source = pvt.create_model("pvt_v2_b0", "msa", num_classes=5)
+    model = pvt.create_model("pvt_v2_b0", "performer", num_classes=5)
+    report = load_checkpoint(model, source.state_dict())
+    assert set(report.loaded) == set(source.state_dict())
+    assert report.missing == ()
+
+
+def test_export_copies_and_refuses_what_is_not_fitted() -> None:
+    model = pvt.create_model("pvt_v2_b0", "msa", num_classes=3)
+    exported = export_released(model)
+    exported["head.bias"] += 1
+    assert not torch.equal(exported["head.bias"], model.state_dict()["head.bias"])
+
+    with pytest.raises(InputError, match="fit_hash_functions"):
+        export_released(pvt.create_model("pvt_v2_b0", num_classes=3))
