@@ -10,4 +10,3 @@ Command, on 8 GPUs:
 model = "pcpvt_large_v0"
 attn_type = "sra"
 batch_size = 128
-drop_path = 0.5
