@@ -1,0 +1,278 @@
+"""Data sets: read as laid out by those who publish them, and refused in one line otherwise."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import re
+import struct
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR100
+from torchvision.datasets import ImageFolder as TorchvisionFolder
+
+from ecoformer.data.datasets import ImageFolder, open_dataset, read_image
+from ecoformer.data.digits import load_digits, write_digits_folder
+from ecoformer.errors import InputError
+
+
+def write_files(root: Path, *names: str) -> Path:
+    """Empty files, with the folders that they lie in."""
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    return root
+
+
+def refusal(name: str, path: Path | None, split: str = "train") -> str:
+    """The one line that opening ends with."""
+    with pytest.raises(InputError) as caught:
+        open_dataset(name, str(path) if path else None, split, input_size=32)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_folder_has_the_order_of_torchvision(tmp_path: Path) -> None:
+    names = (
+        "b/2.png",
+        "b/10.JPEG",
+        "b/deep/er/1.webp",
+        "b/deep-er/0.bmp",
+        "a/notes.txt",
+        "a/ü.jpg",
+    )
+    root = write_files(tmp_path, *names, "b/dee/9.tif", "C/x.jpg", "stray.jpg")
+    ours, theirs = ImageFolder(root), TorchvisionFolder(str(root))
+    samples = [(str(ours.path(i)), int(ours.labels[i])) for i in range(len(ours))]
+    assert samples == theirs.samples
+    assert list(ours.class_names) == theirs.classes
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    write_files(tmp_path, "a/1.png", "a/._1.png", "a/.cache/2.png", ".ipynb_checkpoints/3.png")
+    folder = ImageFolder(tmp_path)
+    assert list(folder.class_names) == ["a"]
+    assert [folder.describe(0)] == [str(tmp_path / "a" / "1.png")]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("val/a/1.png",), "has no folder train/"),
+        (("train/1.png", "train/2.png"), "train holds 2 files but no folder"),
+        (("train/.hidden",), "train holds nothing"),
+        (("train/a/1.png", "train/b/notes.txt"), "train/b holds no image"),
+    ],
+)
+def test_folder_is_refused(tmp_path: Path, files: tuple[str, ...], expected: str) -> None:
+    assert expected in refusal("IMNET", write_files(tmp_path, *files))
+
+
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR", "FMNIST"])
+def test_data_path_is_needed(name: str, tmp_path: Path) -> None:
+    assert "give --data-path" in refusal(name, None)
+    assert f"{tmp_path / 'nowhere'} is no folder" in refusal(name, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["INAT", "INAT19"])
+def test_inat_is_laid_out_as_imnet(name: str) -> None:
+    assert "--data-set IMNET" in refusal(name, None)
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def gradient() -> np.ndarray:
+    """[24, 40, 3], uint8, smooth, so that lossy formats keep it."""
+    rows, columns = np.mgrid[0:24, 0:40]
+    return np.stack([rows * 10, columns * 6, 255 - rows * 5 - columns * 3], axis=-1).astype(
+        np.uint8
+    )
+
+
+def palette_with_alpha() -> bytes:
+    image = Image.fromarray(gradient()).quantize(64)
+    return encode(image, "PNG", transparency=bytes(range(0, 256, 4)))
+
+
+def with_alpha(level: int) -> Image.Image:
+    image = Image.fromarray(gradient())
+    image.putalpha(level)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "tolerance"),
+    [
+        ("cmyk.jpg", encode(Image.fromarray(gradient()).convert("CMYK"), "JPEG", quality=95), 8),
+        ("png_inside.jpg", encode(Image.fromarray(gradient()), "PNG"), 0),
+        ("palette_with_alpha.png", palette_with_alpha(), 40),
+        ("transparent.png", encode(with_alpha(0), "PNG"), 0),
+        ("still.webp", encode(Image.fromarray(gradient()), "WEBP", lossless=True), 0),
+    ],
+)
+def test_unusual_image_is_read_as_rgb(
+    tmp_path: Path, name: str, data: bytes, tolerance: int
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(tmp_path / name)
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image, int) - gradient()).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32)]
+)
+def test_16_bits_keep_their_high_byte(tmp_path: Path, kind: str, dtype: type) -> None:
+    levels = gradient()[..., 0]
+    (tmp_path / "deep").write_bytes(encode(Image.fromarray(levels.astype(dtype) * 256 + 77), kind))
+    image = read_image(tmp_path / "deep")
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.stack([levels] * 3, axis=-1))
+
+
+def write_idx(file: Path, values: np.ndarray, *, header: tuple[int, ...] | None = None) -> None:
+    numbers = header or (0, 0, 8, values.ndim)
+    data = struct.pack(f">4B{values.ndim}i", *numbers, *values.shape) + values.tobytes()
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+
+
+def write_fashion(root: Path, suffix: str) -> tuple[np.ndarray, np.ndarray]:
+    images = np.random.RandomState(0).randint(0, 256, (5, 28, 28)).astype(np.uint8)
+    labels = np.array([3, 9, 0, 3, 1], np.uint8)
+    for prefix in ("train", "t10k"):
+        write_idx(root / f"{prefix}-images-idx3-ubyte{suffix}", images)
+        write_idx(root / f"{prefix}-labels-idx1-ubyte{suffix}", labels)
+    return images, labels
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_fashion_mnist(tmp_path: Path, suffix: str, split: str) -> None:
+    images, labels = write_fashion(tmp_path, suffix)
+    fashion = open_dataset("FMNIST", str(tmp_path), split, input_size=32)
+    assert len(fashion) == 5
+    assert len(fashion.class_names) == 10
+    for index in range(5):
+        image, label = fashion.read(index)
+        assert (image.mode, label) == ("RGB", labels[index])
+        assert np.array_equal(np.asarray(image)[..., 1], images[index])
+
+
+def test_broken_idx_files_are_refused(tmp_path: Path) -> None:
+    assert "no train-images-idx3-ubyte" in refusal("FMNIST", tmp_path)
+    write_fashion(tmp_path, ".gz")
+    images = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = images.read_bytes()
+    for broken in (b"", whole[:40], whole[:-9], gzip.compress(gzip.decompress(whole)[:-1])):
+        images.write_bytes(broken)
+        assert f"{images} is no whole idx file" in refusal("FMNIST", tmp_path)
+    write_idx(images, np.zeros((5, 28, 28), np.uint8), header=(0, 0, 13, 3))
+    assert "another format" in refusal("FMNIST", tmp_path)
+    write_idx(images, np.zeros((4, 28, 28), np.uint8))
+    assert "4 train images but 5 labels" in refusal("FMNIST", tmp_path)
+
+
+def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    pixels = np.random.RandomState(0).randint(0, 256, (4, 3072)).astype(np.uint8)
+
+    def publish(name: str, content: dict[str, object]) -> list[str]:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    train = publish("train", {"data": pixels, "fine_labels": [1, 0, 1, 1]})
+    test = publish("test", {"data": pixels[:2], "fine_labels": [0, 1]})
+    meta = publish("meta", {"fine_label_names": ["apple", "bear"]})
+    monkeypatch.setattr(CIFAR100, "train_list", [train])
+    monkeypatch.setattr(CIFAR100, "test_list", [test])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "filename": "meta", "md5": meta[1]})
+
+    cifar = open_dataset("CIFAR", str(tmp_path), "train", input_size=32)
+    assert len(open_dataset("CIFAR", str(tmp_path), "val", input_size=32)) == 2
+    assert list(cifar.class_names) == ["apple", "bear"]
+    image, label = cifar.read(2)
+    assert label == 1
+    assert np.array_equal(np.asarray(image).transpose(2, 0, 1).ravel(), pixels[2])
+
+    (folder / "train").write_bytes(b"another file")
+    assert f"{folder} exists" in refusal("CIFAR", tmp_path)
+
+
+def test_digits_are_split_once_for_all() -> None:
+    train, val = (load_digits(split, size=8) for split in ("train", "val"))
+    assert [len(train[1]), len(val[1])] == [1437, 360]
+    # Recorded once: the split is part of every figure measured on it.
+    assert val[1][:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
+    both = np.concatenate([train[0], val[0]]).reshape(1797, -1)
+    assert len(np.unique(both, axis=0)) > 1790
+
+
+def test_digits_keep_their_strokes_under_the_evaluation_crop() -> None:
+    images, _ = load_digits("val", size=64)
+    assert images.dtype == np.uint8
+    assert images.max() > 240
+    # The middle 224 of 256 is what evaluation sees.
+    outside = images.astype(float).sum() - images[:, 4:60, 4:60].astype(float).sum()
+    assert outside / images.astype(float).sum() < 0.01
+
+
+def test_digits_folder_holds_the_same_images(tmp_path: Path) -> None:
+    root = write_digits_folder(tmp_path / "new" / "digits", size=16)
+    for split in ("train", "val"):
+        images, labels = load_digits(split, size=16)
+        folder = ImageFolder(root / split)
+        assert len(folder) == len(labels)
+        for index in range(0, len(folder), 50):
+            image, label = folder.read(index)
+            number = int(folder.path(index).stem)
+            assert label == labels[number]
+            assert np.array_equal(np.asarray(image)[..., 0], images[number])
+
+
+def test_digits_folder_is_written_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: write_digits_folder(tmp_path / "digits", size=8), range(2)))
+    assert os.listdir(tmp_path) == ["digits"]
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/*/*/*.png")}
+    assert len(times) == 1797
+    write_digits_folder(tmp_path / "digits", size=8)
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+
+
+def test_digits_folder_replaces_nothing(tmp_path: Path) -> None:
+    write_files(tmp_path, "digits/train/0/mine.png")
+    with pytest.raises(InputError, match=re.escape(f"digits to {tmp_path / 'digits'}")):
+        write_digits_folder(tmp_path / "digits", size=8)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["mine.png"]
+
+
+def test_digits_folder_appears_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(image: Image.Image, file: Path) -> None:
+        if file.name == "0100.png":
+            raise OSError(28, "No space left on device")
+        file.touch()
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(InputError, match="No space left on device"):
+        write_digits_folder(tmp_path / "digits", size=8)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,114 @@
+"""Transforms: random ones that a seed repeats, and the released fixed one."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ecoformer.config.schema import AugmentConfig
+from ecoformer.data.transforms import build_eval_transform, build_mixup, build_train_transform
+from ecoformer.errors import InputError
+from ecoformer.seeding import seeded
+
+
+def noise(height: int, width: int) -> Image.Image:
+    pixels = np.random.RandomState(0).randint(0, 256, (height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"aa": None, "train_interpolation": "random", "remode": "rand", "recount": 3},
+        {"aa": "augmix-m9-w3", "reprob": 1.0, "remode": "const"},
+        {"aa": "original"},
+    ],
+)
+def test_training_draws_from_seeded_generators_only(fields: dict[str, Any]) -> None:
+    transform = build_train_transform(AugmentConfig(**fields), input_size=40)
+    image = noise(45, 61)
+
+    def draw(seed: int) -> Tensor:
+        with seeded(seed):
+            return transform(image)
+
+    first = [draw(seed) for seed in range(20)]
+    again = [draw(seed) for seed in reversed(range(20))][::-1]
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert all(not torch.equal(x, y) for x, y in pairwise(first))
+    assert {(x.shape, x.dtype) for x in first} == {((3, 40, 40), torch.float32)}
+
+
+@pytest.mark.parametrize("aa", ["rand-m10-inc1-n15", "rand-m1-n15", "v0"])
+def test_strongest_posterization_keeps_an_image(aa: str) -> None:
+    transform = build_train_transform(AugmentConfig(aa=aa, reprob=0.0), input_size=40)
+    with seeded(0):
+        for _ in range(60):
+            assert transform(noise(40, 40)).isfinite().all()
+
+
+@pytest.mark.parametrize("aa", ["randaugment", "rand-q9", "v7"])
+def test_unknown_policy_is_named(aa: str) -> None:
+    with pytest.raises(InputError, match=f"--aa '{aa}' is no policy"):
+        build_train_transform(AugmentConfig(aa=aa), input_size=40)
+
+
+def test_evaluation_is_as_released() -> None:
+    # 375 x 500 becomes 256 x 341, of which the middle 224 x 224 remains.
+    image = noise(375, 500)
+    resized = image.resize((341, 256), Image.Resampling.BICUBIC).crop((58, 16, 282, 240))
+    pixels = np.asarray(resized, np.float32).transpose(2, 0, 1) / 255
+    moments = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)
+    mean, std = moments[..., None, None]
+    np.testing.assert_allclose(build_eval_transform(224)(image), (pixels - mean) / std, atol=1e-6)
+
+
+def test_small_images_are_evaluated_as_they_are() -> None:
+    image = noise(32, 32)
+    pixels = build_eval_transform(32)(image) * 0.225 + 0.406
+    expected = torch.from_numpy(np.asarray(image)[..., 2].copy()) / 255
+    torch.testing.assert_close(pixels[2], expected)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (28, 28), (50, 41)])
+def test_small_images_are_cropped_from_a_padded_frame(size: tuple[int, int]) -> None:
+    augment = AugmentConfig(aa=None, color_jitter=0.0, reprob=0.0)
+    transform = build_train_transform(augment, input_size=32)
+    white = Image.new("RGB", size, "white")
+    with seeded(0):
+        crops = torch.stack([transform(white) for _ in range(100)])
+    assert crops.shape == (100, 3, 32, 32)
+    red = crops[:, 0]
+    frame = (red == red.min()).float().mean().item()
+    # Four pixels of black around 32: an average crop holds 12 % of it.
+    assert 0.05 < frame < 0.2
+
+
+def test_mixup_follows_numpy_and_smooths_labels() -> None:
+    mixup = build_mixup(AugmentConfig(), num_classes=5)
+    assert mixup is not None
+    outcomes = []
+    for _ in range(2):
+        with seeded(3):
+            outcomes.append(mixup(torch.arange(4.0).reshape(4, 1, 1, 1), torch.arange(4)))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+    labels = outcomes[0][1]
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(4))
+    # Class 4 occurs in no image: it has what smoothing spreads.
+    torch.testing.assert_close(labels[:, 4], torch.full((4,), 0.1 / 5))
+
+
+def test_mixup_is_off_where_nothing_is_on() -> None:
+    assert build_mixup(AugmentConfig(mixup=0.0, cutmix=0.0), num_classes=5) is None
+    minmax = build_mixup(
+        AugmentConfig(mixup=0.0, cutmix=0.0, cutmix_minmax=(0.2, 0.8)), num_classes=5
+    )
+    assert minmax is not None
