@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
@@ -69,8 +70,7 @@ class SampleReader(Dataset[_Sample]):
                 image, label = self.images.read(index)
             # Pillow raises whatever its decoders meet.
             except Exception as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                bad.append((index, reason))
+                bad.append((index, _reason(error)))
                 index = (index + 1) % len(self.images)
                 continue
             # A worker's generators serve nothing else.
@@ -281,6 +281,14 @@ def _require_equal_classes(train: Sequence[str], val: Sequence[str]) -> None:
                 f"{name} lacks {len(only)} classes of the other split ({few}); "
                 "both need the same class folders."
             )
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in one line that does not repeat the file's name."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not in an image format that Pillow knows"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())
 
 
 def _collate(samples: list[_Sample]) -> tuple[Batch | None, list[BadImage]]:
