@@ -1,0 +1,160 @@
+"""Whole runs through the command line: what they leave, resume, measure and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ecoformer.engine.main as engine
+from ecoformer.checkpoint import read_checkpoint
+from ecoformer.engine.main import run_main
+from pvt import FAMILY
+from tests.engine.ranks import run_ranks
+
+LOG_KEYS = {
+    *("train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"),
+}
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested containers by path."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    else:
+        return {prefix: value}
+    return {k: v for key, item in items for k, v in flatten(item, f"{prefix}/{key}").items()}
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Every tensor and number of two checkpoints is equal, but for where they were told to lie."""
+    one, other = (flatten(read_checkpoint(path)) for path in (first, second))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if name == "/config/output_dir":
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
+
+
+def folder_of(flags: list[str]) -> Path:
+    return Path(flags[flags.index("--output_dir") + 1])
+
+
+def moved(flags: list[str], folder: Path) -> list[str]:
+    """The same command with another output folder."""
+    return [str(folder) if flag == str(folder_of(flags)) else flag for flag in flags]
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, num_saves: int) -> None:
+    """Let a run be interrupted once it has saved so many epochs."""
+    real, count = engine.save_checkpoint, 0
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        real(*args, **kwargs)
+        count += 1
+        if count == num_saves:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "save_checkpoint", save)
+
+
+def test_a_run_leaves_what_it_promises(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(FAMILY, tiny_flags) == 0
+    folder = folder_of(tiny_flags)
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert all(set(line) == LOG_KEYS for line in lines)
+    # Base rate 5e-4 for 512 images a step; eight of them. Epochs 0 and 1 warm up.
+    assert [line["train_lr"] for line in lines[:2]] == [1e-6, 1e-6]
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert "model: pvt_v2_b0" in (folder / "config.yaml").read_text()
+    last, best = (read_checkpoint(folder / f"{name}_checkpoint.pth") for name in ("last", "best"))
+    assert {"model", "optimizer", "lr_scheduler", "epoch", "scaler", "config"} <= last.keys()
+    assert last["epoch"] == 2
+    accuracies = [line["test_acc1"] for line in lines]
+    assert best["epoch"] == accuracies.index(max(accuracies))
+    assert last["best_acc1"] == best["best_acc1"] == max(accuracies)
+    assert "3/3" in capsys.readouterr().out
+
+    # A checkpoint gives the accuracy that the log says.
+    assert run_main(FAMILY, [*tiny_flags, "--eval"]) == 0
+    assert f"top-1 {accuracies[-1]:.2f} %" in capsys.readouterr().out
+    best_path = str(folder / "best_checkpoint.pth")
+    assert run_main(FAMILY, [*tiny_flags, "--resume", best_path, "--eval"]) == 0
+    assert f"top-1 {max(accuracies):.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "num_epochs"),
+    # Just before a second fit and just after the first; a gradient scale that moves.
+    [(["--k", "2"], 3), (["--amp-dtype", "float16", "--attn_type", "msa"], 2)],
+)
+def test_resumed_run_equals_uninterrupted(
+    extra: list[str],
+    num_epochs: int,
+    tiny_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [*tiny_flags, *extra, "--epochs", str(num_epochs)]
+    whole, broken = folder_of(flags), tmp_path / "broken"
+    assert run_main(FAMILY, flags) == 0
+
+    for epoch in range(num_epochs - 1):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 1)
+            assert run_main(FAMILY, moved(flags, broken)) == 130
+        assert "interrupted" in capsys.readouterr().err
+        # An epoch that is done again, and a line that the crash cut.
+        with (broken / "log.txt").open("a") as file:
+            file.write(json.dumps({"epoch": epoch + 1}) + '\n{"epoch": 0, "tr')
+    assert run_main(FAMILY, moved(flags, broken)) == 0
+    assert f"going on at epoch {num_epochs - 1}" in capsys.readouterr().out
+
+    assert (broken / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+    for name in ("last_checkpoint.pth", "best_checkpoint.pth"):
+        assert_same_state(broken / name, whole / name)
+
+
+def test_finetuning_converts_fits_and_keeps_eval_mode(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage1 = moved(tiny_flags, tmp_path / "stage1")
+    assert run_main(FAMILY, [*stage1, "--attn_type", "msa", "--epochs", "1"]) == 0
+    weights = str(tmp_path / "stage1" / "last_checkpoint.pth")
+    capsys.readouterr()
+    assert run_main(FAMILY, [*tiny_flags, "--epochs", "1", "--finetune", weights]) == 0
+    assert "derived" in capsys.readouterr().out
+    last = read_checkpoint(folder_of(tiny_flags) / "last_checkpoint.pth")
+    assert last["config"]["train_mode"] is False
+    assert last["model"]["block1.0.attn.hash.is_fitted"]
+
+
+def _run(flags: list[str]) -> int:
+    return run_main(FAMILY, flags)
+
+
+def test_two_ranks_train_and_one_evaluates(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*tiny_flags, "--batch-size", "4", "--anchor", "8", "--epochs", "2"]
+    assert run_ranks(_run, 2, flags) == [0, 0]
+    accuracy = json.loads((folder_of(flags) / "log.txt").read_text().splitlines()[-1])["test_acc1"]
+
+    # One process evaluates to the same accuracy, and does not train on unasked.
+    assert run_main(FAMILY, [*flags, "--eval"]) == 0
+    assert f"top-1 {accuracy:.2f} %" in capsys.readouterr().out
+    assert run_main(FAMILY, flags) == 2
+    assert "--allow-resume-change world-size" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""Parts of a training run, put together without a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ecoformer.config import Config
+from ecoformer.data import Loaders
+from ecoformer.engine.optim import create_optimizer, create_schedule
+from ecoformer.engine.precision import choose_amp_dtype, create_scaler
+from ecoformer.engine.state import TrainState
+from ecoformer.engine.sums import ExactMean
+from ecoformer.engine.train import parallelize, train_epoch
+
+Batch = tuple[Tensor, Tensor]
+
+CPU = torch.device("cpu")
+
+
+class ListLoader:
+    """Batches from a list, in the order given, in every epoch."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self.start_step = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.start_step = start_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches[self.start_step :])
+
+
+def make_batches(
+    num_batches: int, batch_size: int, *, seed: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """Images [batch_size, 3, 32, 32] and labels of two classes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(batch_size, 3, 32, 32, generator=generator),
+            torch.randint(2, (batch_size,), generator=generator),
+        )
+        for _ in range(num_batches)
+    ]
+
+
+def start(model: nn.Module, **fields: Any) -> tuple[TrainState, Config]:
+    """A fresh state, with plain SGD unless the fields say otherwise."""
+    plain = {"opt": "momentum", "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0}
+    config = Config.from_flat({**plain, "smoothing": 0.0, **fields})
+    optimizer = create_optimizer(model, config.optim, 0.1)
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=create_schedule(optimizer, config.optim, seed=0),
+        scaler=create_scaler(CPU, choose_amp_dtype(config.run.amp_dtype, CPU)),
+        loss=ExactMean(CPU),
+    )
+    return state, config
+
+
+def train(state: TrainState, config: Config, batches: Sequence[Batch]) -> None:
+    """One epoch over a list of batches, on all ranks there are."""
+    loader = cast(Any, ListLoader(batches))
+    train_epoch(
+        state,
+        parallelize(state.model, CPU),
+        Loaders(loader, loader, ["dark", "bright"], mixup=None),
+        config,
+        device=CPU,
+        amp_dtype=choose_amp_dtype(config.run.amp_dtype, CPU),
+    )
