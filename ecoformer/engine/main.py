@@ -79,7 +79,7 @@ def _print_error(line: str) -> None:
 
 def _run(family: ModelFamily, config: Config, device: torch.device) -> None:
     if config.run.throughput:
-        _time(_create_model(family, config, device), config, device)
+        _time(family, config, device)
         return
     # Brings timm along, which takes seconds: whoever mistyped a flag need not wait for it.
     from ecoformer.data import build_loaders
@@ -102,54 +102,6 @@ def _run(family: ModelFamily, config: Config, device: torch.device) -> None:
     _load_for_evaluation(model, config)
     result = evaluate(model, loaders.eval, device=device, amp_dtype=amp_dtype)
     _logger.info("%s", result)
-
-
-def _create_model(
-    family: ModelFamily, config: Config, device: torch.device, num_classes: int = 1000
-) -> nn.Module:
-    settings = config.model
-    seed_everything(derive_seed("model", config.run.seed))
-    model = family.create_model(
-        settings.model,
-        settings.attn_type,
-        num_classes=num_classes,
-        hashing=settings.hashing,
-        drop_rate=settings.drop,
-        drop_path_rate=settings.drop_path,
-    )
-    return model.to(device)
-
-
-def _find_last(config: Config) -> str | None:
-    """What ``--resume`` names; for ``auto`` the folder's last checkpoint, if there is one."""
-    if config.run.resume != "auto":
-        return config.run.resume
-    path = Path(config.run.output_dir) / LAST_CHECKPOINT
-    return broadcast_object(str(path) if path.exists() else None)
-
-
-def _write_config(config: Config, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-    except OSError as error:
-        raise InputError(
-            f"--output_dir {folder} cannot be written ({error.strerror or error}); choose another."
-        ) from error
-
-
-def _load_for_evaluation(model: nn.Module, config: Config) -> None:
-    run = config.run
-    if run.finetune and run.resume == "auto":
-        _logger.info("%s", load_checkpoint(model, run.finetune))
-        return
-    source = _find_last(config)
-    if source is None:
-        raise InputError(
-            f"--eval needs weights, and {run.output_dir} holds no {LAST_CHECKPOINT}; give --resume "
-            "FILE, URL or zoo name."
-        )
-    _logger.info("%s", load_checkpoint(model, source, exact=True))
 
 
 def _train(
@@ -214,6 +166,8 @@ def _start(
     if source is not None:
         state.restore(read_checkpoint(resolve_source(source)), config, origin=source)
         _logger.info("%s: going on at epoch %d, step %d", source, state.epoch, state.step)
+        if state.epoch >= config.optim.epochs:
+            _logger.info("nothing is left to do of %d epochs", config.optim.epochs)
         return state
     if config.run.finetune:
         _logger.info("%s", load_checkpoint(model, config.run.finetune))
@@ -223,12 +177,26 @@ def _start(
     return state
 
 
-def _time(model: nn.Module, config: Config, device: torch.device) -> None:
+def _load_for_evaluation(model: nn.Module, config: Config) -> None:
+    run = config.run
+    if run.finetune and run.resume == "auto":
+        _logger.info("%s", load_checkpoint(model, run.finetune))
+        return
+    source = _find_last(config)
+    if source is None:
+        raise InputError(
+            f"--eval needs weights, and {run.output_dir} holds no {LAST_CHECKPOINT}; give --resume "
+            "FILE, URL or zoo name."
+        )
+    _logger.info("%s", load_checkpoint(model, source, exact=True))
+
+
+def _time(family: ModelFamily, config: Config, device: torch.device) -> None:
     assert config.run.throughput is not None
-    # Without a word about it, in float32, as released: training's default is another matter.
+    # Not training's default: the released protocol has no mixed precision.
     amp_dtype = choose_amp_dtype(config.run.amp_dtype or "none", device)
     result = measure_throughput(
-        model,
+        _create_model(family, config, device),
         protocol=config.run.throughput,
         batch_size=config.data.batch_size,
         input_size=config.model.input_size,
@@ -236,4 +204,43 @@ def _time(model: nn.Module, config: Config, device: torch.device) -> None:
         amp_dtype=amp_dtype,
         is_compiled=config.run.compile,
     )
-    _logger.info("%s", result)
+    _logger.info(
+        "%s/%s, batch %d of %d px, %s on %s: %s",
+        *(config.model.model, config.model.attn_type),
+        *(config.data.batch_size, config.model.input_size),
+        *(str(amp_dtype).removeprefix("torch."), device, result),
+    )
+
+
+def _create_model(
+    family: ModelFamily, config: Config, device: torch.device, num_classes: int = 1000
+) -> nn.Module:
+    settings = config.model
+    seed_everything(derive_seed("model", config.run.seed))
+    model = family.create_model(
+        settings.model,
+        settings.attn_type,
+        num_classes=num_classes,
+        hashing=settings.hashing,
+        drop_rate=settings.drop,
+        drop_path_rate=settings.drop_path,
+    )
+    return model.to(device)
+
+
+def _find_last(config: Config) -> str | None:
+    """What ``--resume`` names; for ``auto`` the folder's last checkpoint, if there is one."""
+    if config.run.resume != "auto":
+        return config.run.resume
+    path = Path(config.run.output_dir) / LAST_CHECKPOINT
+    return broadcast_object(str(path) if path.exists() else None)
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {folder} cannot be written ({error.strerror or error}); choose another."
+        ) from error

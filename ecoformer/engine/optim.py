@@ -101,7 +101,10 @@ def create_schedule(optimizer: Optimizer, optim: OptimConfig, *, seed: int) -> S
             **noise,
         )
     except (ValueError, AssertionError) as error:
-        raise InputError(f"--sched {optim.sched!r} cannot be built: {error}") from error
+        raise InputError(
+            f"--sched {optim.sched} cannot be built for {optim.epochs} epochs with these settings; "
+            f"change --epochs or the schedule's flags. {error}"
+        ) from error
     return schedule
 
 

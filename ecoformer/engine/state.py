@@ -197,10 +197,15 @@ def _require_same_run(checkpoint: Mapping[str, Any], config: Config, origin: str
 def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any], origin: str) -> None:
     """Load the optimiser's state, once it is known to be that of these parameters."""
     remedy = "it belongs to another model or --opt; use --finetune to start from its weights."
+    constants = [name for name in optimizer.defaults if name != "lr"]
+    present = [{name: group[name] for name in constants} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{origin}: the optimizer's state does not fit, {remedy}") from error
+    # The state is the past's; constants that were allowed to change are the present's.
+    for group, values in zip(optimizer.param_groups, present, strict=True):
+        group.update(values)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             # Counters have no axes; all other tensors follow their parameter.

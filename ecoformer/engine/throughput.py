@@ -22,9 +22,9 @@ class Throughput:
     """Images a second, as measured.
 
     Args:
-        median: that of single batches, or, as released, that of all of them together.
-        low: the slowest tenth of the batches starts here; the same for all as released.
-        high: the fastest tenth of the batches starts here; the same for all as released.
+        median: of single batches; by the released protocol, of all of them together.
+        low: a tenth of the batches was slower.
+        high: a tenth of the batches was faster.
     """
 
     median: float
@@ -32,8 +32,9 @@ class Throughput:
     high: float
 
     def __str__(self) -> str:
-        spread = f", {self.low:.1f} to {self.high:.1f}" if self.low < self.high else ""
-        return f"{self.median:.1f} images/s{spread}"
+        if self.low == self.high:
+            return f"{self.median:.1f} images/s"
+        return f"median {self.median:.1f} images/s, 8 of 10 in {self.low:.1f} to {self.high:.1f}"
 
 
 @torch.inference_mode()

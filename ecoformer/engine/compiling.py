@@ -1,0 +1,17 @@
+"""The model as ``torch.compile`` runs it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def compile_model(model: nn.Module) -> nn.Module:
+    """The model as ``torch.compile`` runs it; it stays usable itself, for a fit say.
+
+    Args:
+        model: the bare model.
+    """
+    compiled = torch.compile(model)
+    assert isinstance(compiled, nn.Module)
+    return compiled
