@@ -122,4 +122,16 @@ class SharedQKAttention(nn.Module):
         q, v = split_heads(self.to_qk(x), self.num_heads), split_heads(self.to_v(x), self.num_heads)
         return self.proj_drop(self.proj(merge_heads(scaled_dot_product_attention(q, q, v))))
 
-    count_attention = SoftmaxAttention.count_attention
+    def count_attention(
+        self, num_tokens: int, size: tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """As ``SoftmaxAttention.count_attention``.
+
+        Args:
+            num_tokens: N.
+            size: not used.
+
+        Returns:
+            (multiplications, additions).
+        """
+        return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)

@@ -1,0 +1,134 @@
+"""What every kind of attention has in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ecoformer import InputError
+from ecoformer.attention import ATTENTION_KINDS, build_attention
+from ecoformer.hashing import with_random_hash_functions
+from tests.problems import draw
+
+KINDS: dict[str, dict[str, Any]] = {
+    **{kind: {"kind": kind} for kind in ATTENTION_KINDS},
+    "sra, reduced": {"kind": "sra", "sr_ratio": 2},
+    "sra, linear": {"kind": "sra", "is_linear": True},
+}
+# Outputs of the projections of 12 channels, by the names that released weights have.
+PROJECTIONS = {
+    "ecoformer": {"to_qk": 12, "to_v": 12, "proj": 12},
+    "msa": {"qkv": 36, "proj": 12},
+    "msa_share_qk": {"to_qk": 12, "to_v": 12, "proj": 12},
+    "sra": {"q": 12, "kv": 24, "proj": 12},
+    "lsa": {"qkv": 36, "proj": 12},
+    "performer": {"qkv": 36, "proj": 12},
+}
+
+
+def build(options: dict[str, Any], num_heads: int = 3, **more: Any) -> nn.Module:
+    """A layer of 12 channels that runs in eval mode, fitted or not."""
+    torch.manual_seed(0)
+    layer = build_attention(dim=12, num_heads=num_heads, **options, **more)
+    return with_random_hash_functions(layer).eval()
+
+
+def run(layer: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
+    with torch.no_grad():
+        return layer(x, size)
+
+
+@pytest.fixture(params=KINDS)
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return KINDS[request.param]
+
+
+@pytest.mark.parametrize("size", [(5, 9), (9, 5), (7, 7), (2, 2)])
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_tokens_in_tokens_out(
+    num_heads: int, size: tuple[int, int], options: dict[str, Any]
+) -> None:
+    x = draw(2, size[0] * size[1], 12).float()
+    out = run(build(options, num_heads), x, size)
+    assert out.shape == x.shape
+    assert out.isfinite().all()
+
+
+# Not Performer: as released, its keys share one maximum over the batch.
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "performer"])
+def test_images_do_not_see_each_other(name: str) -> None:
+    layer, x = build(KINDS[name]), draw(3, 35, 12).float()
+    alone = torch.cat([run(layer, image, (5, 7)) for image in x.split(1)])
+    torch.testing.assert_close(run(layer, x, (5, 7)), alone)
+
+
+def test_gradients_reach_every_parameter(options: dict[str, Any]) -> None:
+    layer = build(options)
+    x = draw(2, 35, 12).float().requires_grad_()
+    layer(x, (5, 7)).square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad.any()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def test_double_precision_stays(options: dict[str, Any]) -> None:
+    layer, x = build(options), draw(1, 35, 12)
+    out = run(layer.double(), x, (5, 7))
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(
+        run(build(options), x.float(), (5, 7)).double(), out, rtol=0, atol=1e-5
+    )
+
+
+def test_autocast_gives_half_precision_near_the_truth(options: dict[str, Any]) -> None:
+    layer, x = build(options), draw(2, 35, 12).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(layer, x, (5, 7))
+    assert out.dtype == torch.bfloat16
+    # Codes may flip with the projection that they come from, so the mean error counts.
+    assert (out.float() - run(layer, x, (5, 7))).abs().mean() < 0.02
+
+
+def test_projections_may_lack_a_bias_but_the_last_one_has_it(options: dict[str, Any]) -> None:
+    layer = build(options, qkv_bias=False)
+    biased = {
+        name for name, m in layer.named_modules() if isinstance(m, nn.Linear) and m.bias is not None
+    }
+    assert biased == {"proj"}
+    assert run(layer, draw(1, 35, 12).float(), (5, 7)).isfinite().all()
+
+
+def test_dropout_follows_the_output_projection(options: dict[str, Any]) -> None:
+    layer, x = build(options, proj_drop=0.5), draw(2, 35, 12).float()
+    torch.manual_seed(0)
+    out = run(layer.train(), x, (5, 7))
+    kept = out != 0
+    assert 0.3 < kept.float().mean() < 0.7
+    torch.testing.assert_close(out[kept] / 2, run(layer.eval(), x, (5, 7))[kept])
+
+
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_parameters_are_named_as_released(kind: str) -> None:
+    layer = build({"kind": kind})
+    expected = {
+        f"{name}.{leaf}": shape
+        for name, out in PROJECTIONS[kind].items()
+        for leaf, shape in (("weight", (out, 12)), ("bias", (out,)))
+    }
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == expected
+
+
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_heads_that_do_not_divide_the_channels_are_refused(kind: str) -> None:
+    with pytest.raises(InputError, match="5 heads cannot share 12 channels"):
+        build_attention(kind, 12, 5)
+
+
+def test_an_unknown_kind_shows_the_nearest_and_all() -> None:
+    with pytest.raises(
+        InputError, match=r"'ecofomer', did you mean 'ecoformer'\? There are: .*msa"
+    ):
+        build_attention("ecofomer", 12, 3)
