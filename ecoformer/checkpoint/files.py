@@ -65,7 +65,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
-            content = _parse(file, str(path))
+            content = parse_checkpoint(file, str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path.") from None
     except IsADirectoryError:
@@ -77,8 +77,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return unwrap_state(content, str(path))
 
 
-def _parse(file: IO[bytes], origin: str) -> object:
-    """Deserialise an open file by what its first bytes say it is."""
+def parse_checkpoint(file: IO[bytes], origin: str) -> object:
+    """Deserialise an open file by what its first bytes say it is, running nothing in it.
+
+    Args:
+        file: open at its start.
+        origin: what messages call it, e.g. the file's path.
+
+    Returns:
+        What was saved: tensors, on the CPU, in containers of plain values.
+
+    Raises:
+        InputError: it is no weight file, damaged, or asks for code to be run.
+    """
     start = file.read(512)
     file.seek(0)
     if not start:
@@ -93,7 +104,7 @@ def _parse(file: IO[bytes], origin: str) -> object:
         if is_safetensors:
             import safetensors.torch
 
-            return safetensors.torch.load_file(origin)
+            return safetensors.torch.load(file.read())
         if is_torch:
             with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED_GLOBALS):
                 warnings.simplefilter("ignore")
@@ -223,10 +234,13 @@ def save_atomic(obj: object, path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that takes its name when the block ends well, and vanishes otherwise.
+    """Open a file that takes its name when the block ends well, and vanishes otherwise.
 
     Args:
         path: the name; its folder is made if need be.
+
+    Returns:
+        The file, to be written and read.
 
     Raises:
         InputError: the disk refuses; what stood under ``path`` before is untouched.
@@ -235,7 +249,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
+        with open(temporary, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

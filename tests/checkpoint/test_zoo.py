@@ -1,0 +1,185 @@
+"""Zoo names and URLs: what enters the cache, and what does not."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from ecoformer.checkpoint import resolve_source, zoo
+from ecoformer.errors import InputError
+
+BUFFER = io.BytesIO()
+torch.save({"w": torch.arange(5000.0)}, BUFFER)
+GOOD = BUFFER.getvalue()
+SHA256 = hashlib.sha256(GOOD).hexdigest()
+OLD = GOOD.replace(b"w", b"v")
+FLIPPED = bytes([*GOOD[:9000], GOOD[9000] ^ 1, *GOOD[9001:]])
+PAGE = b"<!DOCTYPE html><html>Please sign in</html>"
+# Path -> what is sent, and the length that is claimed.
+PAGES = {
+    "/good.pth": (GOOD, len(GOOD)),
+    "/old/good.pth": (OLD, len(OLD)),
+    "/flipped.pth": (FLIPPED, len(GOOD)),
+    "/cut.pth": (GOOD[:9000], len(GOOD)),
+    "/login": (PAGE, len(PAGE)),
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves the pages above, a redirect to the login page, and nothing else."""
+
+    def do_GET(self) -> None:
+        """Answer one request."""
+        if self.path == "/redirect.pth":
+            self.send_response(302)
+            self.send_header("Location", "/login")
+            self.end_headers()
+            return
+        if self.path not in PAGES:
+            self.send_error(404)
+            return
+        content, length = PAGES[self.path]
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Address of a server on this machine."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, as torch.hub has it; no proxy stands before the server."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_download_is_kept_and_used_again(server: str, cache: Path) -> None:
+    path = resolve_source(f"{server}/good.pth#sha256={SHA256}")
+    assert path.read_bytes() == GOOD
+    assert list(cache.iterdir()) == [path]
+    stamp = path.stat().st_mtime_ns
+    assert resolve_source(f"{server}/good.pth#sha256={SHA256}") == path
+    assert path.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("name", ["flipped.pth", "cut.pth", "redirect.pth"])
+def test_wrong_content_is_refused_with_both_checksums(name: str, server: str, cache: Path) -> None:
+    url = f"{server}/{name}"
+    with pytest.raises(InputError) as caught:
+        resolve_source(f"{url}#sha256={SHA256}")
+    message = str(caught.value)
+    assert message.startswith(url)
+    assert "\n" not in message
+    assert len(set(re.findall(r"[0-9a-f]{64}", message)) | {SHA256}) == 2
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cut.pth", "damaged, cut short"),
+        ("redirect.pth", "a web page"),
+        ("absent.pth", "404"),
+    ],
+)
+def test_what_needs_no_checksum_to_be_refused(
+    name: str, reason: str, server: str, cache: Path
+) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        resolve_source(f"{server}/{name}")
+    assert str(caught.value).startswith(f"{server}/{name}: ")
+    assert list(cache.iterdir()) == []
+
+
+def test_without_a_network_the_message_tells_where_to_put_the_file(
+    cache: Path,
+) -> None:
+    with pytest.raises(InputError, match="put it at") as caught:
+        resolve_source("http://127.0.0.1:1/weights.pth")
+    assert "\n" not in str(caught.value)
+    place = Path(re.findall(r"put it at (.*)\.$", str(caught.value))[0])
+    place.write_bytes(GOOD)
+    assert resolve_source("http://127.0.0.1:1/weights.pth") == place
+
+
+def test_two_processes_at_once_leave_one_whole_file(server: str, cache: Path) -> None:
+    url = f"{server}/good.pth#sha256={SHA256}"
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        paths = list(pool.map(resolve_source, [url] * 2))
+    assert set(paths) == set(cache.iterdir())
+    assert paths[0].read_bytes() == GOOD
+
+
+def test_files_of_one_name_from_two_places_are_two(server: str, cache: Path) -> None:
+    paths = [resolve_source(f"{server}{page}") for page in ("/good.pth", "/old/good.pth")]
+    assert [path.read_bytes() for path in paths] == [GOOD, OLD]
+
+
+def test_zoo_name_takes_its_file_and_says_that_it_is_unverified(
+    server: str, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = replace(zoo.ZOO["ecoformer_pvt_v2_b0"], url=f"{server}/good.pth")
+    monkeypatch.setitem(zoo.ZOO, "ecoformer_pvt_v2_b0", entry)
+    with caplog.at_level(logging.WARNING):
+        path = resolve_source("ecoformer_pvt_v2_b0")
+    assert path == cache / "good.pth"
+    assert SHA256 in caplog.text
+    assert "not verified" in caplog.text
+
+    caplog.clear()
+    monkeypatch.setitem(zoo.ZOO, "ecoformer_pvt_v2_b0", replace(entry, sha256=SHA256))
+    assert resolve_source("ecoformer_pvt_v2_b0") == path
+    assert caplog.text == ""
+
+    path.write_bytes(FLIPPED)
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}.*expected {SHA256}"):
+        resolve_source("ecoformer_pvt_v2_b0")
+
+
+def test_unknown_zoo_name_shows_the_nearest(cache: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'ecoformer_alt_gvt_small'"):
+        resolve_source("ecoformer_alt_gvt_smal")
+
+
+def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ecoformer_pvt_v2_b0").touch()
+    for path in ("a.pth", "runs/last", str(tmp_path / "b"), "ecoformer_pvt_v2_b0"):
+        assert resolve_source(path) == Path(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_source("~/a.pth") == tmp_path / "a.pth"
+
+
+def test_zoo_holds_the_published_table(golden_dir: Path) -> None:
+    table = json.loads((golden_dir / "published_table.json").read_text())
+    assert {entry.model: entry for entry in zoo.ZOO.values()}.keys() == table.keys()
+    for name, entry in zoo.ZOO.items():
+        assert name == f"ecoformer_{entry.model}"
+        assert {field: getattr(entry, field) for field in table[entry.model]} == table[entry.model]
