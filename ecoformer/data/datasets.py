@@ -231,7 +231,7 @@ def _find_images(folder: Path) -> list[bytes]:
                     below.append(os.path.join(inner, entry.name))
                 elif entry.name.lower().endswith(EXTENSIONS):
                     found.append((inner, entry.name))
-    return [os.fsencode(os.path.join(*parts)) for parts in sorted(found)]
+    return [os.fsencode(f"{inner}/{name}" if inner else name) for inner, name in sorted(found)]
 
 
 def _open_cifar(path: Path, split: str) -> ImageArray:
