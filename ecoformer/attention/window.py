@@ -59,12 +59,13 @@ class WindowAttention(SoftmaxAttention):
         Raises:
             InputError: ``size`` is missing.
         """
+        size = require_size(size)
         # Tiled after the projection, which so spends nothing on what lies outside of the map.
         qkv = self._tile(tokens_to_grid(self.qkv(x), size))  # [B * W, S * S, 3 * C]
         q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
-        mask = self._find_keys(x, require_size(size))
+        mask = self._find_keys(x, size)
         out = merge_heads(scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        return self.proj_drop(self.proj(self._untile(out, require_size(size))))
+        return self.proj_drop(self.proj(self._untile(out, size)))
 
     def _tile(self, grid: Tensor) -> Tensor:
         """[B, height, width, C] to [B * W, S * S, C], padded with zeros."""
