@@ -14,40 +14,13 @@ from ecoformer.errors import NonFiniteError
 from ecoformer.hashing import HashConfig, fit_hash_functions, hash_layers
 from ecoformer.seeding import derive_seed
 from tests.engine.ranks import run_ranks
-from tests.engine.training import make_batches, start, train
-
-
-class Classifier(nn.Module):
-    """Small enough to think about."""
-
-    def __init__(self, drop_rate: float = 0.0) -> None:
-        super().__init__()
-        self.body = nn.Linear(3 * 32 * 32, 8)
-        self.drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(8, 2)
-        torch.manual_seed(0)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.head(self.drop(self.body(images.flatten(1)).tanh()))
-        return out
+from tests.engine.training import Classifier, assert_equal, make_batches, start, train, weights
 
 
 def tiny_ecoformer() -> nn.Module:
     torch.manual_seed(0)
     hashing = HashConfig(num_bits=4, num_anchors=8, num_fit_steps=2)
     return pvt.create_model("pvt_v2_b0", num_classes=2, hashing=hashing, drop_path_rate=0.3)
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def test_accumulated_batches_equal_a_big_one() -> None:

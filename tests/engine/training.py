@@ -21,6 +21,23 @@ Batch = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
 
 
+class Classifier(nn.Module):
+    """Small enough to think about."""
+
+    def __init__(self, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.Linear(3 * 32 * 32, 8)
+        self.drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(8, 2)
+        torch.manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.head(self.drop(self.body(images.flatten(1)).tanh()))
+        return out
+
+
 class ListLoader:
     """Batches from a list, in the order given, in every epoch."""
 
@@ -78,3 +95,15 @@ def train(state: TrainState, config: Config, batches: Sequence[Batch]) -> None:
         device=CPU,
         amp_dtype=choose_amp_dtype(config.run.amp_dtype, CPU),
     )
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Two state dicts are the same to the last bit."""
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name

@@ -1,0 +1,122 @@
+"""Checkpoints: what they hold, that a run goes on from them exactly, and when none is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ecoformer.checkpoint import read_checkpoint
+from ecoformer.engine.state import (
+    BEST_CHECKPOINT,
+    LAST_CHECKPOINT,
+    TrainState,
+    save_checkpoint,
+)
+from ecoformer.errors import InputError, NonFiniteError
+from tests.engine.training import Classifier, assert_equal, make_batches, start, train, weights
+
+FIELDS: dict[str, Any] = {
+    **{"opt": "adamw", "weight_decay": 0.05, "amp_dtype": "float16", "train_mode": True},
+    **{"epochs": 4, "warmup_epochs": 1, "seed": 3},
+}
+
+
+def run_epochs(state: TrainState, config: Any, num_epochs: int) -> None:
+    for _ in range(num_epochs):
+        train(state, config, make_batches(4, 8))
+        state.finish_epoch(50.0)
+
+
+def states_of(state: TrainState) -> dict[str, Any]:
+    """What a run goes on from, beside its weights."""
+    moments = {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, values in state.optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    return {**weights(state.model), **moments}
+
+
+@pytest.mark.parametrize("num_done", [1, 4])
+def test_goes_on_in_the_middle_of_an_epoch(num_done: int, tmp_path: Path) -> None:
+    whole, config = start(Classifier(drop_rate=0.3), **FIELDS)
+    run_epochs(whole, config, 3)
+
+    first, config = start(Classifier(drop_rate=0.3), **FIELDS)
+    run_epochs(first, config, 1)
+    train(first, config, make_batches(4, 8)[:num_done])
+    save_checkpoint(first, config, tmp_path, is_best=False)
+
+    second, config = start(Classifier(drop_rate=0.3), **FIELDS)
+    path = tmp_path / LAST_CHECKPOINT
+    second.restore(read_checkpoint(path), config, str(path))
+    assert (second.epoch, second.step) == (1, num_done)
+    run_epochs(second, config, 2)
+    assert_equal(states_of(second), states_of(whole))
+    assert second.scaler.state_dict() == whole.scaler.state_dict()
+    assert second.learning_rate == whole.learning_rate
+
+
+def test_losses_before_and_after_a_checkpoint_make_one_mean(tmp_path: Path) -> None:
+    batches = make_batches(4, 8)
+    whole, config = start(Classifier())
+    train(whole, config, batches)
+
+    first, config = start(Classifier())
+    train(first, config, batches[:3])
+    save_checkpoint(first, config, tmp_path, is_best=False)
+    second, config = start(Classifier())
+    second.restore(read_checkpoint(tmp_path / LAST_CHECKPOINT), config, "it")
+    train(second, config, batches)
+    assert second.loss.mean() == whole.loss.mean()
+
+
+def test_best_is_written_before_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(
+        "ecoformer.engine.state.save_atomic", lambda _, path: names.append(path.name)
+    )
+    state, config = start(Classifier())
+    save_checkpoint(state, config, tmp_path, is_best=True)
+    save_checkpoint(state, config, tmp_path, is_best=False)
+    assert names == [BEST_CHECKPOINT, LAST_CHECKPOINT, LAST_CHECKPOINT]
+
+
+def test_bad_weights_are_not_written(tmp_path: Path) -> None:
+    state, config = start(Classifier())
+    torch.nn.init.constant_(state.model.get_parameter("head.bias"), float("nan"))
+    with pytest.raises(NonFiniteError, match=r"head\.bias"):
+        save_checkpoint(state, config, tmp_path, is_best=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_goes_on_from_a_released_training_file() -> None:
+    """It knows its epoch, optimiser and scaler, but neither a best accuracy nor our settings."""
+    first, config = start(Classifier(), **FIELDS)
+    run_epochs(first, config, 2)
+    released = {
+        name: first.to_checkpoint(config)[name]
+        for name in ("model", "optimizer", "lr_scheduler", "epoch", "scaler")
+    }
+    second, config = start(Classifier(), **FIELDS)
+    second.restore(released, config, "released.pth")
+    assert (second.epoch, second.step, second.learning_rate) == (2, 0, first.learning_rate)
+    assert_equal(states_of(second), states_of(first))
+
+
+def test_all_changes_are_named_and_what_allows_them() -> None:
+    first, config = start(Classifier(), lr=1e-3)
+    checkpoint = first.to_checkpoint(config)
+    second, config = start(Classifier(), lr=2e-3, batch_size=64, num_workers=3, data_path="/moved")
+    with pytest.raises(InputError) as refusal:
+        second.restore(checkpoint, config, "it")
+    said = str(refusal.value)
+    assert "lr 0.001 -> 0.002" in said
+    assert "batch_size 32 -> 64" in said
+    assert "num_workers" not in said
+    assert "/moved" not in said
+    for permission in ("config", "batch-size"):
+        assert permission in said[said.index("--allow-resume-change") :]
