@@ -1,0 +1,255 @@
+"""Attention without projections, beside its peers.
+
+Shapes: B batch, H heads, N tokens, D head dim, C = H * D, K hash bits, M anchors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ecoformer.attention.heads import merge_heads
+from ecoformer.attention.performer import RandomFeatureAttention
+from ecoformer.attention.spatial_reduction import SpatialReductionAttention
+from ecoformer.benchmark.compare import Contender, Setup, compare
+from ecoformer.benchmark.measure import Call, free_bytes
+from ecoformer.benchmark.report import Row
+from ecoformer.ops import encode, hash_attention, kernelized_hash_attention, reference
+
+# As published.
+NUM_BITS, NUM_ANCHORS = 16, 25
+# B * N of a sweep over N: what an image costs is then measured at one load of the machine.
+_SWEEP_TOKENS = 131_072
+
+
+@dataclass(frozen=True)
+class CoreInputs:
+    """Random rows and hash functions of an attention core.
+
+    Args:
+        batch_size: B.
+        num_tokens: N, a square.
+        num_heads: H.
+        head_dim: D.
+        device: where they are.
+        dtype: of the rows.
+    """
+
+    batch_size: int
+    num_tokens: int
+    num_heads: int
+    head_dim: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the rows of queries, of keys, of values or of the output."""
+        numel = self.batch_size * self.num_tokens * self.num_heads * self.head_dim
+        return numel * self.dtype.itemsize
+
+    def draw_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, H, N, D], strided as layers give them."""
+        generator = torch.Generator().manual_seed(0)
+        size = (self.batch_size, self.num_tokens, self.num_heads, self.head_dim)
+        # Rows of one image have a direction in common, as those of trained models have.
+        common = 0.7 * torch.randn(self.batch_size, 1, *size[2:], generator=generator)
+        q, k, v = (torch.randn(size, generator=generator) for _ in range(3))
+        rows = (q + common, k + common, v)
+        q, k, v = (x.to(self.device, self.dtype).transpose(1, 2) for x in rows)
+        return q, k, v
+
+    def draw_hash_functions(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Anchors, which are rows of the first image, weight and kernel mean."""
+        generator = torch.Generator().manual_seed(1)
+        unit_rows = reference.normalize_rows(q[:1, :, :196].float())
+        anchors = unit_rows[0, :, :NUM_ANCHORS].contiguous()
+        weight = torch.randn(self.num_heads, NUM_BITS, NUM_ANCHORS, generator=generator)
+        kernel_mean = reference.kernel_features(unit_rows, anchors).mean((0, 2))
+        return anchors, weight.to(self.device), kernel_mean
+
+
+# The rows that an attention takes, and the attention itself.
+Core = tuple[tuple[Tensor, ...], Callable[..., Tensor]]
+
+
+def _shipped(inputs: CoreInputs) -> Core:
+    q, _, v = inputs.draw_rows()
+    anchors, weight, kernel_mean = inputs.draw_hash_functions(q)
+    return (q, v), partial(
+        kernelized_hash_attention, anchors=anchors, weight=weight, kernel_mean=kernel_mean
+    )
+
+
+def _eager_halves(inputs: CoreInputs) -> Core:
+    return _halves(inputs, encode, hash_attention)
+
+
+def _reference(inputs: CoreInputs) -> Core:
+    return _halves(inputs, reference.encode, reference.hash_attention)
+
+
+def _halves(
+    inputs: CoreInputs, encode: Callable[..., Tensor], attend: Callable[..., Tensor]
+) -> Core:
+    """On unit rows, in float32."""
+    q, _, v = inputs.draw_rows()
+    anchors, weight, kernel_mean = inputs.draw_hash_functions(q)
+    encode = partial(encode, anchors=anchors, weight=weight, kernel_mean=kernel_mean)
+    return (reference.normalize_rows(q.float()), v.float()), lambda x, v: attend(encode(x), v)
+
+
+def _softmax(inputs: CoreInputs, backend: str | None = None) -> Core:
+    rows = inputs.draw_rows()
+    if backend is None:
+        return rows, scaled_dot_product_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return scaled_dot_product_attention(q, k, v)
+
+    return rows, attend
+
+
+def _performer(inputs: CoreInputs) -> Core:
+    generator = torch.Generator().manual_seed(1)
+    return inputs.draw_rows(), RandomFeatureAttention(inputs.head_dim, generator).to(inputs.device)
+
+
+def _spatial_reduction(inputs: CoreInputs) -> Core:
+    """The layer without its projections of queries and outputs, which all kinds have."""
+    layer = SpatialReductionAttention(
+        inputs.num_heads * inputs.head_dim, inputs.num_heads, sr_ratio=8
+    ).to(inputs.device, inputs.dtype)
+    for name in ("q", "proj"):
+        setattr(layer, name, nn.Identity())
+    side = isqrt(inputs.num_tokens)
+    return (merge_heads(inputs.draw_rows()[0]),), lambda x: layer(x, (side, side))
+
+
+_CORES: dict[str, Callable[[CoreInputs], Core]] = {
+    "ecoformer": _shipped,
+    "ecoformer, eager halves": _eager_halves,
+    "reference": _reference,
+    "sdpa": _softmax,
+    "sdpa, flash": partial(_softmax, backend="FLASH_ATTENTION"),
+    "sdpa, efficient": partial(_softmax, backend="EFFICIENT_ATTENTION"),
+    "sdpa, cudnn": partial(_softmax, backend="CUDNN_ATTENTION"),
+    "sdpa, math": partial(_softmax, backend="MATH"),
+    "performer": _performer,
+    "spatial reduction": _spatial_reduction,
+}
+# Scores or differences in memory: these grow with N^2, and need so many floats a score.
+_FLOATS_A_SCORE = {"reference": 8, "sdpa, math": 6}
+
+
+def build_core(kind: str, inputs: CoreInputs, *, has_backward: bool) -> Call:
+    """Attention without projections.
+
+    Args:
+        kind: a key of the table of cores.
+        inputs: what it attends over.
+        has_backward: the gradients of all rows too.
+    """
+    rows, attend = _CORES[kind](inputs)
+    if not has_backward:
+        return torch.inference_mode()(lambda: attend(*rows))
+    rows = tuple(row.detach().requires_grad_() for row in rows)
+    with torch.no_grad():
+        out = attend(*rows)
+        generator = torch.Generator().manual_seed(2)
+        grad = torch.randn(out.shape, generator=generator).to(out)
+    return lambda: torch.autograd.grad(attend(*rows), rows, grad)
+
+
+def core_contenders(
+    inputs: CoreInputs, *, has_backward: bool, kinds: Sequence[str] = tuple(_CORES)
+) -> Iterator[Contender]:
+    """Those cores that run on the device and fit into its memory.
+
+    Args:
+        inputs: what they attend over.
+        has_backward: the gradients of all rows too.
+        kinds: keys of the table of cores.
+    """
+    scores = inputs.batch_size * inputs.num_heads * inputs.num_tokens**2
+    for kind in kinds:
+        if 4 * scores * _FLOATS_A_SCORE.get(kind, 0) > free_bytes(inputs.device):
+            continue
+        if not _runs(kind, replace(inputs, batch_size=1, num_tokens=64), has_backward):
+            continue
+        # Reads of q for the bandwidth; of q and v for the sums, then for the output; and again
+        # for the sums of the gradients and for the gradients, with the output's gradient.
+        num_passes = 6 + (3 + 5 if has_backward else 0)
+        yield Contender(
+            kind,
+            partial(build_core, kind, inputs, has_backward=has_backward),
+            num_passes * inputs.num_bytes if kind == "ecoformer" else None,
+        )
+
+
+def _runs(kind: str, inputs: CoreInputs, has_backward: bool) -> bool:
+    if "sdpa, " not in kind:
+        return True
+    try:
+        build_core(kind, inputs, has_backward=has_backward)()
+    except RuntimeError:
+        # PyTorch's way to say that it has no such kernel for these inputs.
+        return False
+    return True
+
+
+def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> list[Row]:
+    """All cores, H=1 D=32 as in the first stage of PVTv2-B0, forward, then with backward.
+
+    Args:
+        setup: where and how often.
+        batch_size: B.
+        num_tokens: N.
+    """
+    inputs = CoreInputs(batch_size, num_tokens, 1, 32, setup.device, setup.dtype)
+    rows: list[Row] = []
+    for task, has_backward in (
+        ("attention core, evaluation", False),
+        ("attention core, forward and backward", True),
+    ):
+        rows += compare(
+            setup,
+            task,
+            list(core_contenders(inputs, has_backward=has_backward)),
+            batch_size=batch_size,
+            num_tokens=num_tokens,
+            # q, v and the output; then its gradient and those of q and v beside q and v.
+            least_bytes=(3 + 5 * has_backward) * inputs.num_bytes,
+        )
+    return rows
+
+
+def measure_attention_sweep(setup: Setup, *, token_counts: Sequence[int]) -> list[Row]:
+    """Cores over a range of N, with as many images as make B * N about 131,072.
+
+    Args:
+        setup: where and how often.
+        token_counts: N, in turn.
+    """
+    rows: list[Row] = []
+    for num_tokens in token_counts:
+        batch_size = max(1, _SWEEP_TOKENS // num_tokens)
+        inputs = CoreInputs(batch_size, num_tokens, 1, 32, setup.device, setup.dtype)
+        kinds = ("ecoformer", "performer", "spatial reduction", "sdpa")
+        rows += compare(
+            setup,
+            "attention core",
+            list(core_contenders(inputs, has_backward=False, kinds=kinds)),
+            batch_size=batch_size,
+            num_tokens=num_tokens,
+            least_bytes=3 * inputs.num_bytes,
+        )
+    return rows
