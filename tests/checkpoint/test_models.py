@@ -1,4 +1,4 @@
-"""Real models against the released files: names, shapes, logits, and the way back."""
+"""Real models and files of released weights: in every form, and the way back."""
 
 from __future__ import annotations
 
@@ -9,36 +9,30 @@ import pytest
 import torch
 
 import pvt
+import twins
 from ecoformer.checkpoint import export_released, load_checkpoint, save_atomic
 from ecoformer.checkpoint.__main__ import convert
-from ecoformer.checkpoint.layout import to_ours
 from ecoformer.errors import InputError
+from ecoformer.family import ModelFamily
 from tests.checkpoint.weights import fill_state, released_shapes
 from tests.golden.fill import images
 
-FAMILIES = {"pvt": pvt.FAMILY}
-ROWS = [
-    (family, row)
-    for family in FAMILIES
-    for row in released_shapes()
-    if row.split("/")[0] in FAMILIES[family].variants
-]
 B0 = "pvt_v2_b0/ecoformer"
 
 
-@pytest.mark.parametrize(("family", "row"), ROWS)
-def test_model_has_the_entries_of_the_released_file(family: str, row: str) -> None:
-    with torch.device("meta"):
-        model = FAMILIES[family].create_model(*row.split("/"))
-        released = {name: torch.empty(shape) for name, shape in released_shapes()[row].items()}
-    expected = {name: tensor.shape for name, tensor in to_ours(released).items()}
-    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == expected
-
-
-@pytest.mark.parametrize("row", [B0, "pvt_v2_b0/msa", "pvt_v2_b0/msa_share_qk", "pvt_v2_b0/sra"])
-def test_released_weights_come_out_as_they_went_in(row: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "row"),
+    [
+        (pvt.FAMILY, B0),
+        (pvt.FAMILY, "pvt_v2_b0/msa_share_qk"),
+        (pvt.FAMILY, "pvt_v2_b0/sra"),
+        (twins.FAMILY, "alt_gvt_small/ecoformer"),
+        (twins.FAMILY, "pcpvt_small_v0/ecoformer"),
+    ],
+)
+def test_released_weights_come_out_as_they_went_in(family: ModelFamily, row: str) -> None:
     released = fill_state(released_shapes()[row])
-    model = pvt.create_model(*row.split("/"))
+    model = family.create_model(*row.split("/"))
     report = load_checkpoint(model, released, exact=True)
     assert (report.derived, report.missing, report.unused) == ((), (), ())
     exported = export_released(model)

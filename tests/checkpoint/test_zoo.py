@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import pvt
+import twins
 from ecoformer.checkpoint import resolve_source, zoo
 from ecoformer.errors import InputError
 
@@ -164,8 +166,8 @@ def test_zoo_name_takes_its_file_and_says_that_it_is_unverified(
 
 
 def test_unknown_zoo_name_shows_the_nearest(cache: Path) -> None:
-    with pytest.raises(InputError, match="did you mean 'ecoformer_alt_gvt_small'"):
-        resolve_source("ecoformer_alt_gvt_smal")
+    with pytest.raises(InputError, match="did you mean 'ecoformer_twins_svt_small'"):
+        resolve_source("ecoformer_twins_svt_smal")
 
 
 def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +179,10 @@ def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert resolve_source("~/a.pth") == tmp_path / "a.pth"
 
 
-def test_zoo_holds_the_published_table(golden_dir: Path) -> None:
+def test_zoo_holds_the_published_table_under_timm_names(golden_dir: Path) -> None:
     table = json.loads((golden_dir / "published_table.json").read_text())
-    assert {entry.model: entry for entry in zoo.ZOO.values()}.keys() == table.keys()
+    assert {entry.model for entry in zoo.ZOO.values()} == table.keys()
+    timm_names = {**pvt.FAMILY.timm_names, **twins.FAMILY.timm_names}
     for name, entry in zoo.ZOO.items():
-        assert name == f"ecoformer_{entry.model}"
+        assert timm_names[name] == entry.model
         assert {field: getattr(entry, field) for field in table[entry.model]} == table[entry.model]
