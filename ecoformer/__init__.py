@@ -6,6 +6,7 @@ Paper: EcoFormer, Liu et al., NeurIPS 2022, arXiv 2209.09004.
 from __future__ import annotations
 
 from ecoformer.attention import EcoFormerAttention
+from ecoformer.checkpoint import LoadReport, export_released, load_checkpoint
 from ecoformer.cost import count_cost
 from ecoformer.errors import InputError, NonFiniteError
 from ecoformer.hashing import HashConfig, fit_hash, fit_hash_functions
@@ -17,11 +18,14 @@ __all__ = [
     "EcoFormerAttention",
     "HashConfig",
     "InputError",
+    "LoadReport",
     "NonFiniteError",
     "count_cost",
     "encode",
+    "export_released",
     "fit_hash",
     "fit_hash_functions",
     "hash_attention",
     "kernelized_hash_attention",
+    "load_checkpoint",
 ]
