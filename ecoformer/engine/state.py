@@ -129,7 +129,7 @@ class TrainState:
             )
         if "config" in checkpoint:
             _require_same_run(checkpoint, config, origin)
-        load_checkpoint(self.model, checkpoint["model"])
+        load_checkpoint(self.model, checkpoint["model"], exact=True, origin=origin)
         _load_optimizer(self.optimizer, checkpoint["optimizer"], origin)
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
