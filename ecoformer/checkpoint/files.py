@@ -100,6 +100,7 @@ def parse_checkpoint(file: IO[bytes], origin: str) -> object:
     # The length of a JSON header, then the header. Before pickle: a length may begin with 0x80.
     is_safetensors = start[8:9] == b"{"
     is_torch = start.startswith((b"PK\x03\x04", b"\x80"))
+    error: Exception | None = None
     try:
         if is_safetensors:
             import safetensors.torch
@@ -109,7 +110,6 @@ def parse_checkpoint(file: IO[bytes], origin: str) -> object:
             with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED_GLOBALS):
                 warnings.simplefilter("ignore")
                 return torch.load(file, map_location="cpu", weights_only=True)
-        error: Exception | None = None
     # Bytes from anywhere: both libraries raise a dozen types, from KeyError to OSError.
     except Exception as caught:
         error = caught
@@ -227,7 +227,8 @@ def save_atomic(obj: object, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     # Left by a process that was killed in a save: one run writes to a folder at a time.
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        stale.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            stale.unlink()
     with open_atomic(path) as file:
         torch.save(obj, file)
 

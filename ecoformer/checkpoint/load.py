@@ -196,10 +196,14 @@ def _is_own(name: str, taken: Collection[str]) -> bool:
 
 
 def _has_other_classes(theirs: Tensor, ours: Tensor) -> bool:
-    return theirs.shape[1:] == ours.shape[1:] and theirs.shape[:1] != ours.shape[:1]
+    """Whether two entries of heads differ in the number of classes alone."""
+    if theirs.ndim != ours.ndim or theirs.shape[1:] != ours.shape[1:]:
+        return False
+    return len(theirs) != len(ours)
 
 
 def _tell_classes(theirs: Tensor, ours: Tensor) -> str:
+    """Name both numbers of classes."""
     return f"{len(theirs)} classes in the file, {len(ours)} in the model"
 
 
@@ -225,9 +229,11 @@ def _check_fit(
                 f"{origin}: {_tell_classes(theirs, ours)}; take data with as many classes, or "
                 "start from it with --finetune, which makes a new head."
             )
+        # [H, K, M] with the same heads, in a file that fits in all but hash functions.
         is_hash_weight = owner_of(mismatched[0], HASH_BUFFERS[0]) is not None
-        if is_hash_weight and all(_is_own(name, ()) for name in mismatched) and theirs.ndim == 3:
-            (bits, anchors), (our_bits, our_anchors) = theirs.shape[1:], ours.shape[1:]
+        has_same_heads = theirs.shape[:-2] == ours.shape[:-2]
+        if is_hash_weight and has_same_heads and all(_is_own(name, ()) for name in mismatched):
+            (bits, anchors), (our_bits, our_anchors) = theirs.shape[-2:], ours.shape[-2:]
             raise InputError(
                 f"{origin}: hash functions of {bits} bits and {anchors} anchors, the model's have "
                 f"{our_bits} and {our_anchors}; pass --nbits {bits} --anchor {anchors}."
@@ -274,4 +280,5 @@ def _summarise(names: Sequence[str]) -> str:
 
 
 def _strip_numbers(name: str) -> str:
+    """Make entries of one kind alike, whatever their stage and block."""
     return re.sub(r"\d+", "*", name)
