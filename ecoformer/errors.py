@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
@@ -24,6 +26,15 @@ class Preempted(Exception):
     """The run was asked to stop, and has saved what it needs to go on."""
 
     exit_code = EXIT_PREEMPTED
+
+
+def print_error(message: object) -> None:
+    """Say on stderr, in one line, why a command ends.
+
+    Args:
+        message: an error, or what stands in for one.
+    """
+    print("error:", *str(message).split(), file=sys.stderr, flush=True)
 
 
 def nearest_name(name: str, choices: list[str] | tuple[str, ...]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ecoformer import __version__
 from ecoformer.checkpoint.files import open_atomic, read_checkpoint, save_atomic
 from ecoformer.checkpoint.layout import to_ours, to_released
 from ecoformer.checkpoint.zoo import resolve_source
-from ecoformer.errors import EXIT_DONE, InputError
+from ecoformer.errors import EXIT_DONE, InputError, print_error
 
 
 def convert(source: str, path: Path, *, is_released: bool = False) -> None:
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         convert(arguments.input, arguments.output, is_released=arguments.released)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return error.exit_code
     print(f"wrote {arguments.output}")
     return EXIT_DONE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from ecoformer.engine.state import LAST_CHECKPOINT, TrainState, save_checkpoint
 from ecoformer.engine.sums import ExactMean
 from ecoformer.engine.throughput import measure_throughput
 from ecoformer.engine.train import compile_model, parallelize, train_epoch
-from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, Preempted
+from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, Preempted, print_error
 from ecoformer.family import ModelFamily
 from ecoformer.seeding import derive_seed, seed_everything
 
@@ -60,7 +59,7 @@ def run_main(family: ModelFamily, argv: Sequence[str] | None = None) -> int:
         with process_group(config.run.device) as device, print_log():
             _run(family, config, device)
     except (InputError, NonFiniteError, Preempted) as error:
-        _print_error(f"error: {error}")
+        _print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         _print_error("interrupted; the last checkpoint is untouched")
@@ -72,9 +71,9 @@ def run_main(family: ModelFamily, argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _print_error(line: str) -> None:
+def _print_error(message: object) -> None:
     if claim_error():
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
+        print_error(message)
 
 
 def _run(family: ModelFamily, config: Config, device: torch.device) -> None:
