@@ -1,0 +1,138 @@
+"""The cost model: released integers, somebody's own model, and a model that is not touched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ecoformer import EcoFormerAttention, count_cost, fit_hash_functions
+from ecoformer.attention import SpatialReductionAttention
+from ecoformer.cost import Cost
+from pvt import FAMILY
+from tests.backbones import assert_golden_cost, build_empty, golden_rows
+from tests.tiny import TINY_HASH, TinyModel, draw_images
+
+
+class FoldedAttention(nn.Module):
+    """Attention of two halves of an image, folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = EcoFormerAttention(3, 1, hashing=TINY_HASH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, height, width] to [2 * B, N / 2, 3]."""
+        return self.attn(images.flatten(2).mT.reshape(2 * len(images), -1, 3))
+
+
+class KeywordAttention(nn.Module):
+    """Attention whose map's size is passed by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = SpatialReductionAttention(3, 1, sr_ratio=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, height, width] to [B, N, 3]."""
+        return self.attn(images.flatten(2).mT, size=images.shape[2:])
+
+
+def kinds_of(cost: Cost, name: str) -> list[str]:
+    return [layer.kind for layer in cost.layers if layer.name == name]
+
+
+@pytest.mark.parametrize("row", golden_rows(FAMILY, "cost.json"))
+def test_operations_are_the_released_ones(row: str) -> None:
+    assert_golden_cost(FAMILY, row)
+
+
+def test_a_model_of_ones_own_by_hand() -> None:
+    model, height, width = TinyModel(depth=1), 8, 12
+    tokens = 2 * 3
+    bits, anchors, heads, dim = 4, 6, 2, 4
+    attention_mul = heads * tokens * (2 * anchors + anchors * bits + bits + 1 + dim)
+    attention_add = (
+        heads * tokens * (2 * anchors * dim + anchors * bits + 2 * bits + 2 * bits * dim + dim)
+    )
+    convolution = tokens * 8 * (4 * 4 * 3 + 1)
+    linear = tokens * (3 * 8 * 8 + 2 * 8 * 16) + 8 * 5
+    norm = 3 * 2 * tokens * 8
+    cost = count_cost(model, (height, width))
+    assert cost.by_kind() == {
+        "convolution": (convolution, convolution),
+        "normalisation": (norm, norm),
+        "linear": (linear, linear),
+        "ecoformer attention": (attention_mul, attention_add),
+    }
+    assert cost.mul == convolution + linear + norm + attention_mul
+    assert cost.add == convolution + linear + norm + attention_add
+    assert cost.energy_pj == pytest.approx(3.7 * cost.mul + 0.9 * cost.add)
+    assert cost.area_um2 == 7700 * cost.mul + 4184 * cost.add
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.input_size == (height, width)
+
+
+def test_layers_come_in_the_order_in_which_they_run() -> None:
+    names = [layer.name for layer in count_cost(TinyModel(depth=1), 8).layers]
+    assert names == [
+        *("embed.proj", "embed.norm", "blocks.0.norm1"),
+        *("blocks.0.attn.to_qk", "blocks.0.attn.to_v", "blocks.0.attn.proj", "blocks.0.attn"),
+        *("blocks.0.norm2", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "head"),
+    ]
+
+
+def test_attention_kinds_are_told_apart() -> None:
+    cost = count_cost(build_empty(FAMILY, "pvt_v2_b0/ecoformer"), 64)
+    assert kinds_of(cost, "block3.0.attn") == ["ecoformer attention"]
+    assert kinds_of(cost, "block4.0.attn") == ["msa attention"]
+
+
+def test_sides_of_an_image_are_height_and_width() -> None:
+    model = build_empty(FAMILY, "pvt_v2_b0/sra")
+    square, wide, high = (count_cost(model, size) for size in (64, (64, 128), (128, 64)))
+    assert square.layers == count_cost(model, (64, 64)).layers
+    assert (wide.mul, wide.add) == (high.mul, high.add)
+    assert wide.mul > 2 * square.mul - 1e6
+
+
+def test_attention_of_a_folded_batch_counts_as_often_as_it_runs() -> None:
+    folded = {layer.name: layer for layer in count_cost(FoldedAttention(), (4, 6)).layers}
+    model = EcoFormerAttention(3, 1, hashing=TINY_HASH)
+    mul, add = model.count_attention(12)
+    assert (folded["attn"].mul, folded["attn"].add) == (2 * mul, 2 * add)
+
+
+def test_a_size_may_be_passed_by_name() -> None:
+    model = KeywordAttention()
+    expected = model.attn.count_attention(48, (6, 8))
+    (layer,) = (layer for layer in count_cost(model, (6, 8)).layers if layer.name == "attn")
+    assert (layer.mul, layer.add) == expected
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_the_model_is_not_touched(is_training: bool) -> None:
+    model = TinyModel().train(is_training)
+    before = copy.deepcopy(model.state_dict())
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    random_state = torch.get_rng_state()
+    count_cost(model, 16)
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert all(module.training == is_training for module in model.modules())
+    assert all(p.requires_grad and not p.is_meta for p in model.parameters())
+
+
+def test_a_fit_changes_no_cost() -> None:
+    model = TinyModel()
+    unfitted = count_cost(model, 16)
+    fit_hash_functions(model, draw_images())
+    assert count_cost(model, 16) == unfitted
+
+
+def test_models_for_images_of_one_channel() -> None:
+    model = nn.Conv2d(1, 2, kernel_size=3)
+    assert count_cost(model, 5).mul == 3 * 3 * 2 * (3 * 3 + 1)
