@@ -1,7 +1,8 @@
-"""Twins on the shared engine: a step on two ranks, and the command."""
+"""Twins on the shared stack: a step on two ranks, and the commands."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.engine.ranks import run_ranks
 from tests.engine.training import make_batches, start, train
 from tests.twins.tiny import TINY_PCPVT, TINY_SVT
 from twins import FAMILY, Twins
+from twins.get_energy import main as get_energy
 from twins.main import main
 
 
@@ -71,3 +73,12 @@ def test_bad_input_is_one_line(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_energy_of_a_released_name(capsys: pytest.CaptureFixture[str], golden_dir: Path) -> None:
+    assert get_energy(["--model", "alt_gvt_small_ecoformer", "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)
+    golden = json.loads((golden_dir / "cost.json").read_text())["alt_gvt_small/ecoformer"]
+    assert {name: cost[name] for name in ("mul", "add")} == {
+        name: golden[name] for name in ("mul", "add")
+    }

@@ -1,0 +1,24 @@
+"""Operations, energy and area of a Twins: ``python -m twins.get_energy --help``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ecoformer.cost.report import run_get_energy
+from twins import FAMILY
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the words after the program's name; ``sys.argv`` if not given.
+
+    Returns:
+        The process's exit code.
+    """
+    return run_get_energy(FAMILY, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
