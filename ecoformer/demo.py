@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecoformer.errors import EXIT_BAD_INPUT, InputError
+from ecoformer.errors import InputError, print_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +29,8 @@ _ATTENTION = {"msa": "softmax", "ecoformer": "EcoFormer"}
 _INPUT_SIZE = 64
 _NUM_CLASSES = 10
 _BATCH_SIZE = 32
+_LEAST_TOP1 = 97.0
+_LARGEST_LOSS = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; ``sys.argv`` if not given.
 
     Returns:
-        The process's exit code: that of the first command that fails, else 0.
+        The process's exit code: that of the first command that fails; 1 if the accuracy falls
+        short; else 0.
     """
     parser = argparse.ArgumentParser(
         prog="python -m ecoformer.demo",
@@ -65,15 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dir", type=Path, default=None, help="default: runs/demo_BACKBONE")
     args = parser.parse_args(argv)
     folder = args.output_dir or Path("runs", f"demo_{args.backbone}")
-    if not _CONFIGS.is_dir():
-        parser.exit(EXIT_BAD_INPUT, f"error: {_CONFIGS} is missing; run the demo from a clone.\n")
-    # Here, so that --help and a wrong flag answer at once.
-    from ecoformer.data import write_digits_folder
-
     try:
-        data = write_digits_folder(folder / "digits", size=_INPUT_SIZE)
+        data = _prepare(folder)
     except InputError as error:
-        parser.exit(EXIT_BAD_INPUT, f"error: {error}\n")
+        print_error(error)
+        return error.exit_code
     softmax, ecoformer = folder / "msa", folder / "ecoformer"
     variant = _VARIANTS[args.backbone]
     common = ["--data-path", str(data), "--data-set", "IMNET"]
@@ -94,7 +93,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     _draw(results, picture)
     print(f"\n{variant}, {_INPUT_SIZE} px, 360 held-out digits\n\n{_format_table(results)}\n")
     print(f"curves and energy: {picture}")
+    softmax_top1, ecoformer_top1 = (result.curve[-1] for result in results)
+    if softmax_top1 < _LEAST_TOP1 or ecoformer_top1 < softmax_top1 - _LARGEST_LOSS:
+        print_error(
+            f"expected softmax of at least {_LEAST_TOP1} % and EcoFormer at most {_LARGEST_LOSS} "
+            "point below it; something is broken here."
+        )
+        return 1
     return 0
+
+
+def _prepare(folder: Path) -> Path:
+    """Write the digits; returns their folder."""
+    if not _CONFIGS.is_dir():
+        raise InputError(f"{_CONFIGS} is missing; run the demo from a clone of the repository.")
+    # Here, so that --help and a wrong flag answer at once.
+    from ecoformer.data import write_digits_folder
+
+    return write_digits_folder(folder / "digits", size=_INPUT_SIZE)
 
 
 def _run(backbone: str, command: list[str]) -> int:
@@ -176,7 +192,9 @@ def _draw(results: list[Result], picture: Path) -> None:
         xlabel="energy an image, mJ (45 nm model)",
         ylabel="top-1 %",
         title="after the last epoch",
-        xlim=(0, None),
+        xlim=(0, 1.2 * max(result.cost.energy_pj for result in results) / 1e9),
+        # Less than a few points is a matter of single images.
+        ylim=(min(95.0, *(result.curve[-1] for result in results)), 100.5),
     )
     for axes in (curves, tradeoff):
         axes.grid(alpha=0.3)
