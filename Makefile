@@ -1,6 +1,8 @@
 # Every target sets itself up: the first one makes $(VENV), later ones find it.
 PYTHON ?= python3
 VENV ?= .venv
+# of the demo: pvt or twins
+BACKBONE ?= pvt
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
@@ -13,7 +15,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(installed) ## train, convert, cost and compare a small model on embedded data
-	@$(python) -m ecoformer.demo
+	@$(python) -m ecoformer.demo --backbone $(BACKBONE)
 
 test: $(installed) ## all tests but the slow ones
 	@$(python) -m pytest
