@@ -83,7 +83,8 @@ def track(
             if now - last >= _SECONDS_BETWEEN_LINES:
                 last = now
                 left = format_seconds((now - began) / (count - start) * (total - count))
-                print(f"{name} {count}/{total} {note()} {left} left", file=sys.stderr, flush=True)
+                parts = (f"{name} {count}/{total}", note(), f"{left} left")
+                print(*filter(None, parts), file=sys.stderr, flush=True)
 
 
 class RunLog:

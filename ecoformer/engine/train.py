@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
@@ -21,7 +23,7 @@ from ecoformer.engine.distributed import (
     run_on_main,
     world_size,
 )
-from ecoformer.engine.logs import track
+from ecoformer.engine.logs import format_seconds, track
 from ecoformer.engine.precision import autocast
 from ecoformer.engine.state import TrainState
 from ecoformer.errors import NonFiniteError
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 # Below this scale a gradient of one vanishes in float16: what overflows is not the scale's doing.
 _SMALLEST_SCALE = 2.0**-24
+
+_logger = logging.getLogger(__name__)
 
 
 def compile_model(model: nn.Module) -> nn.Module:
@@ -105,7 +109,7 @@ def train_epoch(
         f"epoch {epoch}",
         total=num_steps,
         start=state.step,
-        note=lambda: f"loss {health.loss:.4f} lr {state.learning_rate:.3g}",
+        note=lambda: str(health),
     )
     for step, (images, targets) in enumerate(batches, start=state.step):
         seed_everything(derive_seed("step", seed, epoch, step, rank()))
@@ -157,9 +161,12 @@ def _update(state: TrainState, clip_grad: float | None) -> Tensor:
 
 def _refit(model: nn.Module, images: Tensor, *, seed: int) -> None:
     """Fit on rank 0's batch, in the mode that the model is in, and share the outcome."""
+    began = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
     run_on_main(lambda: fit_hash_functions(model, images, generator))
     broadcast_hash_functions(model)
+    took = format_seconds(time.monotonic() - began)
+    _logger.info("fitted the hash functions of %d layers in %s", len(hash_layers(model)), took)
 
 
 class _Health:
@@ -170,10 +177,15 @@ class _Health:
     """
 
     def __init__(self, state: TrainState, device: torch.device) -> None:
-        self.loss = math.nan
+        self._loss = math.nan
         self._state = state
         self._is_cuda = device.type == "cuda"
         self._pending: tuple[Tensor, torch.cuda.Event | None, str] | None = None
+
+    def __str__(self) -> str:
+        if math.isnan(self._loss):
+            return ""
+        return f"loss {self._loss:.4f} lr {self._state.learning_rate:.3g}"
 
     def check(self, loss: Tensor, norm: Tensor) -> None:
         """Queue this step's outcome, and look at the one before."""
@@ -199,7 +211,7 @@ class _Health:
         self._pending = None
         if event is not None:
             event.synchronize()
-        self.loss, is_bad, scale = outcome.tolist()
+        self._loss, is_bad, scale = outcome.tolist()
         if is_bad or scale < _SMALLEST_SCALE:
             raise NonFiniteError(
                 f"the loss or a gradient is not finite at {where}, loss scale {scale:g}; the "
