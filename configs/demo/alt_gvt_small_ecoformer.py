@@ -6,7 +6,7 @@ Command, on a CPU:
     make demo BACKBONE=twins
 """
 
-_base_ = "./_base_.py"
+_base_ = "../_base_/demo.py"
 
 model = "alt_gvt_small"
 attn_type = "ecoformer"

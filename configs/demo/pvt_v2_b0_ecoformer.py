@@ -6,7 +6,7 @@ Command, on a CPU:
     make demo
 """
 
-_base_ = "./_base_.py"
+_base_ = "../_base_/demo.py"
 
 model = "pvt_v2_b0"
 attn_type = "ecoformer"

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from ecoformer.config import Config, parse_config
+from ecoformer.engine.evaluate import evaluate
 from ecoformer.family import ModelFamily
+from tests.engine.training import CPU, make_batches, start_as_configured, train
 
 ROOT = Path(__file__).parents[2]
-FILES = [path.relative_to(ROOT) for path in sorted((ROOT / "configs").glob("[!_]*/*.py"))]
 FAMILY_OF_FOLDER = {"pvt_v2": "pvt", "twins": "twins"}
+FILES = [
+    path.relative_to(ROOT)
+    for folder in FAMILY_OF_FOLDER
+    for path in sorted((ROOT / "configs" / folder).glob("*.py"))
+]
 COMMAND = re.compile(r"torchrun --nproc_per_node=8 -m (\w+)\.main (.*)", re.DOTALL)
 
 
@@ -66,3 +74,26 @@ def test_expected_results_are_the_published_ones(golden_dir: Path) -> None:
         if match := re.search(r"([\d.]+) % top-1 .* for EcoFormer", path.read_text("utf-8")):
             claimed[path.stem] = float(match[1])
     assert claimed == {f"{name}_ecoformer": row["top1"] for name, row in published.items()}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_file_trains_and_evaluates(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    family = importlib.import_module(FAMILY_OF_FOLDER[path.parent.name]).FAMILY
+    small = ["--input-size", "32", "--num-fit-steps", "1"]
+    config = parse_config(family, ["--config", str(path), *small])
+    model = family.create_model(
+        config.model.model,
+        config.model.attn_type,
+        num_classes=2,
+        hashing=config.model.hashing,
+        drop_path_rate=config.model.drop_path,
+    )
+    state = start_as_configured(model, config)
+    before = state.model.head.bias.clone()  # type: ignore[union-attr, operator]
+    # 4 tokens an image in stage 3: 7 images hold the 25 anchors.
+    batches = make_batches(1, 7)
+    train(state, config, batches)
+    assert not torch.equal(before, state.model.head.bias)  # type: ignore[arg-type]
+    result = evaluate(model, batches, device=CPU, amp_dtype=torch.float32)
+    assert result.num_images == 7

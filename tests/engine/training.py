@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from ecoformer.config import Config
 from ecoformer.data import Loaders
-from ecoformer.engine.optim import create_optimizer, create_schedule
-from ecoformer.engine.precision import choose_amp_dtype, create_scaler
+from ecoformer.engine.precision import choose_amp_dtype
 from ecoformer.engine.state import TrainState
-from ecoformer.engine.sums import ExactMean
 from ecoformer.engine.train import parallelize, train_epoch
 
 Batch = tuple[Tensor, Tensor]
@@ -70,18 +68,18 @@ def make_batches(
 
 
 def start(model: nn.Module, **fields: Any) -> tuple[TrainState, Config]:
-    """A fresh state, with plain SGD unless the fields say otherwise."""
+    """A fresh state: plain SGD with a rate of 0.1, unless the fields say otherwise."""
     plain = {"opt": "momentum", "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0}
-    config = Config.from_flat({**plain, "smoothing": 0.0, **fields})
-    optimizer = create_optimizer(model, config.optim, 0.1)
-    state = TrainState(
-        model=model,
-        optimizer=optimizer,
-        schedule=create_schedule(optimizer, config.optim, seed=0),
-        scaler=create_scaler(CPU, choose_amp_dtype(config.run.amp_dtype, CPU)),
-        loss=ExactMean(CPU),
-    )
-    return state, config
+    # The base rate is for 512 images an update.
+    rate = 0.1 * 512 / (fields.get("batch_size", 32) * fields.get("grad_accum_steps", 1))
+    config = Config.from_flat({**plain, "smoothing": 0.0, "lr": rate, **fields})
+    return start_as_configured(model, config), config
+
+
+def start_as_configured(model: nn.Module, config: Config) -> TrainState:
+    """A fresh state of a run on the CPU."""
+    amp_dtype = choose_amp_dtype(config.run.amp_dtype, CPU)
+    return TrainState.create(model, config, device=CPU, amp_dtype=amp_dtype)
 
 
 def train(state: TrainState, config: Config, batches: Sequence[Batch]) -> None:
