@@ -136,3 +136,8 @@ def test_a_fit_changes_no_cost() -> None:
 def test_models_for_images_of_one_channel() -> None:
     model = nn.Conv2d(1, 2, kernel_size=3)
     assert count_cost(model, 5).mul == 3 * 3 * 2 * (3 * 3 + 1)
+
+
+def test_one_image_is_enough_in_training_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, kernel_size=8), nn.BatchNorm2d(4)).train()
+    assert count_cost(model, 8).mul == 4 * (8 * 8 * 3 + 1)

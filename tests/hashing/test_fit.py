@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ecoformer import NonFiniteError, fit_hash, ops
 from ecoformer.hashing import targets
+from ecoformer.hashing.fit import _agreement
+from ecoformer.hashing.targets import SimilarityTargets
 from ecoformer.ops import reference
 from tests.problems import LargestTensor, draw, draw_unit_rows
 
@@ -70,6 +72,15 @@ def test_a_row_moves_only_where_the_codes_gain() -> None:
         gains = [torch.einsum("bhn,bhnl,bhl->", y, residual, y) for y in (old, new)]
         assert gains[1] > gains[0] if fit.is_changed[bit] else torch.equal(old, new)
         residual -= new.unsqueeze(-1) * new.unsqueeze(-2)
+
+
+def test_agreement_is_counted_exactly() -> None:
+    # 4099^2 is odd and beyond 2^24, where float32 stops counting.
+    tokens = 4099
+    codes = torch.ones(1, 1, tokens)
+    similarities = SimilarityTargets.from_rows(draw_unit_rows(1, 1, tokens, 4).float(), 1)
+    agreement = _agreement(codes, similarities, codes.unsqueeze(2), num_bits=1)
+    assert agreement.item() == -(tokens**2)
 
 
 def test_what_was_passed_in_is_left_alone() -> None:
