@@ -24,10 +24,8 @@ from ecoformer.engine.distributed import (
 )
 from ecoformer.engine.evaluate import evaluate
 from ecoformer.engine.logs import RunLog, format_seconds, print_log
-from ecoformer.engine.optim import create_optimizer, create_schedule, scale_learning_rate
-from ecoformer.engine.precision import choose_amp_dtype, create_scaler
+from ecoformer.engine.precision import choose_amp_dtype
 from ecoformer.engine.state import LAST_CHECKPOINT, TrainState, save_checkpoint
-from ecoformer.engine.sums import ExactMean
 from ecoformer.engine.throughput import measure_throughput
 from ecoformer.engine.train import compile_model, parallelize, train_epoch
 from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, Preempted, print_error
@@ -150,17 +148,7 @@ def _start(
     model: nn.Module, config: Config, device: torch.device, amp_dtype: torch.dtype
 ) -> TrainState:
     """Everything that training changes, where this run begins or goes on."""
-    peak_lr = scale_learning_rate(
-        config.optim, batch_size=config.data.batch_size, world_size=world_size()
-    )
-    optimizer = create_optimizer(model, config.optim, peak_lr)
-    state = TrainState(
-        model=model,
-        optimizer=optimizer,
-        schedule=create_schedule(optimizer, config.optim, seed=config.run.seed),
-        scaler=create_scaler(device, amp_dtype),
-        loss=ExactMean(device),
-    )
+    state = TrainState.create(model, config, device=device, amp_dtype=amp_dtype)
     source = _find_last(config)
     if source is not None:
         state.restore(read_checkpoint(resolve_source(source)), config, origin=source)

@@ -15,7 +15,14 @@ from ecoformer import __version__
 from ecoformer.checkpoint import load_checkpoint, save_atomic
 from ecoformer.config import Config, describe_changes
 from ecoformer.engine.distributed import run_on_main, world_size
-from ecoformer.engine.optim import restore_schedule, schedule_state
+from ecoformer.engine.optim import (
+    create_optimizer,
+    create_schedule,
+    restore_schedule,
+    scale_learning_rate,
+    schedule_state,
+)
+from ecoformer.engine.precision import create_scaler
 from ecoformer.engine.sums import ExactMean
 from ecoformer.errors import InputError, NonFiniteError
 
@@ -63,6 +70,33 @@ class TrainState:
     epoch: int = 0
     step: int = 0
     best_acc1: float = -1.0
+
+    @classmethod
+    def create(
+        cls, model: nn.Module, config: Config, *, device: torch.device, amp_dtype: torch.dtype
+    ) -> TrainState:
+        """The state before the first step.
+
+        Args:
+            model: the bare model, on the device.
+            config: names optimiser and schedule, and the batch that scales the learning rate.
+            device: where the model is.
+            amp_dtype: from ``choose_amp_dtype``.
+
+        Raises:
+            InputError: no such optimiser or schedule.
+        """
+        peak_lr = scale_learning_rate(
+            config.optim, batch_size=config.data.batch_size, world_size=world_size()
+        )
+        optimizer = create_optimizer(model, config.optim, peak_lr)
+        return cls(
+            model=model,
+            optimizer=optimizer,
+            schedule=create_schedule(optimizer, config.optim, seed=config.run.seed),
+            scaler=create_scaler(device, amp_dtype),
+            loss=ExactMean(device),
+        )
 
     @property
     def learning_rate(self) -> float:
