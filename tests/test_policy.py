@@ -63,7 +63,9 @@ LAYERS = {
     "pvt commands": Layer(("pvt.main", "pvt.get_energy"), (*METHOD, *STACK, "pvt")),
     "twins commands": Layer(("twins.main", "twins.get_energy"), (*METHOD, *STACK, "twins")),
     "commands": Layer(
-        ("ecoformer.benchmark", "ecoformer.demo"), (*METHOD, *STACK), ("package", "pvt", "twins")
+        tuple(f"ecoformer.{name}" for name in ("benchmark", "demo", "plots", "tables")),
+        (*METHOD, *STACK),
+        ("package", "pvt", "twins"),
     ),
 }
 # Slow to import, and only a few runs need them.

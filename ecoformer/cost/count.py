@@ -119,7 +119,7 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
     Source: EcoFormer, section 5, and its released counter.
     """
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-    shadow = _without_data(model).eval()
+    shadow = without_data(model).eval()
     layers: list[LayerCost] = []
 
     def watch(name: str, kind: str, count: _Count) -> Callable[..., None]:
@@ -142,8 +142,12 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
     return Cost(tuple(layers), parameters, (height, width))
 
 
-def _without_data(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes only and whose hash functions count as fitted."""
+def without_data(model: nn.Module) -> nn.Module:
+    """Copy a model without its data: tensors with shapes only, hash functions that count as fitted.
+
+    Args:
+        model: on any device; not touched.
+    """
     # deepcopy asks this table first, so no weight is ever copied.
     memo: dict[int, object] = {}
     for parameter in model.parameters():

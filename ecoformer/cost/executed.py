@@ -1,0 +1,30 @@
+"""What today's hardware executes of a model, beside what the paper's model prices."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ecoformer.cost.count import without_data
+
+
+@torch.no_grad()
+def count_executed(model: nn.Module, input_size: int = 224) -> int:
+    """Count the multiply-adds of matrix products and convolutions of one image, as they run.
+
+    A processor of today multiplies and adds in one instruction. A product with a code of +1 and
+    -1 is an addition on paper, but costs it as much as any other.
+
+    Args:
+        model: on any device, in any mode; it needs no fit, is not touched, and computes nothing.
+        input_size: image side, pixels.
+
+    Returns:
+        Multiply-adds; normalisation, activations and other work by value are not among them.
+    """
+    shadow = without_data(model).eval()
+    with FlopCounterMode(display=False) as counter:
+        shadow(torch.empty(1, 3, input_size, input_size, device="meta"))
+    # The counter takes a multiply-add for two operations.
+    return int(counter.get_total_flops()) // 2

@@ -1,0 +1,113 @@
+"""Joules, measured: by NVML on NVIDIA GPUs, by RAPL on CPUs where the kernel offers it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_POWERCAP = Path("/sys/class/powercap")
+# Counters tick a thousand times a second at best.
+_MIN_SECONDS = 2.0
+
+
+class EnergyNotMeasurable(Exception):
+    """This machine does not tell the energy that it takes; the message says why."""
+
+
+@dataclass(frozen=True)
+class EnergyMeter:
+    """Counters of energy that only rise, but for starting over at their ends.
+
+    Args:
+        source: what is counted, in words.
+        read_uj: returns each counter's present value, microjoules.
+        ranges_uj: value at which each counter starts over.
+    """
+
+    source: str
+    read_uj: Callable[[], list[int]]
+    ranges_uj: list[int]
+
+    def measure(self, call: Callable[[], object], device: torch.device) -> float:
+        """Repeat a call for two seconds or longer and share out the energy.
+
+        Args:
+            call: what takes energy.
+            device: where it runs.
+
+        Returns:
+            Joules a call, of all that the counters see: idle power, and others at work, too.
+        """
+        # Not counted: the first call allocates, and chooses kernels.
+        call()
+        _synchronize(device)
+        num_calls, began, before = 0, time.monotonic(), self.read_uj()
+        while time.monotonic() - began < _MIN_SECONDS:
+            call()
+            _synchronize(device)
+            num_calls += 1
+        spent = zip(before, self.read_uj(), self.ranges_uj, strict=True)
+        return sum((end - start) % size for start, end, size in spent) / 1e6 / num_calls
+
+
+def find_meter(device: torch.device, powercap: Path = _POWERCAP) -> EnergyMeter:
+    """Find the counters of a device.
+
+    Args:
+        device: CPU or CUDA.
+        powercap: where Linux shows RAPL.
+
+    Raises:
+        EnergyNotMeasurable: there are none, or they may not be read.
+    """
+    return _find_nvml(device) if device.type == "cuda" else _find_rapl(powercap)
+
+
+def _find_nvml(device: torch.device) -> EnergyMeter:
+    try:
+        import pynvml
+    except ImportError:
+        raise EnergyNotMeasurable("nvidia-ml-py is not installed") from None
+    try:
+        pynvml.nvmlInit()
+        # Not by number: CUDA_VISIBLE_DEVICES renumbers what CUDA sees.
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        raise EnergyNotMeasurable(f"NVML: {error}") from None
+    return EnergyMeter(
+        "NVML, the whole GPU",
+        lambda: [1000 * pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)],
+        [1000 * 2**64],
+    )
+
+
+def _find_rapl(powercap: Path) -> EnergyMeter:
+    # The others are parts of these.
+    packages = [
+        domain
+        for domain in sorted(powercap.glob("*-rapl:*"))
+        if (domain / "name").exists() and (domain / "name").read_text().startswith("package")
+    ]
+    if not packages:
+        raise EnergyNotMeasurable(f"the kernel offers no RAPL counter in {powercap}")
+
+    def read(name: str) -> list[int]:
+        return [int((package / name).read_text()) for package in packages]
+
+    try:
+        read("energy_uj")
+        ranges = read("max_energy_range_uj")
+    except (OSError, ValueError) as error:
+        raise EnergyNotMeasurable(f"RAPL cannot be read ({error}); try as root") from None
+    return EnergyMeter("RAPL, whole CPU packages", lambda: read("energy_uj"), ranges)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

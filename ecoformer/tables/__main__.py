@@ -1,0 +1,183 @@
+"""The command ``python -m ecoformer.tables``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ecoformer.benchmark.report import describe_environment
+from ecoformer.engine.distributed import choose_device
+from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, print_error
+from ecoformer.tables.comparisons import (
+    COLUMNS,
+    COMPARISONS,
+    compare,
+    describe_recipe,
+    list_contenders,
+)
+from ecoformer.tables.models import (
+    MAIN_COLUMNS,
+    MAIN_NOTES,
+    add_throughput,
+    choose_weights,
+    describe_models,
+)
+from ecoformer.tables.recipe import CommandFailed, Recipe
+from ecoformer.tables.report import Table
+
+_PROG = "python -m ecoformer.tables"
+_SUMMARY = """\
+main     the published models: cost, accuracy with --data-path, speed with --throughput
+energy   the model's energy beside what is executed, and beside joules where they are told
+kinds    attention kinds under one recipe of two stages
+bits     EcoFormer by bits of a code, under the same recipe; likewise
+anchors  by anchors,
+similar  by similar pairs a token, and
+bias     by the form of the constant term
+
+What is done already is not done again: runs go on where they stopped, and evaluated weights are
+found in the table of the last time.
+"""
+_TITLES = {
+    "main": "Published models, ImageNet-1k",
+    "energy": "Energy, modelled and measured",
+    "kinds": "Attention kinds under one recipe",
+    "bits": "Bits of a code",
+    "anchors": "Anchors",
+    "similar": "Similar pairs a token",
+    "bias": "Form of the constant term",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make one table: print it, and write it as Markdown, CSV and JSON.
+
+    Args:
+        argv: the words after the program's name; ``sys.argv`` if not given.
+
+    Returns:
+        The process's exit code: 0 done, 2 bad input, 3 non-finite, or that of a run inside.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = _parse(words)
+    try:
+        table = _make(options, words)
+        table.write(options.output_dir, options.table)
+    except (InputError, NonFiniteError) as error:
+        print_error(error)
+        return error.exit_code
+    except CommandFailed as failure:
+        return failure.exit_code
+    print(f"{table.to_markdown()}\n\nwrote {options.output_dir / options.table}.md, .csv, .json")
+    return EXIT_DONE
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=_PROG, epilog=_SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tables = parser.add_subparsers(dest="table", metavar="TABLE", required=True)
+    for name, title in _TITLES.items():
+        table = tables.add_parser(name, help=title, description=title, allow_abbrev=False)
+        table.add_argument("--output-dir", type=Path, default=Path("runs", "tables"))
+        table.add_argument("--batch-size", type=int, default=32, help="images a step (32)")
+        if name in ("main", "energy"):
+            table.add_argument("--device", help="cuda, cpu ...; CUDA where there is one")
+        if name != "energy":
+            table.add_argument("--data-path", help="folder of the data")
+            table.add_argument(
+                "--data-set",
+                choices=("IMNET", "CIFAR", "FMNIST", "DIGITS"),
+                default="IMNET" if name == "main" else "DIGITS",
+                help="%(default)s unless given",
+            )
+        if name != "main":
+            table.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
+            size = 224 if name == "energy" else 32
+            table.add_argument("--input-size", type=int, default=size, help="pixels (%(default)s)")
+        if name == "main":
+            table.add_argument(
+                "--weights",
+                nargs="+",
+                default=[],
+                metavar="MODEL/ATTENTION=SOURCE",
+                help="what to evaluate: path, URL or zoo name; all of the zoo unless given",
+            )
+            table.add_argument("--throughput", action="store_true", help="time each model here")
+        if name in COMPARISONS:
+            table.add_argument("--values", nargs="+", default=[], help="of the setting")
+            table.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs (0)")
+            table.add_argument(
+                "--epochs", type=int, nargs=2, default=(8, 4), help="of the stages (8 4)"
+            )
+            table.add_argument(
+                "--no-train", action="store_true", help="costs and speed only, no accuracy"
+            )
+    return parser.parse_args(words)
+
+
+def _make(options: argparse.Namespace, words: Sequence[str]) -> Table:
+    for name in ("batch_size", "input_size"):
+        least = 32 if name == "input_size" else 1
+        if getattr(options, name, least) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
+    device = choose_device(getattr(options, "device", "cpu"))
+    environment = describe_environment(words, device)
+    environment["command"] = f"{_PROG} {shlex.join(words)}"
+    title = _TITLES[options.table]
+    if options.table == "main":
+        rows = describe_models()
+        _measure_models(options, rows, device)
+        return Table(title, MAIN_COLUMNS, rows, MAIN_NOTES, environment)
+    if options.table == "energy":
+        from ecoformer.tables import energy
+
+        rows, notes = energy.describe_energy(
+            options.model,
+            input_size=options.input_size,
+            batch_size=options.batch_size,
+            device=device,
+        )
+        return Table(title, energy.COLUMNS, rows, notes, environment)
+    recipe = Recipe(
+        variant=options.model,
+        data_set=options.data_set,
+        data_path=options.data_path,
+        input_size=options.input_size,
+        epochs=tuple(options.epochs),
+        batch_size=options.batch_size,
+        folder=options.output_dir / f"{options.data_set}_{options.input_size}px_{options.model}",
+    )
+    contenders = list_contenders(options.table, options.model, options.values)
+    rows = compare(contenders, recipe, [] if options.no_train else options.seeds)
+    return Table(title, COLUMNS, rows, describe_recipe(recipe, rows), environment)
+
+
+def _measure_models(
+    options: argparse.Namespace, rows: list[dict[str, float | str | None]], device: torch.device
+) -> None:
+    """Add to the main table what was asked for."""
+    weights = choose_weights(options.weights)
+    if options.weights and not options.data_path:
+        raise InputError("--weights are there to be evaluated; give --data-path too.")
+    if options.data_path:
+        from ecoformer.tables.accuracy import Validation, evaluate_rows
+
+        validation = Validation(
+            data_set=options.data_set,
+            data_path=options.data_path,
+            batch_size=options.batch_size,
+            device=device,
+        )
+        evaluate_rows(rows, weights, validation, options.output_dir / "main.csv")
+    if options.throughput:
+        add_throughput(rows, batch_size=options.batch_size, device=device)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
