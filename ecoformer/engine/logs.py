@@ -99,13 +99,12 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, first_epoch: int) -> None:
+        self._folder = folder
         self._path = folder / "log.txt"
+        self._first_epoch = first_epoch
         self._events: SummaryWriter | None = None
         if is_main():
-            from torch.utils.tensorboard import SummaryWriter
-
             _drop_epochs(self._path, first_epoch)
-            self._events = SummaryWriter(str(folder), purge_step=first_epoch)
 
     def write(self, record: Mapping[str, float]) -> None:
         """Add an epoch; ranks other than 0 leave it to that one.
@@ -113,10 +112,14 @@ class RunLog:
         Args:
             record: numbers by name, among them ``epoch``.
         """
-        if self._events is None:
+        if not is_main():
             return
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self._folder), purge_step=self._first_epoch)
         for name, value in record.items():
             if name != "epoch":
                 self._events.add_scalar(name, value, record["epoch"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +159,23 @@ def test_two_ranks_train_and_one_evaluates(
     assert f"top-1 {accuracy:.2f} %" in capsys.readouterr().out
     assert run_main(FAMILY, flags) == 2
     assert "--allow-resume-change world-size" in capsys.readouterr().err
+
+
+def _run_and_listen(flags: list[str]) -> tuple[int, str]:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        return run_main(FAMILY, flags), said.getvalue()
+
+
+def test_the_rank_that_fails_says_why(
+    tiny_flags: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(image_folder, tmp_path / "data")
+    # The second image to evaluate belongs to the second rank.
+    bad = sorted((tmp_path / "data" / "val").rglob("*.png"))[1]
+    bad.write_text("not an image")
+    flags = [*tiny_flags, "--data-path", str(tmp_path / "data"), "--batch-size", "4"]
+    flags += ["--attn_type", "msa", "--epochs", "1"]
+    (code, silence), (bad_code, line) = run_ranks(_run_and_listen, 2, flags)
+    assert (code, bad_code) == (1, 2)
+    assert silence == ""
+    assert line.startswith(f"error: cannot read {bad}")
