@@ -109,13 +109,13 @@ def _make_entrypoint(family: ModelFamily, timm_name: str, variant: str) -> Calla
         cache_dir: object = None,
         **kwargs: Any,
     ) -> nn.Module:
-        if pretrained:
-            raise InputError(
-                f"{timm_name} has no download yet: build it without pretrained=True and give a "
-                "file to ecoformer.load_checkpoint(model, FILE)."
-            )
         kind = kwargs.pop("attention", family.variants[variant][0])
         model = family.create_model(variant, kind, **kwargs)
+        if pretrained:
+            # The zoo stands above this module, and most who build a model need none of it.
+            from ecoformer.checkpoint import load_checkpoint
+
+            load_checkpoint(model, timm_name)
         model.pretrained_cfg = model.default_cfg = {  # type: ignore[assignment]
             "architecture": timm_name,
             "input_size": (3, 224, 224),
@@ -130,5 +130,8 @@ def _make_entrypoint(family: ModelFamily, timm_name: str, variant: str) -> Calla
 
     entrypoint.__name__ = entrypoint.__qualname__ = timm_name
     entrypoint.__module__ = family.name
-    entrypoint.__doc__ = f"timm entry point of {variant}; keywords as for create_model."
+    entrypoint.__doc__ = (
+        f"timm entry point of {variant}; keywords as for create_model. Pretrained weights are "
+        "those that the zoo has under this name; another number of classes gets a fresh head."
+    )
     return entrypoint

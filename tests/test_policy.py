@@ -51,7 +51,7 @@ LAYERS = {
     "layers": Layer(
         ("ecoformer.layers",), ("base", "hashing", "attention"), libraries=TORCH | {"timm"}
     ),
-    "family": Layer(("ecoformer.family",), ("base",), libraries=TORCH | {"timm"}),
+    "family": Layer(("ecoformer.family",), ("base",), ("checkpoint",), libraries=TORCH | {"timm"}),
     "pvt": Layer(("pvt",), METHOD, libraries=TORCH | {"timm"}),
     "twins": Layer(("twins",), METHOD, libraries=TORCH | {"timm"}),
     "config": Layer(("ecoformer.config",), ("base", "family", "hashing")),

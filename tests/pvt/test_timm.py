@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import timm
@@ -10,7 +12,10 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 
 import pvt
-from ecoformer import InputError
+from ecoformer import InputError, export_released, load_checkpoint
+from ecoformer.checkpoint import save_atomic
+from ecoformer.checkpoint.zoo import ZOO
+from ecoformer.hashing import with_random_hash_functions
 
 NAMES = [f"ecoformer_{variant}" for variant in pvt.PVT_VARIANTS]
 
@@ -77,9 +82,34 @@ def test_features_are_the_steps_of_a_forward() -> None:
     torch.testing.assert_close(model.forward_head(tokens), model(images))
 
 
-def test_weights_are_not_downloaded_in_silence() -> None:
-    with pytest.raises(InputError, match=r"ecoformer\.load_checkpoint\(model, FILE\)"):
-        create(pretrained=True)
+@pytest.fixture
+def cached_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The released file of PVTv2-B0, as it would lie in the cache, with weights of our own."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    model = with_random_hash_functions(pvt.create_model("pvt_v2_b0", num_classes=1000))
+    path = tmp_path / "checkpoints" / Path(urlsplit(ZOO["ecoformer_pvt_v2_b0"].url).path).name
+    save_atomic(export_released(model), path)
+    return path
+
+
+def test_pretrained_weights_come_from_the_zoo(cached_weights: Path) -> None:
+    expected = pvt.create_model("pvt_v2_b0")
+    load_checkpoint(expected, cached_weights)
+    state = create(pretrained=True).state_dict()
+    torch.testing.assert_close(state, expected.state_dict(), rtol=0, atol=0)
+    assert state["block1.0.attn.hash.is_fitted"]
+
+
+def test_pretrained_weights_take_another_head(cached_weights: Path) -> None:
+    state = create(pretrained=True, num_classes=7).state_dict()
+    assert state["head.weight"].shape == (7, 256)
+    released = torch.load(cached_weights, weights_only=True)
+    torch.testing.assert_close(state["norm4.weight"], released["norm4.weight"], rtol=0, atol=0)
+
+
+def test_pretrained_weights_need_a_zoo_entry() -> None:
+    with pytest.raises(InputError, match="ecoformer_pvt_v2_b5: no such file or zoo name, did you"):
+        create("ecoformer_pvt_v2_b5", pretrained=True)
 
 
 def test_no_name_of_timm_is_taken() -> None:
