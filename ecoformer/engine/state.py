@@ -161,10 +161,22 @@ class TrainState:
                 f"{origin}: holds weights only, from which no run can go on; use --finetune to "
                 "start from them, or --eval to measure them."
             )
+        try:
+            self._take(checkpoint, config, origin)
+        except InputError:
+            raise
+        # What a damaged or foreign file holds in the place of numbers.
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{origin}: its training state does not fit this run ({error!r}); use --finetune "
+                "to start from its weights."
+            ) from error
+
+    def _take(self, checkpoint: Mapping[str, Any], config: Config, origin: str) -> None:
         if "config" in checkpoint:
             _require_same_run(checkpoint, config, origin)
         load_checkpoint(self.model, checkpoint["model"], exact=True, origin=origin)
-        _load_optimizer(self.optimizer, checkpoint["optimizer"], origin)
+        _load_optimizer(self.optimizer, checkpoint["optimizer"])
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         last_epoch = int(checkpoint["epoch"])
@@ -228,15 +240,10 @@ def _require_same_run(checkpoint: Mapping[str, Any], config: Config, origin: str
         )
 
 
-def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any], origin: str) -> None:
-    """Load the optimiser's state, once it is known to be that of these parameters."""
-    remedy = "it belongs to another model or --opt; use --finetune to start from its weights."
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     constants = [name for name in optimizer.defaults if name != "lr"]
     present = [{name: group[name] for name in constants} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{origin}: the optimizer's state does not fit, {remedy}") from error
+    optimizer.load_state_dict(saved)
     # The state is the past's; constants that were allowed to change are the present's.
     for group, values in zip(optimizer.param_groups, present, strict=True):
         group.update(values)
@@ -244,7 +251,7 @@ def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any], origin: str) ->
         for name, value in values.items():
             # Counters have no axes; all other tensors follow their parameter.
             if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
-                raise InputError(
-                    f"{origin}: the optimizer's {name} has shape {list(value.shape)} for a "
-                    f"parameter of shape {list(parameter.shape)}; {remedy}"
+                raise ValueError(
+                    f"the optimizer's {name} has shape {list(value.shape)} for a parameter of "
+                    f"shape {list(parameter.shape)}"
                 )

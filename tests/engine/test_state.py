@@ -120,3 +120,25 @@ def test_all_changes_are_named_and_what_allows_them() -> None:
     assert "/moved" not in said
     for permission in ("config", "batch-size"):
         assert permission in said[said.index("--allow-resume-change") :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"epoch": "three"},
+        {"optimizer": {}},
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"optimizer": None},
+        {"loss_sums": None},
+        {"config": ["a list"]},
+        {"config": {}, "world_size": None},
+        {"scaler": {"scale": 1.0}},
+    ],
+    ids=str,
+)
+def test_damaged_state_is_refused(damage: dict[str, Any]) -> None:
+    first, config = start(Classifier(), **FIELDS)
+    checkpoint = {**first.to_checkpoint(config), **damage}
+    second, config = start(Classifier(), **FIELDS)
+    with pytest.raises(InputError, match=r"^broken\.pth: "):
+        second.restore(checkpoint, config, "broken.pth")
