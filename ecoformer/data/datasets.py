@@ -70,13 +70,15 @@ class ImageFolder:
         counts: list[int] = []
         for class_name in self.class_names:
             found_names = _find_images(root / class_name)
-            if not found_names:
-                raise InputError(
-                    f"class folder {root / class_name} holds no image "
-                    f"({' '.join(EXTENSIONS)}); add some or delete it."
-                )
             names += found_names
             counts.append(len(found_names))
+        if 0 in counts:
+            first = root / self.class_names[counts.index(0)]
+            others = f" (and {counts.count(0) - 1} more)" if counts.count(0) > 1 else ""
+            raise InputError(
+                f"class folder {first}{others} holds no image ({' '.join(EXTENSIONS)}); add some "
+                "or delete it."
+            )
         self.names = np.array(names)
         self.labels = np.repeat(np.arange(len(counts)), counts)
 

@@ -70,7 +70,7 @@ class SampleReader(Dataset[_Sample]):
                 image, label = self.images.read(index)
             # Pillow raises whatever its decoders meet.
             except Exception as error:
-                bad.append((index, _reason(error)))
+                bad.append((index, describe_failure(error)))
                 index = (index + 1) % len(self.images)
                 continue
             # A worker's generators serve nothing else.
@@ -237,7 +237,7 @@ def build_loaders(
             images[split],
             transform,
             batches,
-            num_workers=min(data.num_workers, _num_cores()),
+            num_workers=min(data.num_workers, num_cores()),
             pin_memory=data.pin_mem and pin_memory,
             max_bad_images=data.max_bad_images if is_train else 0,
         )
@@ -247,7 +247,7 @@ def build_loaders(
     if not train:
         return Loaders(None, eval_loader, class_names, None)
 
-    _require_equal_classes(images["train"].class_names, class_names)
+    require_equal_classes(images["train"].class_names, class_names)
     sampler = RepeatedAugmentationSampler if data.repeated_aug else ShuffledSampler
     train_loader = load(
         "train",
@@ -268,12 +268,22 @@ def build_loaders(
     return Loaders(train_loader, eval_loader, class_names, mixup)
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     # Not every system can tell a process's own share.
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _require_equal_classes(train: Sequence[str], val: Sequence[str]) -> None:
+def require_equal_classes(train: Sequence[str], val: Sequence[str]) -> None:
+    """Check that both splits number the same classes.
+
+    Args:
+        train: class names of the training images.
+        val: those of the validation images.
+
+    Raises:
+        InputError: one of them lacks a class.
+    """
     for name, only in (("val/", set(train) - set(val)), ("train/", set(val) - set(train))):
         if only:
             few = ", ".join(sorted(only)[:3])
@@ -283,8 +293,12 @@ def _require_equal_classes(train: Sequence[str], val: Sequence[str]) -> None:
             )
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong in one line that does not repeat the file's name."""
+def describe_failure(error: Exception) -> str:
+    """Say in one line, without the file's name, why an image cannot be read.
+
+    Args:
+        error: what reading it raised.
+    """
     if isinstance(error, UnidentifiedImageError):
         return "not in an image format that Pillow knows"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -71,7 +71,8 @@ def test_hidden_files_are_no_images(tmp_path: Path) -> None:
         (("val/a/1.png",), "has no folder train/"),
         (("train/1.png", "train/2.png"), "train holds 2 files but no folder"),
         (("train/.hidden",), "train holds nothing"),
-        (("train/a/1.png", "train/b/notes.txt"), "train/b holds no image"),
+        (("train/a/1.png", "train/b/notes.txt"), "train/b holds no image ("),
+        (("train/a/1.png", "train/b/x", "train/c/x"), "train/b (and 1 more) holds no image ("),
     ],
 )
 def test_folder_is_refused(tmp_path: Path, files: tuple[str, ...], expected: str) -> None:

@@ -97,7 +97,7 @@ def numbers(batches: list[Batch]) -> list[int]:
 def test_workers_change_nothing(
     folder: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ecoformer.data.loaders._num_cores", lambda: 3)
+    monkeypatch.setattr("ecoformer.data.loaders.num_cores", lambda: 3)
     alone = build(folder, augment=AugmentConfig())
     helped = build(folder, augment=AugmentConfig(), num_workers=num_workers)
     for epoch in (0, 1):
