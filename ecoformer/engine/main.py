@@ -13,6 +13,7 @@ from torch import nn
 
 from ecoformer.checkpoint import load_checkpoint, read_checkpoint, resolve_source
 from ecoformer.config import Config, parse_config, save_config
+from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.distributed import (
     broadcast_object,
     claim_error,
@@ -27,7 +28,7 @@ from ecoformer.engine.logs import RunLog, format_seconds, print_log
 from ecoformer.engine.precision import choose_amp_dtype
 from ecoformer.engine.state import LAST_CHECKPOINT, TrainState, save_checkpoint
 from ecoformer.engine.throughput import measure_throughput
-from ecoformer.engine.train import compile_model, parallelize, train_epoch
+from ecoformer.engine.train import parallelize, train_epoch
 from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, Preempted, print_error
 from ecoformer.family import ModelFamily
 from ecoformer.seeding import derive_seed, seed_everything

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.precision import autocast
-from ecoformer.engine.train import compile_model
 from ecoformer.hashing import with_random_hash_functions
 
 _NUM_WARMUP = 50

@@ -39,17 +39,6 @@ _SMALLEST_SCALE = 2.0**-24
 _logger = logging.getLogger(__name__)
 
 
-def compile_model(model: nn.Module) -> nn.Module:
-    """The model as ``torch.compile`` runs it; it stays usable itself, for a fit say.
-
-    Args:
-        model: the bare model.
-    """
-    compiled = torch.compile(model)
-    assert isinstance(compiled, nn.Module)
-    return compiled
-
-
 def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
     """Make the gradients of all ranks one. Alone, a model stays what it is.
 
