@@ -48,8 +48,8 @@ def save_config(config: Config, path: str | Path) -> None:
 def _load(path: Path) -> dict[str, Any]:
     """Read the assignments of a file, those of its ``cfg`` among them."""
     if not path.exists():
-        near = nearest_name(path.name, [file.name for file in path.parent.glob("*.py")])
-        raise InputError(f"does not exist{near or '.'}")
+        near = nearest_name(path.stem, [file.stem for file in path.parent.glob("*.py")])
+        raise InputError(f"does not exist{near}")
     if path.is_dir():
         raise InputError("is a folder.")
     if path.suffix not in (".py", ".yaml", ".yml"):

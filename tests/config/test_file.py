@@ -93,7 +93,7 @@ def test_bad_files(
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     write(tmp_path, "pvt_v2_b0_msa.py", "lr = 1.0")
-    with pytest.raises(InputError, match=r"does not exist, did you mean 'pvt_v2_b0_msa.py'\?$"):
+    with pytest.raises(InputError, match=r"does not exist, did you mean 'pvt_v2_b0_msa'\?$"):
         read_config(tmp_path / "pvt_v2_b0_mas.py")
     with pytest.raises(InputError, match=r"nowhere/a.py: does not exist\.$"):
         read_config(tmp_path / "nowhere" / "a.py")
