@@ -41,7 +41,7 @@ similar  by similar pairs a token, and
 bias     by the form of the constant term
 
 What is done already is not done again: runs go on where they stopped, and evaluated weights are
-found in the table of the last time.
+found in accuracy.csv.
 """
 _TITLES = {
     "main": "Published models, ImageNet-1k",
@@ -131,8 +131,13 @@ def _make(options: argparse.Namespace, words: Sequence[str]) -> Table:
     environment["command"] = f"{_PROG} {shlex.join(words)}"
     title = _TITLES[options.table]
     if options.table == "main":
+        # First: it is what can be refused.
+        accuracies = _evaluate(options, device)
         rows = describe_models()
-        _measure_models(options, rows, device)
+        for row in rows:
+            row |= accuracies.get(str(row["name"]), {})
+        if options.throughput:
+            add_throughput(rows, batch_size=options.batch_size, device=device)
         return Table(title, MAIN_COLUMNS, rows, MAIN_NOTES, environment)
     if options.table == "energy":
         from ecoformer.tables import energy
@@ -158,25 +163,25 @@ def _make(options: argparse.Namespace, words: Sequence[str]) -> Table:
     return Table(title, COLUMNS, rows, describe_recipe(recipe, rows), environment)
 
 
-def _measure_models(
-    options: argparse.Namespace, rows: list[dict[str, float | str | None]], device: torch.device
-) -> None:
-    """Add to the main table what was asked for."""
+def _evaluate(
+    options: argparse.Namespace, device: torch.device
+) -> dict[str, dict[str, float | str | None]]:
+    """The accuracies that were asked for, by the names of their rows."""
     weights = choose_weights(options.weights)
-    if options.weights and not options.data_path:
-        raise InputError("--weights are there to be evaluated; give --data-path too.")
-    if options.data_path:
-        from ecoformer.tables.accuracy import Validation, evaluate_rows
+    if not options.data_path:
+        if options.weights:
+            raise InputError("--weights are there to be evaluated; give --data-path too.")
+        return {}
+    # Brings the engine along, which the table alone does not need.
+    from ecoformer.tables.accuracy import Validation, evaluate_models
 
-        validation = Validation(
-            data_set=options.data_set,
-            data_path=options.data_path,
-            batch_size=options.batch_size,
-            device=device,
-        )
-        evaluate_rows(rows, weights, validation, options.output_dir / "main.csv")
-    if options.throughput:
-        add_throughput(rows, batch_size=options.batch_size, device=device)
+    validation = Validation(
+        data_set=options.data_set,
+        data_path=options.data_path,
+        batch_size=options.batch_size,
+        device=device,
+    )
+    return evaluate_models(weights, validation, options.output_dir / "accuracy.csv")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ecoformer.tables.models import find_family
 from ecoformer.tables.report import Value, format_csv, write_text
 
 # What two evaluations share that must give the same accuracy.
-_IDENTITY = ("name", "sha256", "data_set", "data_path")
+_IDENTITY = ("name", "sha256", "data_set", "data_path", "input_size")
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,18 @@ class Validation:
     input_size: int = 224
 
 
-def evaluate_rows(
-    rows: Sequence[dict[str, Value]],
-    weights: Mapping[str, str],
-    validation: Validation,
-    record: Path,
-) -> None:
-    """Add the accuracy to those rows that have weights, and record each in a CSV file at once.
-
-    Rows that the file holds already, of the same weights and data, are not evaluated again.
+def evaluate_models(
+    weights: Mapping[str, str], validation: Validation, record: Path
+) -> dict[str, dict[str, Value]]:
+    """Evaluate models, and keep a record in which the next call finds what is done.
 
     Args:
-        rows: from ``describe_models``; changed in place.
-        weights: name of a row to a path, URL or zoo name.
+        weights: ``"VARIANT/ATTENTION"`` to a path, URL or zoo name.
         validation: images, and how.
-        record: the CSV file.
+        record: a CSV file, to which each accuracy is added at once; it need not exist.
+
+    Returns:
+        Accuracy, and what it is of, by the same names.
 
     Raises:
         InputError: data or weights cannot be used.
@@ -75,20 +72,21 @@ def evaluate_rows(
     loaders = build_loaders(
         config.data, config.augment, input_size=validation.input_size, train=False
     )
-    done = {_identify(row): row for row in _read_rows(record) if row.get("top1")}
-    for row in rows:
-        name = str(row["name"])
-        if name not in weights:
-            continue
-        path = resolve_source(weights[name])
-        row |= {
-            "weights": weights[name],
+    done = _read_rows(record)
+    results: dict[str, dict[str, Value]] = {}
+    for name, source in weights.items():
+        path = resolve_source(source)
+        row: dict[str, Value] = {
+            "name": name,
+            "weights": source,
             "sha256": _digest(path),
             "data_set": validation.data_set,
             "data_path": validation.data_path,
+            "input_size": str(validation.input_size),
         }
-        if earlier := done.get(_identify(row)):
-            row |= {key: float(earlier[key]) for key in ("top1", "top5")}
+        earlier = [other for other in done if all(other.get(key) == row[key] for key in _IDENTITY)]
+        if earlier:
+            results[name] = row | {key: float(earlier[-1][key] or 0) for key in ("top1", "top5")}
             continue
         variant, attention = name.split("/")
         model = find_family(variant).create_model(
@@ -102,20 +100,18 @@ def evaluate_rows(
             amp_dtype=choose_amp_dtype(None, device),
         )
         print(f"{name}: {result}", flush=True)
-        row |= {"top1": result.acc1, "top5": result.acc5}
-        write_text(record, format_csv(rows))
+        results[name] = row | {"top1": result.acc1, "top5": result.acc5}
+        done.append(results[name])
+        write_text(record, format_csv(done))
+    return results
 
 
-def _identify(row: Mapping[str, Value]) -> tuple[Value, ...]:
-    return tuple(row.get(key) for key in _IDENTITY)
-
-
-def _read_rows(record: Path) -> list[dict[str, str]]:
+def _read_rows(record: Path) -> list[dict[str, Value]]:
     """The rows of an earlier run's CSV file, if there was one."""
     if not record.exists():
         return []
     with record.open(encoding="utf-8", errors="replace") as file:
-        return list(csv.DictReader(file))
+        return [dict(row) for row in csv.DictReader(file)]
 
 
 def _digest(path: Path) -> str:

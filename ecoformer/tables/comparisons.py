@@ -14,7 +14,7 @@ from ecoformer.data.datasets import open_dataset
 from ecoformer.errors import InputError
 from ecoformer.hashing import HashConfig, with_random_hash_functions
 from ecoformer.tables.models import (
-    COST_NOTE,
+    EXECUTED_NOTE,
     add_savings,
     cost_columns,
     describe_cost,
@@ -165,7 +165,7 @@ def describe_recipe(recipe: Recipe, rows: Sequence[dict[str, Value]]) -> list[st
         f"{recipe.variant}, {recipe.data_set}, {recipe.input_size} px. Costs are of one image of "
         "this size; savings are against the first row. images/s: evaluation, in batches of "
         f"{_TIMED_BATCH}, all rows in turns, so that a busy machine slows all alike.",
-        COST_NOTE,
+        EXECUTED_NOTE,
     ]
     if any("top1" in row for row in rows):
         first, second = recipe.epochs

@@ -6,7 +6,13 @@ import torch
 
 from ecoformer.cost.joules import EnergyMeter, EnergyNotMeasurable, find_meter
 from ecoformer.hashing import with_random_hash_functions
-from ecoformer.tables.models import COST_NOTE, add_savings, cost_columns, describe_cost, find_family
+from ecoformer.tables.models import (
+    EXECUTED_NOTE,
+    add_savings,
+    cost_columns,
+    describe_cost,
+    find_family,
+)
 from ecoformer.tables.report import Column, Value
 
 COLUMNS = (
@@ -52,7 +58,7 @@ def describe_energy(
         rows.append(row)
     return rows, [
         f"{variant}, one image of {input_size} px; savings are against the first row.",
-        COST_NOTE,
+        EXECUTED_NOTE,
         f"Measured energy ({device}, batches of {batch_size}): {source}.",
     ]
 

@@ -14,7 +14,7 @@ import pvt
 from ecoformer.checkpoint import zoo
 from ecoformer.checkpoint.zoo import ZOO
 from ecoformer.tables import accuracy
-from ecoformer.tables.accuracy import Validation, evaluate_rows
+from ecoformer.tables.accuracy import Validation, evaluate_models
 from ecoformer.tables.report import Value
 from tests.tables.conftest import Refuse
 
@@ -33,11 +33,8 @@ def evaluate_one(image_folder: Path, tmp_path: Path) -> Callable[[Path], dict[st
     """Evaluate one row from weights, at a small size, recorded in one file."""
 
     def run(weights: Path) -> dict[str, Value]:
-        rows: list[dict[str, Value]] = [{"name": ROW}, {"name": "pvt_v2_b0/ecoformer"}]
         validation = Validation("IMNET", str(image_folder), 8, torch.device("cpu"), input_size=32)
-        evaluate_rows(rows, {ROW: str(weights)}, validation, tmp_path / "main.csv")
-        assert "top1" not in rows[1]
-        return rows[0]
+        return evaluate_models({ROW: str(weights)}, validation, tmp_path / "accuracy.csv")[ROW]
 
     return run
 
@@ -66,8 +63,10 @@ def test_an_evaluated_row_is_not_evaluated_again(
     assert 0 <= float(first["top1"] or 0) <= 100
     assert evaluate_one(weights) == first
     assert len(calls) == 1
-    # Other weights under the old name are other weights.
+    # Other weights under the old name are other weights; the old ones are not forgotten.
     evaluate_one(save_model(weights, seed=1))
+    assert len(calls) == 2
+    assert evaluate_one(save_model(weights)) == first
     assert len(calls) == 2
 
 
