@@ -58,7 +58,7 @@ def find_field(spelling: str) -> str | None:
         kind, names = "field", [*field_types(), *SPELLINGS]
         if is_flag:
             kind, names = "flag", ["--" + name.replace("_", "-") for name in names]
-        raise InputError(f"unknown {kind} {spelling}{nearest_name(spelling, names) or '.'}")
+        raise InputError(f"unknown {kind} {spelling}{nearest_name(spelling, names)}")
     return name
 
 

@@ -280,7 +280,7 @@ class Config:
         for name, value in values.items():
             if name not in types:
                 near = nearest_name(name, list(types))
-                raise InputError(f"there is no field {name!r}{near or '.'}")
+                raise InputError(f"there is no field {name!r}{near}")
             if not _fits(value, types[name]):
                 raise InputError(f"{name} is {value!r}; expected {_spell(types[name])}.")
             sections[_field_sections()[name]][name] = (
