@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ecoformer.ops.codes import encode, normalize_rows
+from ecoformer.ops import fused
 from ecoformer.ops.precision import without_autocast
 
 ValueBias = Literal["released", "normalized"]
@@ -34,8 +34,7 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released")
 
     Source: EcoFormer, arXiv 2209.09004, section 3.3.
     """
-    if value_bias not in ("released", "normalized"):
-        raise ValueError(f"value_bias is 'released' or 'normalized', not {value_bias!r}")
+    _check_value_bias(value_bias)
     num_tokens, num_bits = codes.shape[-2:]
     c = num_bits + 1
     dtype = torch.promote_types(torch.promote_types(codes.dtype, v.dtype), torch.float32)
@@ -49,6 +48,11 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released")
         return numerator.div_(denominator).to(v.dtype)
 
 
+def _check_value_bias(value_bias: str) -> None:
+    if value_bias not in ("released", "normalized"):
+        raise ValueError(f"value_bias is 'released' or 'normalized', not {value_bias!r}")
+
+
 def kernelized_hash_attention(
     q: Tensor,
     v: Tensor,
@@ -58,7 +62,9 @@ def kernelized_hash_attention(
     kernel_mean: Tensor,
     value_bias: ValueBias = "released",
 ) -> Tensor:
-    """Attend through binary codes of the rows that queries and keys share.
+    """Attend through binary codes of the rows that queries and keys share, as one operator.
+
+    ``hash_attention(encode(normalize_rows(q), ...), v, value_bias)`` is the same in pieces.
 
     Args:
         q: [B, H, N, D], float, raw rows of the shared query-key projection.
@@ -69,9 +75,16 @@ def kernelized_hash_attention(
         value_bias: as for ``hash_attention``.
 
     Returns:
-        [B, H, N, D], the dtype of ``v``.
+        [B, H, N, D], the dtype of ``v``; computed in float32, or float64 where an input is. No
+        gradient reaches the hash functions.
+
+    Raises:
+        ValueError: another ``value_bias``.
 
     Source: EcoFormer, section 3.
     """
-    codes = encode(normalize_rows(q), anchors=anchors, weight=weight, kernel_mean=kernel_mean)
-    return hash_attention(codes, v, value_bias)
+    _check_value_bias(value_bias)
+    out, _, _ = fused.kernelized_hash_attention(
+        q, v, anchors, weight, kernel_mean, value_bias == "normalized"
+    )
+    return out

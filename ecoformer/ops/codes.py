@@ -48,21 +48,46 @@ def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
     Source: EcoFormer, section 3.2; bandwidth from the released implementation.
     """
     x_squared = x.square().sum(-1).unsqueeze(-2)  # [B, H, 1, N]
-    anchors_squared = anchors.square().sum(-1, keepdim=True)  # [H, M, 1]
-    x_mean = x.mean(-2, keepdim=True)  # [B, H, 1, D]
+    scale = kernel_scale(x.mean(-2, keepdim=True), x_squared.mean(-1, keepdim=True), anchors)
+    return kernel_exponents(x, x_squared, anchors, scale).exp_()
+
+
+def kernel_scale(x_mean: Tensor, x_squared_mean: Tensor, anchors: Tensor) -> Tensor:
+    """``-1 / (2 s)``, s being the mean squared distance between rows and anchors.
+
+    Args:
+        x_mean: [B, H, 1, D], float, mean row.
+        x_squared_mean: [B, H, 1, 1], float, mean of ``|x|^2``.
+        anchors: [H, M, D], float.
+
+    Returns:
+        [B, H, 1, 1].
+    """
     anchors_mean = anchors.mean(-2, keepdim=True)  # [H, 1, D]
-    bandwidth = (
-        x_squared.mean(-1, keepdim=True)
-        + anchors_squared.mean(-2, keepdim=True)
-        - 2 * (x_mean * anchors_mean).sum(-1, keepdim=True)
-    )  # [B, H, 1, 1]
-    scale = -0.5 / bandwidth
-    # -d / (2 s), accumulated in place; s is folded into the smaller factor of the product.
-    exponent = x_squared * scale + anchors_squared * scale  # [B, H, M, N]
-    exponent.flatten(0, 1).baddbmm_(
+    anchors_squared_mean = anchors.square().sum(-1, keepdim=True).mean(-2, keepdim=True)
+    cross = (x_mean * anchors_mean).sum(-1, keepdim=True)
+    return -0.5 / (x_squared_mean + anchors_squared_mean - 2 * cross)
+
+
+def kernel_exponents(x: Tensor, x_squared: Tensor, anchors: Tensor, scale: Tensor) -> Tensor:
+    """Squared distances between rows and anchors, times ``scale``.
+
+    Args:
+        x: [B, H, N, D], float.
+        x_squared: [B, H, 1, N], float, ``|x|^2``.
+        anchors: [H, M, D], float.
+        scale: [B, H, 1, 1], float.
+
+    Returns:
+        [B, H, M, N], tokens last.
+    """
+    anchors_squared = anchors.square().sum(-1, keepdim=True)  # [H, M, 1]
+    # Accumulated in place; the scale is folded into the smaller factor of the product.
+    exponents = x_squared * scale + anchors_squared * scale
+    exponents.flatten(0, 1).baddbmm_(
         (anchors * (-2 * scale)).flatten(0, 1), x.transpose(-1, -2).flatten(0, 1)
     )
-    return exponent.exp_()
+    return exponents
 
 
 def binarize(y: Tensor) -> Tensor:

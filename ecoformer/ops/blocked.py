@@ -1,0 +1,261 @@
+"""Kernelized hash attention and its gradient in blocks that stay in the cache, without autograd.
+
+Rows are read where they lie; what is made of them (unit rows, features, codes) lives for one
+block, and the gradient recomputes it. So memory is that of the result, and no time goes into
+clearing pages for large temporaries. Any device can run this; on the CPU it is the fast form.
+
+Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors; a block has b of the B
+images. As in ``codes``, features and codes have their tokens last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ecoformer.ops.codes import binarize, kernel_exponents, kernel_scale
+
+# Rows in a block, of all its images and heads, for each thread: what is made of a row takes a
+# few hundred bytes, which together should stay in the cache of a core.
+_ROWS_PER_THREAD = 8192
+# What normalisation divides by at least.
+_MIN_NORM = 1e-12
+
+
+class HashFunctions(NamedTuple):
+    """What makes codes of rows, in the type that everything is computed in.
+
+    Args:
+        anchors: [H, M, D], float32 or float64.
+        weight: [H, K, M], the same.
+        kernel_mean: [H, M], the same.
+    """
+
+    anchors: Tensor
+    weight: Tensor
+    kernel_mean: Tensor
+
+
+def empty_rows(like: Tensor) -> Tensor:
+    """Rows in the memory that layers have them in, where the heads of a token lie together.
+
+    Args:
+        like: [B, H, N, D], any dtype.
+
+    Returns:
+        The same shape and dtype, not initialised.
+    """
+    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
+
+
+def attend(
+    q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention through the codes h of raw rows.
+
+    Args:
+        q: [B, H, N, D], float.
+        v: [B, H, N, D], float.
+        functions: what makes the codes.
+        is_normalized: the value bias is ``c sum_j v_j``, not ``c v_i``.
+
+    Returns:
+        The output [B, H, N, D] in the dtype of ``v``; the sums ``sum_j [h_j, 1]^T [v_j, 1]``,
+        [B, H, K + 1, D + 1]; and the scale of the kernel, [B, H], see ``kernel_scale``.
+    """
+    dtype, num_bits, num_tokens = functions.weight.dtype, functions.weight.shape[-2], q.shape[-2]
+    c = num_bits + 1
+    out = empty_rows(v)
+    sums = functions.weight.new_zeros(*q.shape[:2], c, v.shape[-1] + 1)
+    scale = sums.new_empty(q.shape[:2])
+    # An image with more rows than a block takes is read in chunks of its tokens.
+    chunk = max(1, _block_rows() // q.shape[1])
+    for q_block, v_block, out_block, sums_block, scale_block in _blocks(q, v, out, sums, scale):
+        rows, values = _Rows.of(q_block.to(dtype)), v_block.to(dtype)
+        scale_block.copy_(rows.measure_scale(functions.anchors))
+        context, code_sum, value_sum = _parts(sums_block)
+        codes = []
+        for rows_chunk, v_chunk in zip(rows.split(chunk), values.split(chunk, -2), strict=True):
+            features = rows_chunk.exponents(functions.anchors, scale_block).exp_()
+            features -= functions.kernel_mean.unsqueeze(-1)  # [b, H, M, chunk]
+            h = binarize(functions.weight @ features)  # [b, H, K, chunk]
+            context += h @ v_chunk
+            code_sum += h.sum(-1, keepdim=True)
+            # Those of a large image are kept as bytes.
+            codes.append(h if chunk >= num_tokens else h.to(torch.int8))
+        value_sum += values.sum(-2, keepdim=True)
+        sums_block[..., -1, -1] = num_tokens
+        for h, v_chunk, out_chunk in zip(
+            codes, values.split(chunk, -2), out_block.split(chunk, -2), strict=True
+        ):
+            h = h.to(dtype)
+            numerator = h.transpose(-1, -2) @ context
+            numerator.add_(value_sum if is_normalized else v_chunk, alpha=c)
+            denominator = (code_sum.transpose(-1, -2) @ h).add_(c * num_tokens)
+            torch.div(numerator, denominator.transpose(-1, -2), out=out_chunk)
+    return out, sums, scale
+
+
+def differentiate(
+    grad: Tensor,
+    q: Tensor,
+    v: Tensor,
+    functions: HashFunctions,
+    sums: Tensor,
+    scale: Tensor,
+    *,
+    is_normalized: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of ``attend``, straight through the sign and through the bandwidth.
+
+    With numerators n_i, denominators d_i and the output n_i / d_i, g_i and e_i stand for the
+    gradients of n_i and d_i.
+
+    Args:
+        grad: [B, H, N, D], float, gradient of the output.
+        q: [B, H, N, D], float.
+        v: [B, H, N, D], float.
+        functions: what makes the codes.
+        sums: from ``attend``.
+        scale: from ``attend``.
+        is_normalized: as for ``attend``.
+
+    Returns:
+        The gradients of ``q`` and of ``v``, each in its dtype.
+    """
+    grad_q, grad_v = empty_rows(q), empty_rows(v)
+    for block in _blocks(grad, q, v, sums, scale, grad_q, grad_v):
+        _differentiate_block(*block, functions=functions, is_normalized=is_normalized)
+    return grad_q, grad_v
+
+
+def _differentiate_block(
+    grad: Tensor,
+    q: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    scale: Tensor,
+    grad_q: Tensor,
+    grad_v: Tensor,
+    *,
+    functions: HashFunctions,
+    is_normalized: bool,
+) -> None:
+    anchors, weight, kernel_mean = functions
+    dtype, num_bits, num_anchors = weight.dtype, *weight.shape[-2:]
+    c, num_tokens = num_bits + 1, q.shape[-2]
+    rows, values = _Rows.of(q.to(dtype)), v.to(dtype)
+    context, code_sum, value_sum = _parts(sums)
+    exponents = rows.exponents(anchors, scale)
+    features = exponents.exp().sub_(kernel_mean.unsqueeze(-1))  # [b, H, M, N]
+    y = weight @ features
+    h = binarize(y)  # [b, H, K, N]
+    # As numbers: with booleans the product below takes five times as long.
+    passes = torch.lt(y.abs_(), 1, out=y)
+
+    denominator = (code_sum.transpose(-1, -2) @ h).add_(c * num_tokens)  # [b, H, 1, N]
+    g = grad.to(dtype) / denominator.transpose(-1, -2)  # [b, H, N, D]
+    g_context = context @ g.transpose(-1, -2)  # [b, H, K, N]
+    e = (h * g_context).sum(-2, keepdim=True)
+    e += c * _row_sums(g * (value_sum if is_normalized else values))
+    e.div_(denominator).neg_()  # [b, H, 1, N]
+
+    grad_context = h @ g  # [b, H, K, D]
+    grad_bias = g.sum(-2, keepdim=True) if is_normalized else g
+    torch.add(h.transpose(-1, -2) @ grad_context, grad_bias, alpha=c, out=grad_v)
+
+    # A code is in its own numerator and denominator, and in the sums that all share.
+    grad_h = g_context.addcmul_(code_sum, e)
+    grad_h += grad_context @ values.transpose(-1, -2)
+    grad_h += h @ e.transpose(-1, -2)
+    grad_y = grad_h.mul_(passes)
+
+    kernel = features.add_(kernel_mean.unsqueeze(-1))
+    grad_exponents = (weight.transpose(-1, -2) @ grad_y).mul_(kernel)  # [b, H, M, N]
+    # The scale is -1 / (2 s), and every distance has the same share in s.
+    grad_scale = torch.einsum("bhmn,bhmn->bh", grad_exponents, exponents)
+    share = 2 * scale * grad_scale / (num_tokens * num_anchors)
+    grad_distances = grad_exponents.mul_(_per_head(scale)).add_(_per_head(share))
+    rows.differentiate(grad_distances, anchors, out=grad_q)
+
+
+class _Rows(NamedTuple):
+    """Raw rows, and what makes unit rows of them.
+
+    Args:
+        q: [b, H, n, D].
+        inverse_norms: [b, H, n, 1], what the rows are multiplied with.
+        x_squared: [b, H, 1, n], squared norms of the unit rows.
+    """
+
+    q: Tensor
+    inverse_norms: Tensor
+    x_squared: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor) -> _Rows:
+        norms = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+        inverse_norms = norms.clamp_min(_MIN_NORM).reciprocal_()
+        return cls(q, inverse_norms, norms.mul_(inverse_norms).square_().transpose(-1, -2))
+
+    def split(self, num_tokens: int) -> Iterator[_Rows]:
+        for q, inverse_norms, x_squared in zip(
+            self.q.split(num_tokens, -2),
+            self.inverse_norms.split(num_tokens, -2),
+            self.x_squared.split(num_tokens, -1),
+            strict=True,
+        ):
+            yield _Rows(q, inverse_norms, x_squared)
+
+    def measure_scale(self, anchors: Tensor) -> Tensor:
+        """[b, H], these being all the rows of their images."""
+        x_mean = (self.inverse_norms.transpose(-1, -2) @ self.q) / self.q.shape[-2]
+        scale = kernel_scale(x_mean, self.x_squared.mean(-1, keepdim=True), anchors)
+        return scale.flatten(1)
+
+    def exponents(self, anchors: Tensor, scale: Tensor) -> Tensor:
+        """[b, H, M, n]."""
+        return kernel_exponents(
+            self.q * self.inverse_norms, self.x_squared, anchors, _per_head(scale)
+        )
+
+    def differentiate(self, grad_distances: Tensor, anchors: Tensor, *, out: Tensor) -> None:
+        """Gradient of the raw rows from that of their distances [b, H, M, n]."""
+        x = self.q * self.inverse_norms
+        toward = grad_distances.transpose(-1, -2) @ anchors  # [b, H, n, D]
+        along = grad_distances.sum(-2, keepdim=True)  # [b, H, 1, n]
+        # dx / 2 = along x - toward; a row that was normalised loses its part along x, which
+        # one too short for it keeps.
+        is_normalised = self.inverse_norms.transpose(-1, -2) * _MIN_NORM < 1
+        radial = (along * self.x_squared - _row_sums(x * toward)) * is_normalised
+        x *= (along - radial).transpose(-1, -2)
+        torch.mul(x.sub_(toward), 2 * self.inverse_norms, out=out)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """[b, H, n, D] to [b, H, 1, n]; as a product, which is faster than a sum so short."""
+    return (x @ x.new_ones(x.shape[-1])).unsqueeze(-2)
+
+
+def _parts(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views: sums of h^T v [b, H, K, D], of h^T [b, H, K, 1] and of v [b, H, 1, D]."""
+    return sums[..., :-1, :-1], sums[..., :-1, -1:], sums[..., -1:, :-1]
+
+
+def _per_head(x: Tensor) -> Tensor:
+    """[b, H] to [b, H, 1, 1]."""
+    return x[..., None, None]
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [B, H, N, ...] image by image, or as many images as a block takes."""
+    _, num_heads, num_tokens, _ = tensors[0].shape
+    num_images = max(1, _block_rows() // (num_heads * num_tokens))
+    return zip(*(tensor.split(num_images) for tensor in tensors), strict=True)
+
+
+def _block_rows() -> int:
+    return _ROWS_PER_THREAD * torch.get_num_threads()
