@@ -53,6 +53,8 @@ def changed() -> dict[str, Any]:
         "repeated_aug": False,
         "dist_eval": False,
         "max_bad_images": 4,
+        "scale": [0.5, 0.9],
+        "hflip": 0.25,
         "color_jitter": 0.0,
         "aa": None,
         "smoothing": 0.0,

@@ -91,6 +91,27 @@ def test_small_images_are_cropped_from_a_padded_frame(size: tuple[int, int]) -> 
     assert 0.05 < frame < 0.2
 
 
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+def test_flips_as_often_as_asked(hflip: float) -> None:
+    augment = AugmentConfig(aa=None, color_jitter=0.0, reprob=0.0, hflip=hflip, scale=(0.9, 1.0))
+    transform = build_train_transform(augment, input_size=40)
+    half = np.zeros((40, 40, 3), dtype=np.uint8)
+    half[:, 20:] = 255
+    pixels = torch.stack([transform(Image.fromarray(half)) for _ in range(10)])
+    is_left_bright = pixels[..., :10].mean((1, 2, 3)) > pixels[..., -10:].mean((1, 2, 3))
+    assert is_left_bright.all() if hflip else not is_left_bright.any()
+
+
+def test_scale_bounds_the_crop() -> None:
+    augment = AugmentConfig(aa=None, color_jitter=0.0, reprob=0.0, hflip=0.0, scale=(0.01, 0.02))
+    transform = build_train_transform(augment, input_size=40)
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 256, 3))
+    pixels = torch.stack([transform(Image.fromarray(ramp)) for _ in range(10)])
+    # A fiftieth of the area, at most 4:3, is at most a sixth of the side.
+    span = (pixels.amax((2, 3)) - pixels.amin((2, 3)))[:, 0] * 0.229
+    assert (span < 1 / 5).all()
+
+
 def test_mixup_follows_numpy_and_smooths_labels() -> None:
     mixup = build_mixup(AugmentConfig(), num_classes=5)
     assert mixup is not None
