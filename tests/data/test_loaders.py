@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import multiprocessing
 import os
 import random
 import re
 import signal
-import struct
 import subprocess
 import sys
-import zlib
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -28,6 +25,7 @@ from ecoformer.config.schema import AugmentConfig, DataConfig
 from ecoformer.data import Loader, build_loaders
 from ecoformer.data.loaders import Batch, Loaders
 from ecoformer.errors import InputError
+from tests.data.images import BAD_IMAGES, spoil, write_images
 
 # Images of one colour look the same after this, and different each time after that.
 PLAIN = AugmentConfig(aa=None, color_jitter=0.0, reprob=0.0, mixup=0.0, cutmix=0.0)
@@ -69,16 +67,6 @@ def equal(left: list[Batch], right: list[Batch]) -> bool:
         for one, other in zip(left, right, strict=True)
         for x, y in zip(one, other, strict=True)
     )
-
-
-def write_images(root: Path, num_train: int, num_val: int) -> Path:
-    """Images of one colour each: 3 * number, in two classes."""
-    for split, num_images in (("train", num_train), ("val", num_val)):
-        for number in range(num_images):
-            file = root / split / "ab"[number % 2] / f"{number:03}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (48, 44), (2 * number,) * 3).save(file)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -176,48 +164,6 @@ def test_evaluation_alone_needs_no_training_images(tmp_path: Path) -> None:
     assert list(loaders.class_names) == ["a", "b"]
     with pytest.raises(InputError, match="has no folder train/"):
         build(tmp_path)
-
-
-def png_of(width: int, height: int) -> bytes:
-    """A small file that says it is this large."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
-    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + content
-
-
-def jpeg() -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise((48, 44), 80).convert("RGB").save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-BAD_IMAGES = {
-    "no bytes": b"",
-    "one byte": b"\xff",
-    "cut short": jpeg()[:900],
-    "cut in the header": jpeg()[:100],
-    "text": b"not an image\n",
-    "web page": b"<!DOCTYPE html><html><body>404</body></html>",
-    "noise": np.random.RandomState(0).bytes(3000),
-    "noise after a header": jpeg()[:20] + np.random.RandomState(1).bytes(2000),
-    "decompression bomb": png_of(60000, 60000),
-    "no pixels": png_of(48, 44),
-    "damaged checksum": png_of(48, 44)[:30] + b"\0" + png_of(48, 44)[31:],
-    "dangling link": None,
-}
-
-
-def spoil(file: Path, data: bytes | None) -> None:
-    file.unlink()
-    if data is None:
-        file.symlink_to(file.with_name("gone"))
-    else:
-        file.write_bytes(data)
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
