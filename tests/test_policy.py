@@ -63,7 +63,7 @@ LAYERS = {
     "pvt commands": Layer(("pvt.main", "pvt.get_energy"), (*METHOD, *STACK, "pvt")),
     "twins commands": Layer(("twins.main", "twins.get_energy"), (*METHOD, *STACK, "twins")),
     "commands": Layer(
-        tuple(f"ecoformer.{name}" for name in ("benchmark", "demo", "plots", "tables")),
+        tuple(f"ecoformer.{name}" for name in ("benchmark", "demo", "doctor", "plots", "tables")),
         (*METHOD, *STACK),
         ("package", "pvt", "twins"),
     ),
