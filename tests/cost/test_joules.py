@@ -1,0 +1,94 @@
+"""Measured energy, on counters of our own, and the count of what is executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ecoformer.attention import SoftmaxAttention
+from ecoformer.cost import joules
+from ecoformer.cost.executed import count_executed
+from ecoformer.cost.joules import EnergyMeter, EnergyNotMeasurable, find_meter
+from ecoformer.tables.energy import describe_energy
+
+CPU = torch.device("cpu")
+
+
+def write_domain(powercap: Path, number: str, name: str, energy_uj: str = "5000000") -> Path:
+    domain = powercap / f"intel-rapl:{number}"
+    domain.mkdir(parents=True)
+    (domain / "name").write_text(f"{name}\n")
+    (domain / "energy_uj").write_text(f"{energy_uj}\n")
+    (domain / "max_energy_range_uj").write_text("9000000\n")
+    return domain
+
+
+def test_joules_of_packages_are_shared_out_over_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Until the sixth call.
+    monkeypatch.setattr(joules, "_MIN_SECONDS", 1e9)
+    packages = [write_domain(tmp_path, number, f"package-{number}") for number in "01"]
+    core = write_domain(tmp_path, "0:0", "core")
+    num_calls = 0
+
+    def call() -> None:
+        nonlocal num_calls
+        num_calls += 1
+        # The call that is not counted costs a joule too. Counters start over at 9 J.
+        for domain in (*packages, core):
+            (domain / "energy_uj").write_text(str((5_000_000 + 1_000_000 * num_calls) % 9_000_000))
+        if num_calls == 6:
+            monkeypatch.setattr(joules, "_MIN_SECONDS", 0.0)
+
+    meter = find_meter(CPU, tmp_path)
+    assert meter.source.startswith("RAPL")
+    # Five counted calls, each a joule on each of two packages, across the counters' end.
+    assert meter.measure(call, CPU) == pytest.approx(2.0)
+    assert num_calls == 6
+
+
+def test_no_counter_is_said(tmp_path: Path) -> None:
+    with pytest.raises(EnergyNotMeasurable, match="no RAPL counter"):
+        find_meter(CPU, tmp_path)
+    write_domain(tmp_path, "0", "package-0", energy_uj="")
+    with pytest.raises(EnergyNotMeasurable, match="RAPL cannot be read"):
+        find_meter(CPU, tmp_path)
+
+
+@pytest.mark.parametrize("is_available", [True, False])
+def test_the_energy_table_names_its_source(
+    is_available: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(device: torch.device) -> EnergyMeter:
+        if not is_available:
+            raise EnergyNotMeasurable("nobody knows")
+        return EnergyMeter("a test", lambda: [0], [1])
+
+    monkeypatch.setattr("ecoformer.tables.energy.find_meter", find)
+    monkeypatch.setattr(joules, "_MIN_SECONDS", 0.001)
+    rows, notes = describe_energy("pvt_v2_b2_li", input_size=32, batch_size=2, device=CPU)
+    assert [row["name"] for row in rows] == ["sra"]
+    assert ("measured_j" in rows[0]) is is_available
+    assert ("a test" if is_available else "not available here: nobody knows") in notes[-1]
+
+
+def test_executed_products_are_those_of_the_shapes() -> None:
+    convolution = nn.Conv2d(3, 6, kernel_size=3, padding=1)
+    assert count_executed(convolution, 8) == 3 * 3 * 3 * 6 * 8 * 8
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = SoftmaxAttention(12, 2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            x = images.reshape(1, -1, 12)
+            return self.attention(x, (1, x.shape[1]))
+
+    num_tokens, width = 3 * 8 * 8 // 12, 12
+    projections = 4 * num_tokens * width**2
+    assert count_executed(Tokens(), 8) == projections + 2 * num_tokens**2 * width
