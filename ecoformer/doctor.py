@@ -73,11 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The process's exit code: 0, or 2 where there is a problem.
     """
     options = _parse(argv)
-    num_problems = 0
+    seen: set[Finding] = set()
     for check in CHECKS:
         for finding in _run(check, options):
-            print(f"{finding.level:<8} {finding.message}", flush=True)
-            num_problems += finding.level == "problem"
+            # A missing folder or device is found more than once.
+            if finding not in seen:
+                print(f"{finding.level:<8} {finding.message}", flush=True)
+            seen.add(finding)
+    num_problems = sum(finding.level == "problem" for finding in seen)
     print(f"\n{num_problems or 'no'} problem{'s' * (num_problems != 1)}")
     return EXIT_BAD_INPUT if num_problems else EXIT_DONE
 
@@ -256,22 +259,18 @@ def check_data(options: argparse.Namespace) -> Iterator[Finding]:
         yield Finding("note", "no data were looked at; name them by --data-path and --data-set.")
         return
     splits: dict[str, LabelledImages] = {}
-    refusals: list[str] = []
     for split in SPLITS:
         try:
             splits[split] = open_dataset(
                 options.data_set, options.data_path, split, input_size=_STEP_SIZE
             )
         except InputError as error:
-            refusals.append(str(error))
+            yield Finding("problem", str(error))
     if len(splits) == len(SPLITS):
         try:
             require_equal_classes(*(splits[split].class_names for split in SPLITS))
         except InputError as error:
-            refusals.append(str(error))
-    # A folder that is missing says so for each split.
-    for refusal in dict.fromkeys(refusals):
-        yield Finding("problem", refusal)
+            yield Finding("problem", str(error))
     for split, images in splits.items():
         yield from _decode(split, images, is_quick=options.quick)
 

@@ -132,7 +132,7 @@ def test_no_data_are_a_note_and_digits_need_no_path() -> None:
         "note: no data were looked at; name them by --data-path and --data-set."
     ]
     lines = examine(doctor.check_data, data_set="DIGITS", quick=True)
-    assert [line.partition(":")[0] for line in lines] == ["ok", "ok"]
+    assert [line.split(":")[0] for line in lines] == ["ok", "ok"]
     assert "train: 1,437 images of 10 classes; of 1,000 decoded none bad" in lines[0]
 
 
