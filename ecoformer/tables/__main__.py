@@ -13,13 +13,15 @@ import torch
 from ecoformer.benchmark.report import describe_environment
 from ecoformer.engine.distributed import choose_device
 from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, print_error
+from ecoformer.tables.accuracy import Validation, evaluate_models
 from ecoformer.tables.comparisons import (
-    COLUMNS,
+    COMPARISON_COLUMNS,
     COMPARISONS,
     compare,
     describe_recipe,
     list_contenders,
 )
+from ecoformer.tables.energy import ENERGY_COLUMNS, describe_energy
 from ecoformer.tables.models import (
     MAIN_COLUMNS,
     MAIN_NOTES,
@@ -28,7 +30,7 @@ from ecoformer.tables.models import (
     describe_models,
 )
 from ecoformer.tables.recipe import CommandFailed, Recipe
-from ecoformer.tables.report import Table
+from ecoformer.tables.report import Table, Value
 
 _PROG = "python -m ecoformer.tables"
 _SUMMARY = """\
@@ -85,22 +87,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     for name, title in _TITLES.items():
         table = tables.add_parser(name, help=title, description=title, allow_abbrev=False)
         table.add_argument("--output-dir", type=Path, default=Path("runs", "tables"))
+        table.add_argument("--device", help="cuda, cpu ...; CUDA where there is one")
         table.add_argument("--batch-size", type=int, default=32, help="images a step (32)")
-        if name in ("main", "energy"):
-            table.add_argument("--device", help="cuda, cpu ...; CUDA where there is one")
-        if name != "energy":
-            table.add_argument("--data-path", help="folder of the data")
-            table.add_argument(
-                "--data-set",
-                choices=("IMNET", "CIFAR", "FMNIST", "DIGITS"),
-                default="IMNET" if name == "main" else "DIGITS",
-                help="%(default)s unless given",
-            )
-        if name != "main":
-            table.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
-            size = 224 if name == "energy" else 32
-            table.add_argument("--input-size", type=int, default=size, help="pixels (%(default)s)")
         if name == "main":
+            _add_data(table, default="IMNET")
             table.add_argument(
                 "--weights",
                 nargs="+",
@@ -109,11 +99,16 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
                 help="what to evaluate: path, URL or zoo name; all of the zoo unless given",
             )
             table.add_argument("--throughput", action="store_true", help="time each model here")
+            continue
+        size = 224 if name == "energy" else 32
+        table.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
+        table.add_argument("--input-size", type=int, default=size, help="pixels (%(default)s)")
         if name in COMPARISONS:
+            _add_data(table, default="DIGITS")
             table.add_argument("--values", nargs="+", default=[], help="of the setting")
             table.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs (0)")
             table.add_argument(
-                "--epochs", type=int, nargs=2, default=(8, 4), help="of the stages (8 4)"
+                "--epochs", type=int, nargs=2, default=[8, 4], help="of the stages (8 4)"
             )
             table.add_argument(
                 "--no-train", action="store_true", help="costs and speed only, no accuracy"
@@ -121,12 +116,22 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def _add_data(table: argparse.ArgumentParser, default: str) -> None:
+    table.add_argument("--data-path", help="folder of the data")
+    table.add_argument(
+        "--data-set",
+        choices=("IMNET", "CIFAR", "FMNIST", "DIGITS"),
+        default=default,
+        help="%(default)s unless given",
+    )
+
+
 def _make(options: argparse.Namespace, words: Sequence[str]) -> Table:
-    for name in ("batch_size", "input_size"):
-        least = 32 if name == "input_size" else 1
-        if getattr(options, name, least) < least:
+    for name, least in (("batch_size", 1), ("input_size", 32), ("epochs", 1)):
+        given = getattr(options, name, least)
+        if min(given if isinstance(given, list) else [given]) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
-    device = choose_device(getattr(options, "device", "cpu"))
+    device = choose_device(options.device)
     environment = describe_environment(words, device)
     environment["command"] = f"{_PROG} {shlex.join(words)}"
     title = _TITLES[options.table]
@@ -140,15 +145,13 @@ def _make(options: argparse.Namespace, words: Sequence[str]) -> Table:
             add_throughput(rows, batch_size=options.batch_size, device=device)
         return Table(title, MAIN_COLUMNS, rows, MAIN_NOTES, environment)
     if options.table == "energy":
-        from ecoformer.tables import energy
-
-        rows, notes = energy.describe_energy(
+        rows, notes = describe_energy(
             options.model,
             input_size=options.input_size,
             batch_size=options.batch_size,
             device=device,
         )
-        return Table(title, energy.COLUMNS, rows, notes, environment)
+        return Table(title, ENERGY_COLUMNS, rows, notes, environment)
     recipe = Recipe(
         variant=options.model,
         data_set=options.data_set,
@@ -156,25 +159,21 @@ def _make(options: argparse.Namespace, words: Sequence[str]) -> Table:
         input_size=options.input_size,
         epochs=tuple(options.epochs),
         batch_size=options.batch_size,
+        device=device,
         folder=options.output_dir / f"{options.data_set}_{options.input_size}px_{options.model}",
     )
     contenders = list_contenders(options.table, options.model, options.values)
     rows = compare(contenders, recipe, [] if options.no_train else options.seeds)
-    return Table(title, COLUMNS, rows, describe_recipe(recipe, rows), environment)
+    return Table(title, COMPARISON_COLUMNS, rows, describe_recipe(recipe, rows), environment)
 
 
-def _evaluate(
-    options: argparse.Namespace, device: torch.device
-) -> dict[str, dict[str, float | str | None]]:
+def _evaluate(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Value]]:
     """The accuracies that were asked for, by the names of their rows."""
     weights = choose_weights(options.weights)
     if not options.data_path:
         if options.weights:
             raise InputError("--weights are there to be evaluated; give --data-path too.")
         return {}
-    # Brings the engine along, which the table alone does not need.
-    from ecoformer.tables.accuracy import Validation, evaluate_models
-
     validation = Validation(
         data_set=options.data_set,
         data_path=options.data_path,

@@ -23,7 +23,7 @@ from ecoformer.tables.models import (
 from ecoformer.tables.recipe import Recipe
 from ecoformer.tables.report import Column, Value
 
-COLUMNS = (
+COMPARISON_COLUMNS = (
     Column("name", "attention"),
     Column("start", "stage 1"),
     Column("epochs", "epochs", digits=0),
@@ -120,7 +120,7 @@ def compare(
         seeds: of the runs; none: costs and speed alone.
 
     Returns:
-        Rows for ``COLUMNS``, and the accuracy after each epoch of each seed.
+        Rows for ``COMPARISON_COLUMNS``, and the accuracy after each epoch of each seed.
 
     Raises:
         InputError: the data cannot be used.
@@ -194,7 +194,8 @@ def _measure_speeds(
     contenders: Sequence[Contender], recipe: Recipe, num_classes: int
 ) -> dict[str, float]:
     """Images a second; speed needs no trained weights."""
-    images = torch.randn(_TIMED_BATCH, 3, recipe.input_size, recipe.input_size)
+    side, device = recipe.input_size, recipe.device
+    images = torch.randn(_TIMED_BATCH, 3, side, side, device=device)
     create_model = find_family(recipe.variant).create_model
     models = {}
     for contender in contenders:
@@ -204,11 +205,11 @@ def _measure_speeds(
             num_classes=num_classes,
             hashing=contender.config,
         )
-        models[contender.name] = with_random_hash_functions(model).eval()
+        models[contender.name] = with_random_hash_functions(model).to(device).eval()
     with torch.inference_mode():
         timings = time_interleaved(
             {name: partial(model, images) for name, model in models.items()},
             num_rounds=20,
-            device=images.device,
+            device=device,
         )
     return {name: _TIMED_BATCH * 1e3 / timing.median_ms for name, timing in timings.items()}

@@ -15,7 +15,7 @@ from ecoformer.tables.models import (
 )
 from ecoformer.tables.report import Column, Value
 
-COLUMNS = (
+ENERGY_COLUMNS = (
     Column("name", "attention"),
     *cost_columns(),
     Column("measured_j", "measured mJ", scale=1e-3),
@@ -35,7 +35,7 @@ def describe_energy(
         device: where they are.
 
     Returns:
-        Rows for ``COLUMNS``, and notes.
+        Rows for ``ENERGY_COLUMNS``, and notes.
     """
     family = find_family(variant)
     kinds = family.variants[variant]

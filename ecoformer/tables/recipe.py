@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ecoformer.errors import InputError
 from ecoformer.tables.models import find_family
 
@@ -51,6 +53,7 @@ class Recipe:
         input_size: image side, pixels.
         epochs: of stage 1 and of stage 2.
         batch_size: images a step; rates follow it.
+        device: where they run.
         folder: where the runs' folders lie.
     """
 
@@ -60,6 +63,7 @@ class Recipe:
     input_size: int
     epochs: tuple[int, int]
     batch_size: int
+    device: torch.device
     folder: Path
 
     def train(
@@ -108,7 +112,16 @@ class Recipe:
             *("--data-set", self.data_set, "--input-size", str(self.input_size)),
             *(("--data-path", self.data_path) if self.data_path else ()),
             *("--batch-size", str(self.batch_size), "--epochs", str(self.epochs[stage])),
-            *("--output_dir", str(folder), *_FLAGS, "--lr", _RATES[stage], *flags),
+            *(
+                "--output_dir",
+                str(folder),
+                "--device",
+                str(self.device),
+                *_FLAGS,
+                "--lr",
+                _RATES[stage],
+                *flags,
+            ),
         ]
         print(f"\n$ python -m {package}.main {shlex.join(command)}", flush=True)
         if code := importlib.import_module(f"{package}.main").main(command):
