@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -25,6 +26,15 @@ def prepare_worker(worker: int) -> None:
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def end_workers() -> None:
+    """End those that read for this process, also in the middle of an image that never ends.
+
+    At exit PyTorch waits for each of them, five seconds where one is busy.
+    """
+    for worker in multiprocessing.active_children():
+        worker.terminate()
 
 
 def _end_when_parent_says() -> None:

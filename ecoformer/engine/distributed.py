@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecoformer.errors import InputError, nearest_name
+from ecoformer.errors import InputError, Preempted, nearest_name
 from ecoformer.hashing import hash_layers
 
 T = TypeVar("T")
@@ -93,13 +93,18 @@ def process_group(device_name: str | None = None) -> Iterator[torch.device]:
         yield device
         return
     dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
+        # gloo also beside NCCL: what processors agree on need not wait for devices.
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    yield device
-    # Not in a `finally`: after an error the others may be inside a collective, and leaving the
-    # group together with them would hang.
+    try:
+        yield device
+    # All ranks stop at one place. After any other error the others may be inside a collective, and
+    # leaving the group together with them would hang.
+    except Preempted:
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

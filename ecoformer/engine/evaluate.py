@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ecoformer.engine.distributed import sum_over_ranks
 from ecoformer.engine.logs import track
 from ecoformer.engine.precision import autocast
+from ecoformer.engine.signals import Request, agree, leave_at_signal
 from ecoformer.engine.sums import ExactMean
-from ecoformer.errors import InputError, NonFiniteError
+from ecoformer.errors import InputError, NonFiniteError, Preempted
 
 
 class Batches(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
@@ -72,20 +73,27 @@ def evaluate(
     Raises:
         InputError: no rank has an image.
         NonFiniteError: the loss of an image is not finite.
+        Preempted: a signal asked for it.
     """
     model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     loss = ExactMean(device)
-    for images, labels in track(batches, "evaluate", total=len(batches)):
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
-        with autocast(device, amp_dtype):
-            logits = model(images).float()
-        guesses = logits.topk(min(5, logits.shape[-1])).indices  # [B, 5]
-        hits = guesses == labels.unsqueeze(-1)
-        counts[0] += len(labels)
-        counts[1:] += torch.stack([hits[:, 0].sum(), hits.sum()])
-        loss.add(F.cross_entropy(logits, labels, reduction="none"))
+
+    def count() -> None:
+        for images, labels in track(batches, "evaluate", total=len(batches)):
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            with autocast(device, amp_dtype):
+                logits = model(images).float()
+            guesses = logits.topk(min(5, logits.shape[-1])).indices  # [B, 5]
+            hits = guesses == labels.unsqueeze(-1)
+            counts[0] += len(labels)
+            counts[1:] += torch.stack([hits[:, 0].sum(), hits.sum()])
+            loss.add(F.cross_entropy(logits, labels, reduction="none"))
+
+    leave_at_signal(count)
+    if agree() is Request.STOP:
+        raise Preempted("stopped in an evaluation")
     num_images, num_top1, num_top5 = sum_over_ranks(counts).tolist()
     if not num_images:
         raise InputError("there is no image to evaluate on.")

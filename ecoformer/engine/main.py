@@ -26,6 +26,7 @@ from ecoformer.engine.distributed import (
 from ecoformer.engine.evaluate import evaluate
 from ecoformer.engine.logs import RunLog, format_seconds, print_log
 from ecoformer.engine.precision import choose_amp_dtype
+from ecoformer.engine.signals import stop_signals
 from ecoformer.engine.state import LAST_CHECKPOINT, TrainState, save_checkpoint
 from ecoformer.engine.throughput import measure_throughput
 from ecoformer.engine.train import parallelize, train_epoch
@@ -109,6 +110,8 @@ def _train(
     device: torch.device,
     amp_dtype: torch.dtype,
 ) -> None:
+    from ecoformer.data.workers import end_workers
+
     state = _start(model, config, device, amp_dtype)
     folder, num_epochs = Path(config.run.output_dir), config.optim.epochs
     run_on_main(lambda: _write_config(config, folder))
@@ -116,11 +119,28 @@ def _train(
     parallel = parallelize(network, device)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
+    def save(*, is_best: bool = False) -> None:
+        save_checkpoint(state, config, folder, is_best=is_best)
+
     began, first_epoch = time.monotonic(), state.epoch
-    with RunLog(folder, first_epoch=first_epoch) as log:
+    with RunLog(folder, first_epoch=first_epoch) as log, stop_signals():
         while state.epoch < num_epochs:
-            train_epoch(state, parallel, loaders, config, device=device, amp_dtype=amp_dtype)
-            result = evaluate(network, loaders.eval, device=device, amp_dtype=amp_dtype)
+            try:
+                train_epoch(
+                    state,
+                    parallel,
+                    loaders,
+                    config,
+                    device=device,
+                    amp_dtype=amp_dtype,
+                    save=save,
+                )
+                result = evaluate(network, loaders.eval, device=device, amp_dtype=amp_dtype)
+            except Preempted as stop:
+                save()
+                end_workers()
+                where = f"epoch {state.epoch}, step {state.step}"
+                raise Preempted(f"{stop}, saved at {where}; the same command goes on.") from None
             is_best = result.acc1 > state.best_acc1
             state.best_acc1 = max(result.acc1, state.best_acc1)
             record = {
@@ -135,7 +155,7 @@ def _train(
             state.finish_epoch(result.acc1)
             # Before the checkpoint: a run that dies between them writes this line again.
             log.write(record)
-            save_checkpoint(state, config, folder, is_best=is_best)
+            save(is_best=is_best)
             num_done = state.epoch - first_epoch
             left = (time.monotonic() - began) / num_done * (num_epochs - state.epoch)
             _logger.info(

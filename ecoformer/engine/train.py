@@ -6,7 +6,9 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,13 +27,14 @@ from ecoformer.engine.distributed import (
 )
 from ecoformer.engine.logs import format_seconds, track
 from ecoformer.engine.precision import autocast
+from ecoformer.engine.signals import Request, agree, leave_at_signal
 from ecoformer.engine.state import TrainState
-from ecoformer.errors import NonFiniteError
+from ecoformer.errors import NonFiniteError, Preempted
 from ecoformer.hashing import fit_hash_functions, hash_layers
 from ecoformer.seeding import derive_seed, seed_everything
 
 if TYPE_CHECKING:
-    from ecoformer.data import Loaders
+    from ecoformer.data import Loader, Loaders
 
 # Below this scale a gradient of one vanishes in float16: what overflows is not the scale's doing.
 _SMALLEST_SCALE = 2.0**-24
@@ -69,6 +72,7 @@ def train_epoch(
     *,
     device: torch.device,
     amp_dtype: torch.dtype,
+    save: Callable[[], None] | None = None,
 ) -> None:
     """Train ``state.epoch``, or what is left of it, counting its losses in ``state.loss``.
 
@@ -82,9 +86,11 @@ def train_epoch(
         config: of the run.
         device: where the model is.
         amp_dtype: from ``choose_amp_dtype``.
+        save: writes the state; called every ``config.run.checkpoint_every`` minutes.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; all ranks raise at the same step.
+        Preempted: a signal asked for it; all ranks raise with the same steps done.
     """
     optim, epoch, seed = config.optim, state.epoch, config.run.seed
     is_fit_due = epoch % config.model.refit_every_epochs == 0 and bool(hash_layers(state.model))
@@ -94,7 +100,7 @@ def train_epoch(
     num_steps = len(loaders.train)
     health = _Health(state, device)
     batches = track(
-        loaders.train,
+        _until_stopped(loaders.train, state, health, config, save),
         f"epoch {epoch}",
         total=num_steps,
         start=state.step,
@@ -123,6 +129,36 @@ def train_epoch(
         state.step = step + 1
         health.check(loss, norm)
     health.finish()
+    if state.step < num_steps:
+        raise Preempted("stopped between two steps")
+
+
+def _until_stopped(
+    loader: Loader,
+    state: TrainState,
+    health: _Health,
+    config: Config,
+    save: Callable[[], None] | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an epoch, until all ranks agree to stop; between some, the state is saved."""
+    batches, last_save = iter(loader), time.monotonic()
+    seconds_between_saves = 60 * config.run.checkpoint_every
+    for step in range(state.step, len(loader)):
+        # No checkpoint holds gradients that wait for more batches.
+        if step % config.optim.grad_accum_steps:
+            yield next(batches)
+            continue
+        batch = leave_at_signal(lambda: next(batches))
+        is_save_due = 0 < seconds_between_saves <= time.monotonic() - last_save
+        request = agree(is_save_due=is_save_due)
+        if request is Request.STOP:
+            return
+        if request is Request.SAVE and save is not None:
+            health.finish()
+            save()
+            last_save = time.monotonic()
+        assert batch is not None
+        yield batch
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -152,10 +188,15 @@ def _refit(model: nn.Module, images: Tensor, *, seed: int) -> None:
     """Fit on rank 0's batch, in the mode that the model is in, and share the outcome."""
     began = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
-    run_on_main(lambda: fit_hash_functions(model, images, generator))
+    before = {layer: deepcopy(layer.state_dict()) for layer in hash_layers(model).values()}
+    run_on_main(lambda: leave_at_signal(lambda: fit_hash_functions(model, images, generator)))
+    if agree() is Request.STOP:
+        for layer, functions in before.items():
+            layer.load_state_dict(functions)
+        raise Preempted("stopped in a fit")
     broadcast_hash_functions(model)
     took = format_seconds(time.monotonic() - began)
-    _logger.info("fitted the hash functions of %d layers in %s", len(hash_layers(model)), took)
+    _logger.info("fitted the hash functions of %d layers in %s", len(before), took)
 
 
 class _Health:

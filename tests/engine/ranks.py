@@ -9,11 +9,40 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 # Importing torch and timm takes seconds; a process forked after that starts in milliseconds.
 _PRELOAD = ["ecoformer.data.samplers", "ecoformer.engine.main", "pvt", "timm.optim"]
 _TIMEOUT_S = 120.0
+
+
+def warm_context() -> ForkServerContext:
+    """Starts processes that are forked from the one that has the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def torchrun_environments(world_size: int) -> list[dict[str, str]]:
+    """What torchrun tells each rank, by rank.
+
+    Args:
+        world_size: number of processes.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        for rank in range(world_size)
+    ]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -27,21 +56,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     Returns:
         What each rank returned, by rank.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    context = warm_context()
     receivers, processes = [], []
-    for rank in range(world_size):
+    for environment in torchrun_environments(world_size):
         receiver, sender = context.Pipe(duplex=False)
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
         process = context.Process(target=_enter, args=(environment, sender, function, args))
         process.start()
         sender.close()

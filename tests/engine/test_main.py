@@ -10,41 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import ecoformer.engine.main as engine
 from ecoformer.checkpoint import read_checkpoint
 from ecoformer.engine.main import run_main
 from pvt import FAMILY
 from tests.engine.ranks import run_ranks
+from tests.engine.training import assert_same_state
 
 LOG_KEYS = {
     *("train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"),
 }
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested containers by path."""
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, (list, tuple)):
-        items = list(enumerate(value))
-    else:
-        return {prefix: value}
-    return {k: v for key, item in items for k, v in flatten(item, f"{prefix}/{key}").items()}
-
-
-def assert_same_state(first: Path, second: Path) -> None:
-    """Every tensor and number of two checkpoints is equal, but for where they were told to lie."""
-    one, other = (flatten(read_checkpoint(path)) for path in (first, second))
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        if name == "/config/output_dir":
-            continue
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, other[name]), name
-        else:
-            assert value == other[name], name
 
 
 def folder_of(flags: list[str]) -> Path:

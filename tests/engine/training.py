@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ecoformer.checkpoint import read_checkpoint
 from ecoformer.config import Config
 from ecoformer.data import Loaders
 from ecoformer.engine.precision import choose_amp_dtype
@@ -105,3 +107,27 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested containers by path."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    else:
+        return {prefix: value}
+    return {k: v for key, item in items for k, v in flatten(item, f"{prefix}/{key}").items()}
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Every tensor and number of two checkpoints is equal, but for where they were told to lie."""
+    one, other = (flatten(read_checkpoint(path)) for path in (first, second))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if name == "/config/output_dir":
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name

@@ -1,0 +1,95 @@
+"""SIGTERM and SIGUSR1: noticed at once, obeyed by all ranks together between two steps.
+
+A handler only notes its signal. What may take long and can be done again, a wait for data, a fit
+or an evaluation, is left right away; whether to stop is then agreed on.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from types import FrameType
+from typing import TypeVar
+
+import torch
+
+from ecoformer.engine.distributed import is_main, max_over_ranks
+
+T = TypeVar("T")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Request(IntEnum):
+    """What a run is to do before its next step; the largest of all ranks' counts."""
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2
+
+
+class _Leave(BaseException):
+    """No ``Exception``: readers of images catch those."""
+
+
+# Of the process, as its signals are.
+_is_stop_asked = False
+_may_leave = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Take the signals as a wish to stop, which ``agree`` reports, inside a block."""
+    global _is_stop_asked
+    _is_stop_asked = False
+    previous = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _is_stop_asked = False
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _is_stop_asked, _may_leave
+    _is_stop_asked = True
+    if _may_leave:
+        _may_leave = False
+        raise _Leave
+
+
+def leave_at_signal(action: Callable[[], T]) -> T | None:
+    """Do something, but leave it, wherever it is, when a signal comes or has come.
+
+    Args:
+        action: changes nothing that is needed afterwards.
+
+    Returns:
+        What the action returned; None where it was left, and ``agree`` then says ``STOP``.
+    """
+    global _may_leave
+    try:
+        # In two layers: a signal may come in the innermost one's end too.
+        try:
+            _may_leave = True
+            return None if _is_stop_asked else action()
+        finally:
+            _may_leave = False
+    except _Leave:
+        return None
+
+
+def agree(*, is_save_due: bool = False) -> Request:
+    """What all ranks do next; every rank must ask.
+
+    It takes a meeting of the ranks' processors, not of their devices, which go on meanwhile.
+
+    Args:
+        is_save_due: whether it is time for a checkpoint; rank 0's clock counts.
+    """
+    wish = Request.SAVE if is_save_due and is_main() else Request.NONE
+    wish = Request.STOP if _is_stop_asked else wish
+    return Request(int(max_over_ranks(torch.tensor(int(wish)))))
