@@ -99,8 +99,7 @@ class Table:
                 *("| " + " | ".join(line) + " |" for line in padded),
                 "",
                 *(f"- {note}" for note in self.notes),
-                "",
-                *(f"{name}: {fact}  " for name, fact in self.environment.items()),
+                *(f"- {name}: {fact}" for name, fact in self.environment.items()),
             ]
         )
 
