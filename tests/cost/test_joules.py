@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +60,39 @@ def test_no_counter_is_said(tmp_path: Path) -> None:
     write_domain(tmp_path, "0", "package-0", energy_uj="")
     with pytest.raises(EnergyNotMeasurable, match="RAPL cannot be read"):
         find_meter(CPU, tmp_path)
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An NVML of one GPU that has taken 1,234 mJ so far."""
+    module: Any = ModuleType("pynvml")
+    module.NVMLError = RuntimeError
+    module.nvmlInit = lambda: None
+    module.nvmlDeviceGetHandleByUUID = {"GPU-abc": 7}.__getitem__
+    module.nvmlDeviceGetTotalEnergyConsumption = {7: 1234}.__getitem__
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc")
+    )
+    return module
+
+
+def test_a_gpu_is_found_by_its_own_name(nvml: Any) -> None:
+    meter = find_meter(torch.device("cuda"))
+    assert meter.source == "NVML, the whole GPU"
+    assert meter.read_uj() == [1_234_000]
+
+
+def test_a_gpu_without_a_counter(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int) -> int:
+        raise RuntimeError("Not Supported")
+
+    nvml.nvmlDeviceGetTotalEnergyConsumption = refuse
+    with pytest.raises(EnergyNotMeasurable, match="NVML: Not Supported"):
+        find_meter(torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(EnergyNotMeasurable, match="nvidia-ml-py is not installed"):
+        find_meter(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("is_available", [True, False])
