@@ -13,6 +13,7 @@ from torch import nn
 
 from ecoformer.checkpoint import load_checkpoint, read_checkpoint, resolve_source
 from ecoformer.config import Config, parse_config, save_config
+from ecoformer.engine.background import BackgroundWriter
 from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.distributed import (
     broadcast_object,
@@ -119,11 +120,16 @@ def _train(
     parallel = parallelize(network, device)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    def save(*, is_best: bool = False) -> None:
-        save_checkpoint(state, config, folder, is_best=is_best)
+    writer = BackgroundWriter()
+
+    def save(*, is_best: bool = False, is_last: bool = False) -> None:
+        if is_last:
+            writer.wait()
+        in_background = None if is_last else writer
+        save_checkpoint(state, config, folder, is_best=is_best, writer=in_background)
 
     began, first_epoch = time.monotonic(), state.epoch
-    with RunLog(folder, first_epoch=first_epoch) as log, stop_signals():
+    with RunLog(folder, first_epoch=first_epoch) as log, stop_signals(), writer:
         while state.epoch < num_epochs:
             try:
                 train_epoch(
@@ -137,7 +143,7 @@ def _train(
                 )
                 result = evaluate(network, loaders.eval, device=device, amp_dtype=amp_dtype)
             except Preempted as stop:
-                save()
+                save(is_last=True)
                 end_workers()
                 where = f"epoch {state.epoch}, step {state.step}"
                 raise Preempted(f"{stop}, saved at {where}; the same command goes on.") from None
@@ -155,7 +161,7 @@ def _train(
             state.finish_epoch(result.acc1)
             # Before the checkpoint: a run that dies between them writes this line again.
             log.write(record)
-            save(is_best=is_best)
+            save(is_best=is_best, is_last=state.epoch == num_epochs)
             num_done = state.epoch - first_epoch
             left = (time.monotonic() - began) / num_done * (num_epochs - state.epoch)
             _logger.info(
