@@ -17,9 +17,22 @@ class InputError(ValueError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss, gradient, weight or hash function became NaN or infinite."""
+    """A loss, gradient, weight or hash function became NaN or infinite.
+
+    Args:
+        message: one line.
+        step: of the epoch, where it is not the one that comes next.
+        loss_scale: that the step had.
+    """
 
     exit_code = EXIT_NON_FINITE
+
+    def __init__(
+        self, message: str, *, step: int | None = None, loss_scale: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.step = step
+        self.loss_scale = loss_scale
 
 
 class Preempted(Exception):

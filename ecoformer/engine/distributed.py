@@ -9,13 +9,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecoformer.errors import InputError, Preempted, nearest_name
+from ecoformer.errors import InputError, NonFiniteError, Preempted, nearest_name
 from ecoformer.hashing import hash_layers
 
 T = TypeVar("T")
@@ -100,9 +100,9 @@ def process_group(device_name: str | None = None) -> Iterator[torch.device]:
     )
     try:
         yield device
-    # All ranks stop at one place. After any other error the others may be inside a collective, and
-    # leaving the group together with them would hang.
-    except Preempted:
+    # All ranks raise these at one place. After another error the others may be inside a
+    # collective, and leaving the group together with them would hang.
+    except (NonFiniteError, Preempted):
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -160,6 +160,19 @@ def broadcast_object(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks, by rank, on every rank.
+
+    Args:
+        value: anything that pickles.
+    """
+    if not dist.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return cast(list[T], values)
 
 
 def run_on_main(action: Callable[[], object]) -> None:

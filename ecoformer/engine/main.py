@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.distributed import (
     broadcast_object,
     claim_error,
+    gather_objects,
     has_failed_elsewhere,
+    is_main,
     process_group,
     rank,
     run_on_main,
@@ -37,6 +40,8 @@ from ecoformer.seeding import derive_seed, seed_everything
 
 if TYPE_CHECKING:
     from ecoformer.data import Loaders
+
+NON_FINITE_REPORT = "non_finite.json"
 
 EXIT_FAILED_ELSEWHERE = 1
 EXIT_INTERRUPTED = 130
@@ -147,6 +152,9 @@ def _train(
                 end_workers()
                 where = f"epoch {state.epoch}, step {state.step}"
                 raise Preempted(f"{stop}, saved at {where}; the same command goes on.") from None
+            except NonFiniteError as error:
+                _write_report(error, state, loaders, config, folder / NON_FINITE_REPORT)
+                raise
             is_best = result.acc1 > state.best_acc1
             state.best_acc1 = max(result.acc1, state.best_acc1)
             record = {
@@ -169,6 +177,32 @@ def _train(
                 *(state.epoch, num_epochs, record["train_loss"], result, state.best_acc1),
                 format_seconds(left),
             )
+
+
+def _write_report(
+    error: NonFiniteError, state: TrainState, loaders: Loaders, config: Config, path: Path
+) -> None:
+    """What it takes to do a step again that was not finite; all ranks come here together."""
+    assert loaders.train is not None
+    step = state.step if error.step is None else error.step
+    loaders.train.set_epoch(state.epoch, start_step=step)
+    draws = next(iter(loaders.train.batches), [])
+    report = {
+        "error": str(error),
+        "epoch": state.epoch,
+        "step": step,
+        "learning_rate": state.learning_rate,
+        "loss_scale": error.loss_scale or state.scaler.get_scale(),
+        "seed": config.run.seed,
+        # By rank: a step draws its augmentation, too, from seed, epoch, step and place in here.
+        "image_indices": gather_objects([draw.image for draw in draws]),
+    }
+    if is_main():
+        try:
+            path.write_text(json.dumps(report, indent=1) + "\n")
+            _logger.info("what it takes to repeat the step is in %s", path)
+        except OSError as failure:
+            _logger.warning("%s: cannot be written (%s)", path, failure.strerror)
 
 
 def _start(

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ecoformer import __version__
 from ecoformer.checkpoint import load_checkpoint, save_atomic
 from ecoformer.config import Config, describe_changes
-from ecoformer.engine.distributed import is_main, run_on_main, world_size
+from ecoformer.engine.distributed import is_main, max_over_ranks, run_on_main, world_size
 from ecoformer.engine.optim import (
     create_optimizer,
     create_schedule,
@@ -230,11 +230,10 @@ def save_checkpoint(
 def _require_finite(model: nn.Module) -> None:
     tensors = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
     # The norm takes one pass, and a tenth of the time.
-    if get_total_norm(tensors.values()).isfinite():
-        return
-    is_finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
-    if not is_finite.all():
-        name = list(tensors)[int(is_finite.int().argmin())]
+    is_clear = get_total_norm(tensors.values()).isfinite()
+    bad = [] if is_clear else [k for k, v in tensors.items() if not v.isfinite().all()]
+    if max_over_ranks(torch.tensor(len(bad))):
+        name = bad[0] if bad else "a weight of another rank"
         raise NonFiniteError(f"{name} is not finite; the last checkpoint is untouched.")
 
 

@@ -210,7 +210,7 @@ class _Health:
         self._loss = math.nan
         self._state = state
         self._is_cuda = device.type == "cuda"
-        self._pending: tuple[Tensor, torch.cuda.Event | None, str] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event | None, int] | None = None
 
     def __str__(self) -> str:
         if math.isnan(self._loss):
@@ -230,21 +230,22 @@ class _Health:
         self.finish()
         outcome = outcome.to("cpu", non_blocking=True)
         event = torch.cuda.current_stream().record_event() if self._is_cuda else None
-        where = f"epoch {state.epoch}, step {state.step - 1}, learning rate"
-        self._pending = outcome, event, f"{where} {state.learning_rate:g}"
+        self._pending = outcome, event, state.step - 1
 
     def finish(self) -> None:
         """Look at the last outcome that is queued."""
         if self._pending is None:
             return
-        outcome, event, where = self._pending
+        outcome, event, step = self._pending
         self._pending = None
         if event is not None:
             event.synchronize()
         self._loss, is_bad, scale = outcome.tolist()
         if is_bad or scale < _SMALLEST_SCALE:
             raise NonFiniteError(
-                f"the loss or a gradient is not finite at {where}, loss scale {scale:g}; the "
-                "last checkpoint is untouched. Try a lower --lr, --clip-grad, or --amp-dtype "
-                "bfloat16."
+                f"the loss or a gradient is not finite at epoch {self._state.epoch}, step {step}, "
+                f"learning rate {self._state.learning_rate:g}, loss scale {scale:g}; the last "
+                "checkpoint is untouched. Try a lower --lr, --clip-grad, or --amp-dtype bfloat16.",
+                step=step,
+                loss_scale=scale,
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.conftest import image_folder as image_folder
-from tests.reliability.runs import Run, start
+from tests.reliability.runs import Run, run
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +25,16 @@ def flags(image_folder: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """What nothing interrupted."""
-    run = start(flags, tmp_path_factory.mktemp("whole"))
-    assert run.wait() == [0], run.said()
-    return run
+    return run(flags, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="session")
+def pair_flags(flags: list[str]) -> list[str]:
+    """The same for two ranks, in full precision: with a scaler, gradients may overflow."""
+    return [*flags, "--batch-size", "4", "--amp-dtype", "none"]
+
+
+@pytest.fixture(scope="session")
+def whole_pair(pair_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What nothing interrupted, on two ranks."""
+    return run(pair_flags, tmp_path_factory.mktemp("pair"), world_size=2)

@@ -51,11 +51,12 @@ def test_stops_saves_and_goes_on(
 
 
 @pytest.mark.parametrize("phase", ["step", "fit", "evaluation"])
-def test_all_ranks_stop_where_one_is_told_to(phase: str, flags: list[str], tmp_path: Path) -> None:
-    flags = [*flags, "--batch-size", "4"]
-    expected = run(flags, tmp_path / "whole", world_size=2)
+def test_all_ranks_stop_where_one_is_told_to(
+    phase: str, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    # Rank 0 alone fits.
     strike = Strike(phase, 3, signal.SIGTERM, rank=0 if phase == "fit" else 1)
-    stopped = start(flags, tmp_path / "run", world_size=2, hook=strike)
+    stopped = start(pair_flags, tmp_path, world_size=2, hook=strike)
     assert stopped.wait(30) == [75, 75], stopped.said()
     assert stopped.said().count("error: ") == 1
-    assert_same_run(run(flags, tmp_path / "run", world_size=2), expected)
+    assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
