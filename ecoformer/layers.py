@@ -30,7 +30,7 @@ class PatchEmbed(nn.Module):
         stride: how much smaller the map's sides become.
         padding: zeros around the map.
 
-    Source: ViT, arXiv 2010.11929; overlapping form: PVTv2, arXiv 2106.13797, section 3.1.
+    Source: ViT, arXiv 2010.11929; overlapping form: PVTv2, arXiv 2106.13797.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DepthwiseConv(nn.Module):
     Args:
         dim: C.
 
-    Source: PVTv2, arXiv 2106.13797, section 3.1.
+    Source: PVTv2, arXiv 2106.13797.
     """
 
     def __init__(self, dim: int) -> None:
@@ -98,7 +98,7 @@ class Mlp(nn.Module):
         has_dwconv: convolve before the GELU.
         has_relu: ReLU before the convolution, as in the linear PVTv2.
 
-    Source: PVTv2, arXiv 2106.13797, section 3.1, for the convolution.
+    Source: PVTv2, arXiv 2106.13797, for the convolution.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Block(nn.Module):
         mlp: ``mlp(x, size)``.
         drop_path: probability that a sample skips a branch in training.
 
-    Source: ViT, arXiv 2010.11929, section 3.1.
+    Source: ViT, arXiv 2010.11929.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ class PyramidVisionTransformerV2(Backbone):
         drop_rate: dropout in attention and MLP.
         drop_path_rate: stochastic depth of the last block.
 
-    Source: PVT v2, arXiv 2106.13797; EcoFormer, arXiv 2209.09004, section 5.
+    Source: PVT v2, arXiv 2106.13797; EcoFormer, arXiv 2209.09004.
     """
 
     num_stages = 4

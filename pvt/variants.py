@@ -14,7 +14,7 @@ class PvtVariant(PyramidSizes):
     Args:
         is_linear: pooled spatial reduction, and ReLU in the MLP.
 
-    Source: PVTv2, arXiv 2106.13797, table 1.
+    Source: PVTv2, arXiv 2106.13797.
     """
 
     is_linear: bool = False

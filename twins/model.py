@@ -27,7 +27,7 @@ class PositionalConvolution(nn.Module):
     Args:
         dim: C.
 
-    Source: conditional positional encodings, arXiv 2102.10882, section 3.2.
+    Source: conditional positional encodings, arXiv 2102.10882.
     """
 
     def __init__(self, dim: int) -> None:
@@ -62,7 +62,7 @@ class Twins(Backbone):
         drop_rate: dropout in attention and MLP.
         drop_path_rate: stochastic depth of the last block.
 
-    Source: Twins, arXiv 2104.13840; EcoFormer, arXiv 2209.09004, section 5.
+    Source: Twins, arXiv 2104.13840; EcoFormer, arXiv 2209.09004.
     """
 
     def __init__(

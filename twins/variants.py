@@ -14,7 +14,7 @@ class TwinsVariant(PyramidSizes):
     Args:
         has_windows: local and global blocks alternate (Twins-SVT), or all are global (PCPVT).
 
-    Source: Twins, arXiv 2104.13840, section 3.
+    Source: Twins, arXiv 2104.13840.
     """
 
     has_windows: bool = False

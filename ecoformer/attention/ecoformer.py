@@ -24,7 +24,7 @@ class EcoFormerAttention(nn.Module):
     Raises:
         InputError: ``num_heads`` does not divide ``dim``.
 
-    Source: EcoFormer, arXiv 2209.09004, section 3.
+    Source: EcoFormer, arXiv 2209.09004.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class EcoFormerAttention(nn.Module):
         Returns:
             (multiplications, additions).
 
-        Source: EcoFormer, section 4 and its released counter.
+        Source: EcoFormer and its released counter.
         """
         num_heads, num_bits, num_anchors = self.hash.weight.shape
         head_dim = self.hash.anchors.shape[-1]

@@ -29,7 +29,7 @@ def draw_orthogonal_features(
     Returns:
         [F, D], float32.
 
-    Source: Choromanski et al., arXiv 2009.14794, section 2.4.
+    Source: Choromanski et al., arXiv 2009.14794.
     """
     blocks = []
     for _ in range(-(-num_features // head_dim)):
@@ -47,7 +47,7 @@ class RandomFeatureAttention(nn.Module):
         head_dim: D; there are int(D ln D) features.
         generator: draws the projection, once.
 
-    Source: Choromanski et al., arXiv 2009.14794, section 2.3; constants from the released
+    Source: Choromanski et al., arXiv 2009.14794; constants from the released
         implementation of EcoFormer.
     """
 

@@ -94,7 +94,7 @@ class SharedQKAttention(nn.Module):
     Raises:
         InputError: ``num_heads`` does not divide ``dim``.
 
-    Source: EcoFormer, arXiv 2209.09004, section 5 (comparison); Kitaev et al.,
+    Source: EcoFormer, arXiv 2209.09004 (comparison); Kitaev et al.,
         arXiv 2001.04451, for sharing.
     """
 

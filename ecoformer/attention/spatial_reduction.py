@@ -33,7 +33,7 @@ class SpatialReductionAttention(nn.Module):
     Raises:
         InputError: ``num_heads`` does not divide ``dim``.
 
-    Source: PVT, arXiv 2102.12122, section 3.2; linear form: PVTv2, arXiv 2106.13797, section 3.2.
+    Source: PVT, arXiv 2102.12122; linear form: PVTv2, arXiv 2106.13797.
     """
 
     def __init__(

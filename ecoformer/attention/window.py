@@ -31,7 +31,7 @@ class WindowAttention(SoftmaxAttention):
     Raises:
         InputError: ``num_heads`` does not divide ``dim``.
 
-    Source: Twins, arXiv 2104.13840, section 3.2 (locally-grouped self-attention).
+    Source: Twins, arXiv 2104.13840 (locally-grouped self-attention).
     """
 
     def __init__(

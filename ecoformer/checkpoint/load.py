@@ -94,7 +94,7 @@ def load_checkpoint(
     Raises:
         InputError: the source cannot be read, does not fit, or holds NaN or infinity.
 
-    Source: EcoFormer, section 4, and the file layout of the released implementation.
+    Source: EcoFormer and the file layout of the released implementation.
     """
     if isinstance(source, Mapping):
         raw = unwrap_state(source, origin)["model"]

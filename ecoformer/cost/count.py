@@ -33,7 +33,7 @@ def price_energy(mul: int, add: int) -> float:
         mul: float32 multiplications.
         add: float32 additions.
 
-    Source: 45 nm silicon: Horowitz, ISSCC 2014, as EcoFormer, section 5, uses it.
+    Source: 45 nm silicon: Horowitz, ISSCC 2014, as EcoFormer uses it.
     """
     return MUL_ENERGY_PJ * mul + ADD_ENERGY_PJ * add
 
@@ -65,7 +65,7 @@ class Cost:
         parameters: number of parameters; buffers, and so hash functions, not counted.
         input_size: (height, width) of the image, pixels.
 
-    Source: EcoFormer, arXiv 2209.09004, section 5; energy and area a float32 operation in
+    Source: EcoFormer, arXiv 2209.09004; energy and area a float32 operation in
         45 nm: Horowitz, ISSCC 2014.
     """
 
@@ -116,7 +116,7 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
     Returns:
         The cost, layer by layer.
 
-    Source: EcoFormer, section 5, and its released counter.
+    Source: EcoFormer and its released counter.
     """
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     shadow = without_data(model).eval()

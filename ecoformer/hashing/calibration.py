@@ -54,7 +54,7 @@ def fit_hash_functions(
             than there are anchors.
         NonFiniteError: a layer's rows or its fit are not finite; the layer is named.
 
-    Source: EcoFormer, arXiv 2209.09004, section 3.2.
+    Source: EcoFormer, arXiv 2209.09004.
     """
     layers = hash_layers(model)
     if not layers:

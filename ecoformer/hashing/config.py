@@ -23,7 +23,7 @@ class HashConfig:
     Raises:
         InputError: a count below 1, or an unknown ``value_bias``.
 
-    Source: EcoFormer, arXiv 2209.09004, section 5.1; the released implementation.
+    Source: EcoFormer, arXiv 2209.09004; the released implementation.
     """
 
     num_bits: int = 16

@@ -58,7 +58,7 @@ def fit_hash(
         ValueError: fewer than two tokens.
         NonFiniteError: a learned row is not finite.
 
-    Source: EcoFormer, arXiv 2209.09004, section 3.2; constants from the released
+    Source: EcoFormer, arXiv 2209.09004; constants from the released
         implementation.
     """
     num_tokens = x.shape[-2]

@@ -24,7 +24,7 @@ class KernelHash(nn.Module):
         head_dim: D.
         config: sizes and value bias.
 
-    Source: EcoFormer, arXiv 2209.09004, section 3.2.
+    Source: EcoFormer, arXiv 2209.09004.
     """
 
     weight: Tensor

@@ -43,7 +43,7 @@ class SimilarityTargets:
         Returns:
             Targets in the dtype of ``x``.
 
-        Source: EcoFormer, arXiv 2209.09004, section 3.2.
+        Source: EcoFormer, arXiv 2209.09004.
         """
         num_tokens = x.shape[-2]
         chosen = _choose_neighbours(x.flatten(0, 1), num_similar)  # [B * H, N, 2 T]

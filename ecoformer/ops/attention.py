@@ -32,7 +32,7 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released")
     Raises:
         ValueError: another ``value_bias``.
 
-    Source: EcoFormer, arXiv 2209.09004, section 3.3.
+    Source: EcoFormer, arXiv 2209.09004.
     """
     _check_value_bias(value_bias)
     num_tokens, num_bits = codes.shape[-2:]
@@ -81,7 +81,7 @@ def kernelized_hash_attention(
     Raises:
         ValueError: another ``value_bias``.
 
-    Source: EcoFormer, section 3.
+    Source: EcoFormer.
     """
     _check_value_bias(value_bias)
     out, _, _ = fused.kernelized_hash_attention(

@@ -25,7 +25,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     Returns:
         [..., D], float32, or float64 where ``x`` is.
 
-    Source: EcoFormer, arXiv 2209.09004, section 3.2.
+    Source: EcoFormer, arXiv 2209.09004.
     """
     return torch.nn.functional.normalize(as_full_precision(x), dim=-1, eps=1e-12)
 
@@ -45,7 +45,7 @@ def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
     Returns:
         [B, H, M, N], tokens last, not centred.
 
-    Source: EcoFormer, section 3.2; bandwidth from the released implementation.
+    Source: EcoFormer; bandwidth from the released implementation.
     """
     x_squared = x.square().sum(-1).unsqueeze(-2)  # [B, H, 1, N]
     scale = kernel_scale(x.mean(-2, keepdim=True), x_squared.mean(-1, keepdim=True), anchors)
@@ -143,7 +143,7 @@ def encode(x: Tensor, *, anchors: Tensor, weight: Tensor, kernel_mean: Tensor) -
         [B, H, N, K] in {-1, +1}, float32, or float64 where ``x`` is. A transposed view of
         memory that runs along the tokens.
 
-    Source: EcoFormer, section 3.2.
+    Source: EcoFormer.
     """
     x = as_full_precision(x)
     with without_autocast(x):

@@ -21,7 +21,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     Returns:
         [..., D], the dtype of ``x``.
 
-    Source: EcoFormer, arXiv 2209.09004, section 3.2.
+    Source: EcoFormer, arXiv 2209.09004.
     """
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
@@ -36,7 +36,7 @@ def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
     Returns:
         [B, H, N, M], not centred.
 
-    Source: EcoFormer, section 3.2; bandwidth from the released implementation.
+    Source: EcoFormer; bandwidth from the released implementation.
     """
     differences = x[:, :, :, None, :] - anchors[None, :, None, :, :]  # [B, H, N, M, D]
     distances = differences.square().sum(-1)  # [B, H, N, M]
@@ -70,7 +70,7 @@ def encode(x: Tensor, *, anchors: Tensor, weight: Tensor, kernel_mean: Tensor) -
     Returns:
         [B, H, N, K] in {-1, +1}.
 
-    Source: EcoFormer, section 3.2.
+    Source: EcoFormer.
     """
     features = kernel_features(x, anchors) - kernel_mean[None, :, None, :]
     return _ClippedSign.apply(torch.einsum("bhnm,hkm->bhnk", features, weight))
@@ -88,7 +88,7 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: str = "released") -> Te
     Returns:
         [B, H, N, D].
 
-    Source: EcoFormer, section 3.3; the released implementation for ``"released"``.
+    Source: EcoFormer; the released implementation for ``"released"``.
     """
     c = codes.shape[-1] + 1
     dots = codes @ codes.transpose(-1, -2)  # [B, H, N, N]
@@ -120,7 +120,7 @@ def kernelized_hash_attention(
     Returns:
         [B, H, N, D].
 
-    Source: EcoFormer, section 3.
+    Source: EcoFormer.
     """
     codes = encode(normalize_rows(q), anchors=anchors, weight=weight, kernel_mean=kernel_mean)
     return hash_attention(codes, v, value_bias)
@@ -136,7 +136,7 @@ def similarity_targets(x: Tensor, num_similar: int) -> Tensor:
     Returns:
         [B, H, N, N], not symmetric.
 
-    Source: EcoFormer, section 3.2.
+    Source: EcoFormer.
     """
     similarities = x @ x.transpose(-1, -2)
     num_similar = min(num_similar, x.shape[-2] // 2)
@@ -161,7 +161,7 @@ def fit_hash(
     Returns:
         The learned weight [H, K, M] and the kernel mean [H, M].
 
-    Source: EcoFormer, section 3.2 and the released implementation.
+    Source: EcoFormer and the released implementation.
     """
     num_tokens, num_bits = x.shape[-2], weight.shape[1]
     features = kernel_features(x, anchors)
