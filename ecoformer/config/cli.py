@@ -19,12 +19,15 @@ from ecoformer.family import ModelFamily
 def parse_config(family: ModelFamily, argv: Sequence[str] | None = None) -> Config:
     """Merge the defaults, the family's recipe, the file of ``--config`` and the command line.
 
-    Each beats those before it. The model's name and attention kind come back as ``create_model``
-    takes them, and the output folder has a name.
+    Each beats those before it.
 
     Args:
         family: the backbone that is run.
         argv: the words after the program's name; ``sys.argv`` if not given.
+
+    Returns:
+        All settings; the model's name and attention kind as ``create_model`` takes them, and the
+        output folder always named.
 
     Raises:
         InputError: a flag, field, file or value that cannot be used.

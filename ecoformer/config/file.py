@@ -21,6 +21,9 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
         path: the file.
         base: keeps what the file leaves out; the defaults if not given.
 
+    Returns:
+        The settings of ``base``, with those of the file in their place.
+
     Raises:
         InputError: the file is missing, broken or empty, or names a field that does not exist.
     """
@@ -39,7 +42,12 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write every field as YAML that ``read_config`` turns back into the same configuration."""
+    """Write every field as YAML that ``read_config`` turns back into the same configuration.
+
+    Args:
+        config: of a run.
+        path: the file; an earlier one is written over.
+    """
     import yaml
 
     Path(path).write_text(yaml.safe_dump(config.to_flat(), sort_keys=False), encoding="utf-8")
