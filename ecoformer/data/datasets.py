@@ -30,10 +30,13 @@ class LabelledImages(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return the image, RGB, and its label.
+        """Read an image.
 
         Args:
             index: in [0, len(self)).
+
+        Returns:
+            The image, RGB, and its label, an index of ``class_names``.
         """
 
     def describe(self, index: int) -> str:
@@ -41,6 +44,9 @@ class LabelledImages(Protocol):
 
         Args:
             index: in [0, len(self)).
+
+        Returns:
+            A file, or a set's name and a number.
         """
 
 
@@ -86,10 +92,13 @@ class ImageFolder:
         return len(self.names)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return the image, RGB, and its label.
+        """Decode an image.
 
         Args:
             index: in [0, len(self)).
+
+        Returns:
+            The image, RGB, and its label, an index of ``class_names``.
 
         Raises:
             Exception: what Pillow says of a file that is not a whole image.
@@ -97,18 +106,24 @@ class ImageFolder:
         return read_image(self.path(index)), int(self.labels[index])
 
     def path(self, index: int) -> Path:
-        """Return the image's file.
+        """Name an image's file.
 
         Args:
             index: in [0, len(self)).
+
+        Returns:
+            Its path, the folder's included.
         """
         return self.root / self.class_names[self.labels[index]] / os.fsdecode(self.names[index])
 
     def describe(self, index: int) -> str:
-        """Return the image's file.
+        """Say which image this is, so that a user finds it.
 
         Args:
             index: in [0, len(self)).
+
+        Returns:
+            The path of its file.
         """
         return str(self.path(index))
 
@@ -135,18 +150,24 @@ class ImageArray:
         return len(self.images)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return the image, RGB, and its label.
+        """Take an image out of the array.
 
         Args:
             index: in [0, len(self)).
+
+        Returns:
+            The image, RGB, and its label, an index of ``class_names``.
         """
         return Image.fromarray(self.images[index]).convert("RGB"), int(self.labels[index])
 
     def describe(self, index: int) -> str:
-        """Return the set's name and the image's number in it.
+        """Say which image this is, so that a user finds it.
 
         Args:
             index: in [0, len(self)).
+
+        Returns:
+            The set's name and the image's number in it.
         """
         return f"{self.name} image {index}"
 
@@ -185,6 +206,9 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
         path: folder of the data; not needed for ``"DIGITS"``.
         split: ``"train"`` or ``"val"``.
         input_size: side that digits are enlarged to, pixels.
+
+    Returns:
+        Its images, read one by one, and the names of their classes.
 
     Raises:
         InputError: the data are not there, or not as they should be.

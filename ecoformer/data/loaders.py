@@ -209,6 +209,9 @@ def build_loaders(
         pin_memory: whether batches go to a CUDA device, so that ``data.pin_mem`` has a meaning.
         train: whether to open the training images; evaluation alone needs none.
 
+    Returns:
+        This rank's share of both splits, in batches; no ``train`` where it was not asked for.
+
     Raises:
         InputError: the data are not there, or not as they should be.
     """
@@ -269,7 +272,11 @@ def build_loaders(
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use.
+
+    Returns:
+        At least 1; all of the machine's where the system does not tell a process its share.
+    """
     # Not every system can tell a process's own share.
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
@@ -294,10 +301,13 @@ def require_equal_classes(train: Sequence[str], val: Sequence[str]) -> None:
 
 
 def describe_failure(error: Exception) -> str:
-    """Say in one line, without the file's name, why an image cannot be read.
+    """Say why an image cannot be read.
 
     Args:
         error: what reading it raised.
+
+    Returns:
+        One line, without the file's name.
     """
     if isinstance(error, UnidentifiedImageError):
         return "not in an image format that Pillow knows"

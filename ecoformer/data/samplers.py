@@ -19,7 +19,11 @@ class Order(Protocol):
     def __len__(self) -> int: ...
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is given."""
+        """Choose the epoch whose order is given.
+
+        Args:
+            epoch: counted from 0.
+        """
 
 
 class EvaluationSampler(Sampler[int]):
