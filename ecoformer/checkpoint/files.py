@@ -240,7 +240,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
     Args:
         path: the name; its folder is made if need be.
 
-    Returns:
+    Yields:
         The file, to be written and read.
 
     Raises:

@@ -38,11 +38,14 @@ HASH_BUFFERS = (*(row.ours for row in _TABLE), IS_FITTED)
 
 
 def owner_of(name: str, suffix: str) -> str | None:
-    """Return what stands before ``suffix`` in a dotted name, or None if it does not end so.
+    """Cut the name of a tensor off the name of the module that owns it.
 
     Args:
         name: a state-dict name, e.g. ``block1.0.attn.hash.weight``.
-        suffix: whole parts at its end, e.g. ``hash.weight``; the answer is ``block1.0.attn.``.
+        suffix: whole parts at its end, e.g. ``hash.weight``.
+
+    Returns:
+        What stands before ``suffix``, e.g. ``block1.0.attn.``; None where it is not the end.
     """
     owner = name.removesuffix(suffix)
     return owner if owner != name and (not owner or owner.endswith(".")) else None

@@ -27,11 +27,14 @@ ADD_AREA_UM2 = 4184
 
 
 def price_energy(mul: int, add: int) -> float:
-    """Energy of operations, picojoules.
+    """Price operations by what one takes in 45 nm silicon.
 
     Args:
         mul: float32 multiplications.
         add: float32 additions.
+
+    Returns:
+        Their energy, picojoules.
 
     Source: 45 nm silicon: Horowitz, ISSCC 2014, as EcoFormer uses it.
     """
@@ -94,7 +97,11 @@ class Cost:
         return MUL_AREA_UM2 * self.mul + ADD_AREA_UM2 * self.add
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """(multiplications, additions) of each kind of layer, in order of appearance."""
+        """Add up the layers of each kind.
+
+        Returns:
+            Kind to (multiplications, additions), in order of appearance.
+        """
         totals: dict[str, tuple[int, int]] = {}
         for layer in self.layers:
             mul, add = totals.get(layer.kind, (0, 0))
@@ -143,10 +150,13 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
 
 
 def without_data(model: nn.Module) -> nn.Module:
-    """Copy a model without its data: tensors with shapes only, hash functions that count as fitted.
+    """Copy what shapes a model, and none of its data.
 
     Args:
         model: on any device; not touched.
+
+    Returns:
+        The copy, on the meta device; its hash functions count as fitted.
     """
     # deepcopy asks this table first, so no weight is ever copied.
     memo: dict[int, object] = {}

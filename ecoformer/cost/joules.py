@@ -61,6 +61,9 @@ def find_meter(device: torch.device, powercap: Path = _POWERCAP) -> EnergyMeter:
         device: CPU or CUDA.
         powercap: where Linux shows RAPL.
 
+    Returns:
+        A meter of the whole GPU, or of all CPU packages together.
+
     Raises:
         EnergyNotMeasurable: there are none, or they may not be read.
     """
