@@ -13,10 +13,13 @@ Size = tuple[int, int]
 
 
 def require_size(size: Size | None) -> Size:
-    """Return a map's size, or say that this layer cannot do without.
+    """Insist on a map's size.
 
     Args:
         size: (height, width), as the layer was given it.
+
+    Returns:
+        ``size``, which is no longer None.
 
     Raises:
         InputError: it was not given.

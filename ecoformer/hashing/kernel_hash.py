@@ -114,7 +114,11 @@ class KernelHash(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Sizes, for ``print(model)``."""
+        """Tell ``print(model)`` the sizes.
+
+        Returns:
+            H, K and M, e.g. ``heads=1, bits=16, anchors=25``.
+        """
         num_heads, num_bits, num_anchors = self.weight.shape
         return f"heads={num_heads}, bits={num_bits}, anchors={num_anchors}"
 
