@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecoformer.cost.count import without_data
 
+_Shape = tuple[int, ...]
+
 
 @torch.no_grad()
 def count_executed(model: nn.Module, input_size: int = 224) -> int:
@@ -24,7 +26,20 @@ def count_executed(model: nn.Module, input_size: int = 224) -> int:
         Multiply-adds; normalisation, activations and other work by value are not among them.
     """
     shadow = without_data(model).eval()
-    with FlopCounterMode(display=False) as counter:
+    # PyTorch's counter cannot look inside an operator of our own.
+    ours = {torch.ops.ecoformer.kernelized_hash_attention: _count_hash_attention}
+    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         shadow(torch.empty(1, 3, input_size, input_size, device="meta"))
     # The counter takes a multiply-add for two operations.
     return int(counter.get_total_flops()) // 2
+
+
+def _count_hash_attention(
+    q: _Shape, v: _Shape, anchors: _Shape, weight: _Shape, *_: object, **__: object
+) -> int:
+    """Operations of distances, projections to bits, and the products of codes."""
+    num_images, num_heads, num_tokens, head_dim = v
+    num_bits, num_anchors = weight[1:]
+    # Codes meet the values and their own sum twice: when it is added up, and when it is asked.
+    a_token = num_anchors * (q[-1] + num_bits) + 2 * num_bits * (head_dim + 1)
+    return 2 * num_images * num_heads * num_tokens * a_token
