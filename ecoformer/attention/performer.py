@@ -63,7 +63,9 @@ class RandomFeatureAttention(nn.Module):
         """Attend among all tokens.
 
         Args:
-            q, k, v: [B, H, N, D], float.
+            q: [B, H, N, D], float.
+            k: [B, H, N, D], float.
+            v: [B, H, N, D], float.
 
         Returns:
             [B, H, N, D], the dtype of ``v``; computed in float32, or float64 where ``q`` is.

@@ -38,7 +38,7 @@ HASH_BUFFERS = (*(row.ours for row in _TABLE), IS_FITTED)
 
 
 def owner_of(name: str, suffix: str) -> str | None:
-    """Cut the name of a tensor off the name of the module that owns it.
+    """Cut the owner's part of a state-dict name off, where the name ends as expected.
 
     Args:
         name: a state-dict name, e.g. ``block1.0.attn.hash.weight``.

@@ -150,7 +150,7 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
 
 
 def without_data(model: nn.Module) -> nn.Module:
-    """Copy what shapes a model, and none of its data.
+    """Copy a model without the data of its tensors.
 
     Args:
         model: on any device; not touched.
