@@ -74,12 +74,15 @@ class Contender:
 
 
 def list_contenders(comparison: str, variant: str, values: Sequence[str] = ()) -> list[Contender]:
-    """The rows of a comparison; the first is what the others are compared with.
+    """List what a comparison compares.
 
     Args:
         comparison: one of ``COMPARISONS``.
         variant: the backbone.
         values: of the setting that is varied, instead of the usual ones.
+
+    Returns:
+        Its rows; the first is what the others are set against.
 
     Raises:
         InputError: no such backbone, or a value that the setting cannot take.
@@ -155,11 +158,14 @@ def compare(
 
 
 def describe_recipe(recipe: Recipe, rows: Sequence[dict[str, Value]]) -> list[str]:
-    """What a reader has to know of a comparison.
+    """Tell a reader how a comparison was made.
 
     Args:
         recipe: what its rows share.
         rows: from ``compare``.
+
+    Returns:
+        Notes to stand below the table.
     """
     notes = [
         f"{recipe.variant}, {recipe.data_set}, {recipe.input_size} px. Costs are of one image of "

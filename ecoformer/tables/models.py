@@ -26,11 +26,14 @@ EXECUTED_NOTE = f"{COST_NOTE}. Those executed, in products and convolutions, sta
 
 
 def cost_columns(*, is_small: bool = False) -> tuple[Column, ...]:
-    """Columns of what ``describe_cost`` tells.
+    """Lay out what ``describe_cost`` and ``add_savings`` tell.
 
     Args:
         is_small: count operations in millions and energy in microjoules, not a thousand times
             that.
+
+    Returns:
+        Columns, in units to match.
     """
     operations, joules, scale = ("M", "uJ", 1e6) if is_small else ("G", "mJ", 1e9)
     return (
@@ -68,10 +71,13 @@ _SAVINGS = {
 
 
 def find_family(variant: str) -> ModelFamily:
-    """The backbone package that has a variant.
+    """Look for a variant in the backbone packages.
 
     Args:
         variant: e.g. ``"pvt_v2_b0"``.
+
+    Returns:
+        The family that has it.
 
     Raises:
         InputError: none has it.
@@ -95,7 +101,7 @@ def describe_cost(
     hashing: HashConfig | None = None,
     is_executed_counted: bool = True,
 ) -> dict[str, Value]:
-    """The cost cells of a row.
+    """Count what one image costs a model.
 
     Args:
         variant: the backbone.
@@ -104,6 +110,10 @@ def describe_cost(
         num_classes: outputs.
         hashing: of EcoFormer.
         is_executed_counted: tell what is executed too, which takes twice as long.
+
+    Returns:
+        Cells of a row: parameters, operations, energy in picojoules, area in square micrometres,
+        and what is executed.
     """
     # Without data: weights would only be drawn to be thrown away.
     with torch.device("meta"):
@@ -138,7 +148,11 @@ def add_savings(row: dict[str, Value], baseline: Row) -> None:
 
 
 def describe_models() -> list[dict[str, Value]]:
-    """The rows of the main table, as far as they need neither data nor weights."""
+    """List the published models with all that needs neither data nor weights.
+
+    Returns:
+        Rows of the main table, softmax and EcoFormer attention of each model in turn.
+    """
     rows: list[dict[str, Value]] = []
     for zoo_name, entry in ZOO.items():
         for attention in (_BASELINE, "ecoformer"):

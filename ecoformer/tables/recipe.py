@@ -95,10 +95,13 @@ class Recipe:
         ]
 
     def parent(self, attention: str) -> str:
-        """The kind of attention of stage 1.
+        """Choose what stage 1 trains.
 
         Args:
             attention: kind of stage 2.
+
+        Returns:
+            Its kind of attention: softmax where that can be converted, the same kind elsewhere.
         """
         return "msa" if attention in _FROM_SOFTMAX else attention
 
@@ -130,10 +133,13 @@ class Recipe:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The records of a run's ``log.txt``, one an epoch.
+    """Read the log of a run.
 
     Args:
         folder: of the run.
+
+    Returns:
+        The records of its ``log.txt``, one an epoch.
 
     Raises:
         InputError: it holds no such file, or a broken one.

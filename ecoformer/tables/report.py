@@ -37,10 +37,13 @@ class Column:
     published: str | None = None
 
     def format(self, row: Row) -> str:
-        """The cell of a row.
+        """Write a row's cell.
 
         Args:
             row: values by key; one that is missing leaves the cell empty.
+
+        Returns:
+            The value, and the published one in brackets, marked where they differ.
         """
         value = row.get(self.key)
         published = row.get(self.published) if self.published else None
@@ -50,10 +53,13 @@ class Column:
         return f"{text} ({'!= ' * self.differs(row)}{published})".lstrip()
 
     def differs(self, row: Row) -> bool:
-        """Whether a row's value is not the published one to its digits.
+        """Compare a row's value with the published one, to the digits of that.
 
         Args:
             row: values by key.
+
+        Returns:
+            True where they differ; False also where there is nothing to compare.
         """
         value, published = row.get(self.key), row.get(self.published or "")
         if not (_is_number(value) and _is_number(published)):
@@ -81,7 +87,11 @@ class Table:
     environment: Mapping[str, str]
 
     def to_markdown(self) -> str:
-        """A table for people, aligned so that it can be read as text too."""
+        """Write the table for people.
+
+        Returns:
+            Markdown without empty columns, aligned so that it can be read as text too.
+        """
         heads = [column.title for column in self.columns]
         cells = [[column.format(row) for column in self.columns] for row in self.rows]
         filled = [index for index, _ in enumerate(heads) if any(line[index] for line in cells)]
@@ -104,11 +114,20 @@ class Table:
         )
 
     def to_csv(self) -> str:
-        """All values, one line a row."""
+        """Write all values for a spreadsheet.
+
+        Returns:
+            CSV, one line a row below the head.
+        """
         return format_csv(self.rows)
 
     def to_json(self) -> str:
-        """Everything, for a program to read."""
+        """Write everything for a program to read.
+
+        Returns:
+            JSON: rows with their keys, what differs from the published values, columns, notes,
+            environment.
+        """
         content = {
             "title": self.title,
             "rows": self.rows,
@@ -147,6 +166,9 @@ def format_csv(rows: Sequence[Row]) -> str:
 
     Args:
         rows: values by key; the columns are the keys in order of appearance.
+
+    Returns:
+        A head line, then one a row.
     """
     text = io.StringIO()
     keys = list(dict.fromkeys(key for row in rows for key in row))
