@@ -57,6 +57,9 @@ def view_token(
         layer: name of the attention layer.
         token: row and column on the layer's map.
 
+    Returns:
+        Three maps of the layer's size.
+
     Raises:
         InputError: a model has no such attention there, or the map no such token.
     """
@@ -107,6 +110,9 @@ def load_run(folder: Path) -> nn.Module:
     Args:
         folder: of the run.
 
+    Returns:
+        The model on the CPU, in eval mode.
+
     Raises:
         InputError: it holds no finished epoch, or its data are gone.
     """
@@ -139,6 +145,9 @@ def draw_codes(
         index: of the validation image.
         layer: name of an attention layer; the first with codes unless given.
         token: row and column on the layer's map; its middle unless given.
+
+    Returns:
+        Four axes side by side.
 
     Raises:
         InputError: a run, the image, the layer or the token is not there.

@@ -22,6 +22,9 @@ def draw_curves(runs: Sequence[Path]) -> Figure:
     Args:
         runs: folders of runs.
 
+    Returns:
+        Two axes, with a line a run in each.
+
     Raises:
         InputError: one holds no log.
     """
@@ -44,6 +47,9 @@ def draw_tradeoff(tables: Sequence[Path]) -> Figure:
 
     Args:
         tables: JSON files of ``python -m ecoformer.tables``.
+
+    Returns:
+        One axes; energy in millijoules.
 
     Raises:
         InputError: one is no such file, or holds no accuracy.
@@ -78,6 +84,9 @@ def draw_cost(variant: str, resolutions: Sequence[int]) -> Figure:
     Args:
         variant: the backbone.
         resolutions: image sides, pixels.
+
+    Returns:
+        One axes, logarithmic both ways; energy in millijoules.
 
     Raises:
         InputError: no such backbone.

@@ -21,6 +21,9 @@ def make_figure(
         num_axes: how many.
         width: of each, inches.
         height: of all, inches.
+
+    Returns:
+        The picture, and its axes from left to right.
     """
     # Half a second to import.
     from matplotlib.figure import Figure

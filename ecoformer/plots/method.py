@@ -24,7 +24,11 @@ least alike unequal ones"""
 
 
 def draw_method() -> Figure:
-    """Draw how tokens become codes, codes become attention, and from what codes are learned."""
+    """Draw how tokens become codes, codes become attention, and from what codes are learned.
+
+    Returns:
+        Seven panels of numbers, arrows between them.
+    """
     from matplotlib.figure import Figure
 
     x, v = _draw_tokens()
