@@ -127,6 +127,9 @@ def check_environment(options: argparse.Namespace) -> Iterator[Finding]:
 
     Args:
         options: of the command.
+
+    Yields:
+        What is well, then each library at fault and what remedies it, then a lack of shared memory.
     """
     from packaging.requirements import Requirement
 
@@ -201,6 +204,12 @@ def check_gpu(options: argparse.Namespace) -> Iterator[Finding]:
 
     Args:
         options: of the command.
+
+    Yields:
+        A line a GPU, or why there is none to use.
+
+    Raises:
+        InputError: the device that was asked for is not there.
     """
     driver = _driver_version()
     with warnings.catch_warnings(record=True) as caught:
@@ -250,6 +259,9 @@ def check_data(options: argparse.Namespace) -> Iterator[Finding]:
 
     Args:
         options: of the command.
+
+    Yields:
+        What stops a split from being opened, or its numbers, rate and each of its bad images.
     """
     from ecoformer.data.datasets import open_dataset
     from ecoformer.data.digits import SPLITS
@@ -334,6 +346,12 @@ def check_output(options: argparse.Namespace) -> Iterator[Finding]:
 
     Args:
         options: of the command.
+
+    Yields:
+        Free bytes and speed, then a warning where space is short.
+
+    Raises:
+        InputError: nothing can be written there.
     """
     folder: Path = options.output_dir.absolute()
     # Nothing is made that was not there.
@@ -367,6 +385,12 @@ def check_training_step(options: argparse.Namespace) -> Iterator[Finding]:
 
     Args:
         options: of the command.
+
+    Yields:
+        Time and type of the step, or a loss that is not finite.
+
+    Raises:
+        InputError: the device that was asked for is not there.
     """
     from pvt import create_model
 
@@ -401,6 +425,12 @@ def check_process_groups(options: argparse.Namespace) -> Iterator[Finding]:
 
     Args:
         options: of the command.
+
+    Yields:
+        A line a backend: gloo, and NCCL beside it on CUDA.
+
+    Raises:
+        InputError: the device that was asked for is not there.
     """
     device = choose_device(options.device)
     devices = {"gloo": torch.device("cpu")}
