@@ -238,7 +238,7 @@ class Backbone(nn.Module):
             _init_layer(self.head)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not 1-D and still take no weight decay."""
+        """Names of parameters without weight decay, beside biases and other 1-D ones."""
         return set()
 
     def init_weights(self) -> None:

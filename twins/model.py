@@ -117,5 +117,5 @@ class Twins(Backbone):
         return self.norm(tokens)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not 1-D and still take no weight decay."""
+        """Names of parameters without weight decay: all of the positional convolutions."""
         return {f"pos_block.{name}" for name, _ in self.pos_block.named_parameters()}

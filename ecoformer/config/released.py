@@ -20,6 +20,9 @@ SPELLINGS = {
 
 # Released names that nothing reads any more -> what to tell those who still give them.
 WITHOUT_MEANING = {
+    "dist_eval": "evaluation is always shared between ranks, and exact",
+    "cooldown_epochs": "a run lasts exactly --epochs",
+    "resplit": "it concerns augmentation splits, which no flag makes",
     "p": "nothing reads it",
     "throughout": "use --throughput",
     "world_size": "torchrun sets it",

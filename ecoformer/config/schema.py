@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ecoformer.errors import InputError, nearest_name
 from ecoformer.hashing import HashConfig
+from ecoformer.ops import ValueBias
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,18 @@ class ModelConfig:
     model: str = ""
     """Backbone variant or released model name."""
     attn_type: str | None = None
-    """Attention kind; None: what the model's name says, else ecoformer."""
-    num_bits: int = 16
+    """Attention kind; None: what the model's name says, else the variant's first."""
+    num_bits: int = HashConfig.num_bits
     """Bits of a hash code (--nbits)."""
-    num_anchors: int = 25
+    num_anchors: int = HashConfig.num_anchors
     """Tokens that kernel features are measured against (--anchor)."""
-    num_similar: int = 10
+    num_similar: int = HashConfig.num_similar
     """Most and least similar tokens that the fit pairs with each token (--topk)."""
     refit_every_epochs: int = 300
     """Epochs from one fit of the hash functions to the next (--k)."""
-    num_fit_steps: int = 100
+    num_fit_steps: int = HashConfig.num_fit_steps
     """Optimiser steps that the fit spends on each bit."""
-    value_bias: Literal["released", "normalized"] = "released"
+    value_bias: ValueBias = HashConfig.value_bias
     """Form of the attention's constant term: as released, or a true weighted mean."""
     drop: float = 0.0
     """Dropout rate."""
@@ -71,15 +72,13 @@ class DataConfig:
     batch_size: int = 32
     """Images a process takes a step."""
     num_workers: int = 10
-    """Loader processes a rank."""
+    """Loader processes a rank, at most one a core."""
     pin_mem: bool = True
     """Page-lock batches, which speeds up their way to a GPU."""
     repeated_aug: bool = True
     """An epoch is a third of the training images, three times each, augmented differently."""
-    dist_eval: bool = True
-    """Accepted and without effect: ranks always share evaluation, and each image counts once."""
     max_bad_images: int = 0
-    """Unreadable training images to skip an epoch before the run stops."""
+    """Unreadable training images that a rank skips before the run stops."""
 
     def __post_init__(self) -> None:
         _require(self, lambda x: x >= 1, "at least 1", "batch_size")
@@ -105,11 +104,9 @@ class AugmentConfig:
     reprob: float = 0.25
     """Probability of random erasing."""
     remode: Literal["pixel", "rand", "const"] = "pixel"
-    """Fill of erased areas: a colour a pixel, one colour, or black."""
+    """Fill of erased areas: noise, one random colour, or the mean colour."""
     recount: int = 1
     """Areas erased at most."""
-    resplit: bool = False
-    """Accepted and without effect, as in the released code: there is one augmentation split."""
     mixup: float = 0.8
     """Mixup alpha; 0: off."""
     cutmix: float = 1.0
@@ -165,8 +162,6 @@ class OptimConfig:
     """Learning rate that the schedule ends at; not scaled."""
     warmup_epochs: int = 5
     """Epochs of warm-up, part of --epochs."""
-    cooldown_epochs: int = 10
-    """Accepted and without effect: a run lasts exactly --epochs."""
     decay_epochs: float = 30.0
     """Epochs between the drops of the step schedule."""
     decay_rate: float = 0.1
@@ -190,7 +185,7 @@ class OptimConfig:
             lambda x: 0 <= x < math.inf,
             "at least 0",
             *("opt_eps", "weight_decay", "lr", "warmup_lr", "min_lr", "warmup_epochs"),
-            *("cooldown_epochs", "patience_epochs", "lr_noise_pct", "lr_noise_std", "epochs"),
+            *("patience_epochs", "lr_noise_pct", "lr_noise_std", "epochs"),
         )
         _require(self, lambda x: 0 < x < math.inf, "above 0", "clip_grad", "decay_epochs")
         _require(self, lambda x: 0 < x <= 1, "in (0, 1]", "decay_rate")

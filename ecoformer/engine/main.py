@@ -226,14 +226,10 @@ def _start(
 
 
 def _load_for_evaluation(model: nn.Module, config: Config) -> None:
-    run = config.run
-    if run.finetune and run.resume == "auto":
-        _logger.info("%s", load_checkpoint(model, run.finetune))
-        return
     source = _find_last(config)
     if source is None:
         raise InputError(
-            f"--eval needs weights, and {run.output_dir} holds no {LAST_CHECKPOINT}; give --resume "
+            f"--eval needs weights, and {config.run.output_dir} holds no {LAST_CHECKPOINT}; give --resume "
             "FILE, URL or zoo name."
         )
     _logger.info("%s", load_checkpoint(model, source, exact=True))

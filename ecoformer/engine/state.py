@@ -40,8 +40,8 @@ BEST_CHECKPOINT = "best_checkpoint.pth"
 _FREE_FIELDS = frozenset(
     {
         *("config", "finetune", "resume", "eval", "throughput", "output_dir", "device", "compile"),
-        *("data_path", "num_workers", "pin_mem", "dist_eval", "max_bad_images", "start_epoch"),
-        *("checkpoint_every", "allow_resume_change", "cooldown_epochs", "train_msa"),
+        *("data_path", "num_workers", "pin_mem", "max_bad_images", "start_epoch"),
+        *("checkpoint_every", "allow_resume_change", "train_msa"),
     }
 )
 # Settings with a permission of their own; that of the rest is "config".

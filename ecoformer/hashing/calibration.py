@@ -60,6 +60,7 @@ def fit_hash_functions(
     if not layers:
         raise InputError("the model has no EcoFormer layer, so there is nothing to fit.")
     fits: dict[str, HashFit] = {}
+    short: list[str] = []
     handles = []
     for name, layer in layers.items():
 
@@ -68,6 +69,8 @@ def fit_hash_functions(
         ) -> None:
             assert isinstance(module, KernelHash)
             fits[name] = _fit_layer(name, module, inputs[0], generator)
+            if inputs[0].shape[-2] < 2 * module.config.num_similar:
+                short.append(name)
 
         handles.append(layer.register_forward_pre_hook(fit_before_use))
     try:
@@ -76,6 +79,11 @@ def fit_hash_functions(
     finally:
         for handle in handles:
             handle.remove()
+    if short:
+        _logger.info(
+            "fewer tokens than two times num_similar, so half of them are similar and half not: %s",
+            ", ".join(short),
+        )
     return fits
 
 
@@ -84,12 +92,6 @@ def _fit_layer(
 ) -> HashFit:
     config = layer.config
     x = normalize_rows(q)
-    num_tokens = x.shape[-2]
-    if num_tokens < 2 * config.num_similar:
-        _logger.info(
-            "%s: %d tokens, so %d similar pairs a token instead of %d",
-            *(name, num_tokens, num_tokens // 2, config.num_similar),
-        )
     weight = layer.weight
     if not layer.is_fitted:
         weight = torch.randn(weight.shape, generator=generator).to(weight)

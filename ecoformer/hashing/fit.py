@@ -55,7 +55,7 @@ def fit_hash(
         The learned functions, float32, or float64 where ``x`` is.
 
     Raises:
-        ValueError: fewer than two tokens.
+        ValueError: fewer than two tokens, or ``num_similar`` below 1.
         NonFiniteError: a learned row is not finite.
 
     Source: EcoFormer, arXiv 2209.09004; constants from the released
@@ -64,6 +64,8 @@ def fit_hash(
     num_tokens = x.shape[-2]
     if num_tokens < 2:
         raise ValueError(f"the fit compares tokens with each other and needs 2, not {num_tokens}")
+    if num_similar < 1:
+        raise ValueError(f"num_similar must be at least 1, not {num_similar}")
     x = as_full_precision(x)
     with without_autocast(x):
         features = kernel_features(x, anchors.to(x.dtype))  # [B, H, M, N]

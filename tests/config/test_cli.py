@@ -87,7 +87,6 @@ def test_released_twins_command(twins: ModelFamily) -> None:
         ),
     )
     assert (config.model.model, config.model.attn_type) == ("alt_gvt_small", "ecoformer")
-    assert config.data.dist_eval
     assert not config.data.repeated_aug
     assert (config.optim.clip_grad, config.model.drop_path) == (5.0, 0.2)
     file = CONFIGS / "twins" / "alt_gvt_small_ecoformer.py"
@@ -141,7 +140,6 @@ def test_evaluation_and_throughput(pvt: ModelFamily) -> None:
         ("--no-repeated-aug", "repeated_aug", False),
         ("--no_repeated_aug", "repeated_aug", False),
         ("--repeated-aug", "repeated_aug", True),
-        ("--resplit", "resplit", True),
         ("--train-mode", "train_mode", True),
         ("--no-train-mode", "train_mode", False),
         ("--no_train_mode --eval", "train_mode", False),
@@ -174,6 +172,10 @@ def test_spellings(pvt: ModelFamily, line: str, name: str, value: object) -> Non
         ("--local_rank=0", ["--local_rank"]),
         ("--use-mcloader --fp32-resume", ["--use-mcloader", "--fp32-resume"]),
         ("--inat-category name", ["--inat-category"]),
+        (
+            "--dist-eval --resplit --cooldown-epochs 5",
+            ["--dist-eval", "--resplit", "--cooldown-epochs"],
+        ),
         ("--stage3_alpha 0.5 --num_features 256", ["--stage3_alpha", "--num_features"]),
     ],
 )

@@ -115,12 +115,12 @@ def test_too_few_tokens_are_an_error() -> None:
         fit(images=draw_images(1, 8, 8))
 
 
-def test_fewer_tokens_than_pairs_are_said_once_a_layer(caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_tokens_than_pairs_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "ecoformer"):
         fit(images=draw_images(2, 8, 8))
-        assert [record.getMessage() for record in caplog.records] == [
-            f"{name}: 4 tokens, so 2 similar pairs a token instead of 3" for name in (FIRST, SECOND)
-        ]
+        (message,) = (record.getMessage() for record in caplog.records)
+        assert FIRST in message
+        assert SECOND in message
 
 
 def test_a_refit_starts_from_the_present_rows_with_new_anchors() -> None:
