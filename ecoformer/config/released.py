@@ -66,5 +66,9 @@ def find_field(spelling: str) -> str | None:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks to the user; torchrun starts it with its rank."""
+    """Tell from torchrun's environment whether this process speaks to the user.
+
+    Returns:
+        True for rank 0, and where there is no torchrun.
+    """
     return os.environ.get("RANK", "0") == "0"

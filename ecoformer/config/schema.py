@@ -254,7 +254,11 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_flat(self) -> dict[str, Any]:
-        """Return field name to value, in types that YAML and JSON know (tuples as lists)."""
+        """Lay the fields of all sections side by side, in types that YAML and JSON know.
+
+        Returns:
+            Field name to value; tuples as lists.
+        """
         sections = asdict(self).values()
         values = {name: value for section in sections for name, value in section.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -266,6 +270,9 @@ class Config:
         Args:
             values: field name to value; lists serve as tuples.
             base: keeps what ``values`` leaves out; the defaults if not given.
+
+        Returns:
+            ``base`` with these values in their fields.
 
         Raises:
             InputError: no such field, or a value of the wrong type or out of range.
@@ -306,7 +313,11 @@ def describe_changes(old: Mapping[str, object], new: Mapping[str, object]) -> di
 
 @cache
 def field_types() -> dict[str, Any]:
-    """Return the type of each field, by the field's name."""
+    """Collect how the fields of all sections are declared.
+
+    Returns:
+        Field name to type.
+    """
     sections = get_type_hints(Config).values()
     return {name: hint for section in sections for name, hint in get_type_hints(section).items()}
 
