@@ -222,7 +222,11 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The last layer."""
+        """Find the classifier, for timm's tools.
+
+        Returns:
+            The last layer.
+        """
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -238,7 +242,11 @@ class Backbone(nn.Module):
             _init_layer(self.head)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay, beside biases and other 1-D ones."""
+        """Name parameters without weight decay, beside biases and other 1-D ones.
+
+        Returns:
+            None of them here; backbones add theirs.
+        """
         return set()
 
     def init_weights(self) -> None:

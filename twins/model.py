@@ -117,5 +117,9 @@ class Twins(Backbone):
         return self.norm(tokens)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay: all of the positional convolutions."""
+        """Name parameters that are not 1-D and still take no weight decay.
+
+        Returns:
+            All of the positional convolutions.
+        """
         return {f"pos_block.{name}" for name, _ in self.pos_block.named_parameters()}

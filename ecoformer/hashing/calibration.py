@@ -20,10 +20,13 @@ _logger = logging.getLogger(__name__)
 
 
 def hash_layers(model: nn.Module) -> dict[str, KernelHash]:
-    """All hash modules of a model by name, in the order of its modules.
+    """Find the hash functions of a model.
 
     Args:
         model: any module.
+
+    Returns:
+        Name to module, in the order of the modules.
     """
     return {name: m for name, m in model.named_modules() if isinstance(m, KernelHash)}
 
