@@ -11,9 +11,6 @@ from torch import nn
 
 from ecoformer.errors import InputError, nearest_name
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 @dataclass(frozen=True)
 class ModelFamily:
@@ -109,12 +106,13 @@ def _make_entrypoint(family: ModelFamily, timm_name: str, variant: str) -> Calla
         cache_dir: object = None,
         **kwargs: Any,
     ) -> nn.Module:
+        # The zoo stands above this module.
+        from ecoformer.checkpoint import load_checkpoint
+        from ecoformer.checkpoint.zoo import IMAGENET_MEAN, IMAGENET_STD
+
         kind = kwargs.pop("attention", family.variants[variant][0])
         model = family.create_model(variant, kind, **kwargs)
         if pretrained:
-            # The zoo stands above this module, and most who build a model need none of it.
-            from ecoformer.checkpoint import load_checkpoint
-
             load_checkpoint(model, timm_name)
         model.pretrained_cfg = model.default_cfg = {  # type: ignore[assignment]
             "architecture": timm_name,

@@ -16,7 +16,9 @@ import torch
 
 from ecoformer.checkpoint.files import open_atomic, parse_checkpoint
 from ecoformer.errors import InputError, nearest_name
-from ecoformer.family import IMAGENET_MEAN, IMAGENET_STD
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _RELEASE = "https://github.com/ziplab/EcoFormer/releases/download/v1.0"
 _CHUNK_BYTES = 1 << 20

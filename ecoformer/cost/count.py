@@ -65,7 +65,7 @@ class Cost:
 
     Args:
         layers: in the order in which they run.
-        parameters: number of parameters; buffers, and so hash functions, not counted.
+        num_parameters: all of them; buffers, and so hash functions, not counted.
         input_size: (height, width) of the image, pixels.
 
     Source: EcoFormer, arXiv 2209.09004; energy and area a float32 operation in
@@ -73,7 +73,7 @@ class Cost:
     """
 
     layers: tuple[LayerCost, ...]
-    parameters: int
+    num_parameters: int
     input_size: tuple[int, int]
 
     @property
@@ -145,8 +145,8 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
                 module.register_forward_hook(watch(name, kind, count), with_kwargs=True)
     in_chans = next((m.in_channels for m in shadow.modules() if isinstance(m, nn.Conv2d)), 3)
     shadow(torch.empty(1, in_chans, height, width, device="meta"))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(tuple(layers), parameters, (height, width))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(tuple(layers), num_parameters, (height, width))
 
 
 def without_data(model: nn.Module) -> nn.Module:

@@ -89,7 +89,7 @@ def _format_table(config: Config, cost: Cost) -> str:
         f"additions        {cost.add / 1e9:.2f} G",
         f"energy           {cost.energy_pj / 1e9:.2f} G pJ = {cost.energy_pj / 1e9:.2f} mJ",
         f"area             {cost.area_um2 / 1e6:,.0f} mm2",
-        f"parameters       {cost.parameters / 1e6:.2f} M",
+        f"parameters       {cost.num_parameters / 1e6:.2f} M",
         "",
         _SCOPE,
         *_find_notes(cost),
@@ -116,7 +116,7 @@ def _to_dict(config: Config, cost: Cost) -> dict[str, Any]:
         "add": cost.add,
         "energy_pj": cost.energy_pj,
         "area_um2": cost.area_um2,
-        "parameters": cost.parameters,
+        "parameters": cost.num_parameters,
         "kinds": {
             kind: {"mul": mul, "add": add, "energy_pj": price_energy(mul, add)}
             for kind, (mul, add) in cost.by_kind().items()

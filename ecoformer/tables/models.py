@@ -122,7 +122,7 @@ def describe_cost(
         )
     cost = count_cost(model, input_size)
     row: dict[str, Value] = {
-        "parameters": cost.parameters,
+        "parameters": cost.num_parameters,
         "mul": cost.mul,
         "add": cost.add,
         "energy_pj": cost.energy_pj,

@@ -71,7 +71,7 @@ def test_a_model_of_ones_own_by_hand() -> None:
     assert cost.add == convolution + linear + norm + attention_add
     assert cost.energy_pj == pytest.approx(3.7 * cost.mul + 0.9 * cost.add)
     assert cost.area_um2 == 7700 * cost.mul + 4184 * cost.add
-    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert cost.input_size == (height, width)
 
 
