@@ -114,6 +114,9 @@ def describe_cost(
     Returns:
         Cells of a row: parameters, operations, energy in picojoules, area in square micrometres,
         and what is executed.
+
+    Raises:
+        InputError: no such backbone, or it has no such attention.
     """
     # Without data: weights would only be drawn to be thrown away.
     with torch.device("meta"):
