@@ -121,11 +121,11 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def assert_same_state(first: Path, second: Path) -> None:
-    """Every tensor and number of two checkpoints is equal, but for where they were told to lie."""
+    """Every tensor and number of two checkpoints is equal, but for where they lie and how many workers read."""
     one, other = (flatten(read_checkpoint(path)) for path in (first, second))
     assert one.keys() == other.keys()
     for name, value in one.items():
-        if name == "/config/output_dir":
+        if name in ("/config/output_dir", "/config/num_workers"):
             continue
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, other[name]), name

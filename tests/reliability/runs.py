@@ -71,15 +71,19 @@ class Run:
         """What all ranks printed."""
         return "".join(path.read_text() for path in sorted(self.folder.glob("said.*")))
 
-    def orphans(self, timeout_s: float = 10.0) -> list[int]:
-        """Processes that the ranks started and that outlive them, after some time."""
-        sessions = {process.pid for process in self.processes}
-        end = time.monotonic() + timeout_s
-        while True:
-            left = [pid for pid, session in _list_sessions() if session in sessions]
-            if not left or time.monotonic() > end:
-                return left
-            time.sleep(0.1)
+    def orphans(self) -> list[int]:
+        """Processes that the ranks started and that outlive them."""
+        return find_orphans([process.pid for process in self.processes])
+
+
+def find_orphans(sessions: Sequence[int | None], timeout_s: float = 10.0) -> list[int]:
+    """Processes of some sessions that are still there after some time."""
+    end = time.monotonic() + timeout_s
+    while True:
+        left = [pid for pid, session in _list_sessions() if session in sessions]
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.1)
 
 
 def start(
@@ -126,14 +130,19 @@ def assert_same_run(one: Run, other: Run) -> None:
 def _enter(
     rank: int, environment: dict[str, str], command: list[str], said: Path, hook: Hook | None
 ) -> None:
-    os.setsid()
+    lead_session(said)
     os.environ.update(environment)
-    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
     if hook is not None:
         hook(rank)
     raise SystemExit(run_main(TINY, command))
+
+
+def lead_session(said: Path) -> None:
+    """Tell this process and its children from others, and let them print into a file."""
+    os.setsid()
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
 
 
 def _list_sessions() -> list[tuple[int, int]]:

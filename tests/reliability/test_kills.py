@@ -1,0 +1,187 @@
+"""R1, R2, R14: kill -9 at any moment, then the same command again."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from ecoformer.checkpoint import read_checkpoint
+from tests.engine.ranks import warm_context
+from tests.reliability.runs import (
+    TINY,
+    Run,
+    Strike,
+    assert_same_run,
+    draw_strikes,
+    find_orphans,
+    lead_session,
+    run,
+    start,
+)
+
+STRIKES = draw_strikes(20, seed=6, sent=signal.SIGKILL)
+PAIR_STRIKES = [
+    Strike("step", 4, signal.SIGKILL, rank=1),
+    Strike("write", 3, signal.SIGKILL),
+    Strike("fit", 2, signal.SIGKILL),
+    Strike("evaluation", 3, signal.SIGKILL, rank=1),
+    Strike("step", 7, signal.SIGKILL, rank=0),
+]
+
+
+def few_fast(strikes: Sequence[Strike], num_fast: int) -> list[object]:
+    """All of them, of which only the first belong to ``make test``."""
+    slow = [pytest.param(strike, marks=pytest.mark.slow) for strike in strikes[num_fast:]]
+    return [*strikes[:num_fast], *slow]
+
+
+def name(strike: Strike) -> str:
+    return f"{strike.phase}-{strike.number}-rank{strike.rank}"
+
+
+@pytest.mark.parametrize("strike", few_fast(STRIKES, 6), ids=name)
+def test_killed_run_ends_as_if_nothing_had_happened(
+    strike: Strike, flags: list[str], whole: Run, tmp_path: Path
+) -> None:
+    killed = start(flags, tmp_path, hook=strike)
+    assert killed.wait() == [-9], killed.said()
+    for path in tmp_path.glob("*.pth"):
+        read_checkpoint(path)
+    assert_same_run(run(flags, tmp_path), whole)
+
+
+def test_killed_again_and_again(flags: list[str], whole: Run, tmp_path: Path) -> None:
+    for number in range(3):
+        killed = start(flags, tmp_path, hook=Strike("step", number, signal.SIGKILL))
+        assert killed.wait() == [-9], killed.said()
+    assert_same_run(run(flags, tmp_path), whole)
+
+
+@pytest.mark.parametrize("strike", few_fast(PAIR_STRIKES, 2), ids=name)
+def test_killed_rank_takes_the_other_along(
+    strike: Strike, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    flags = [*pair_flags, "--num-workers", "1"]
+    killed = start(flags, tmp_path, world_size=2, hook=strike)
+    began = time.monotonic()
+    killed.processes[strike.rank].join(60)
+    codes = killed.wait(30)
+    assert codes.pop(strike.rank) == -9
+    assert codes not in ([None], [0], [-9]), killed.said()
+    assert time.monotonic() - began < 60
+    assert killed.orphans() == []
+    assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
+
+
+def launch(flags: list[str], said: Path, max_restarts: int, strike: Strike) -> None:
+    """torchrun on two ranks, of which the first attempt loses one."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    lead_session(said)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        max_restarts=max_restarts,
+        start_method="forkserver",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        monitor_interval=0.1,
+    )
+    elastic_launch(config, work)(flags, said, strike)
+
+
+def work(flags: list[str], said: Path, strike: Strike) -> None:
+    """A rank under torchrun."""
+    from ecoformer.engine.main import run_main
+
+    lead_session(said)
+    with said.with_name("sessions").open("a") as file:
+        print(os.getpid(), file=file)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        strike(int(os.environ["RANK"]))
+    code = run_main(TINY, flags)
+    if code:
+        raise SystemExit(code)
+
+
+@pytest.mark.parametrize("max_restarts", [0])
+def test_torchrun_restarts_or_fails(
+    max_restarts: int, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    strike = Strike("step", 4, signal.SIGKILL, rank=1)
+    flags = [*pair_flags, "--output_dir", str(tmp_path)]
+    arguments = (flags, tmp_path / "said.0", max_restarts, strike)
+    torchrun = warm_context().Process(target=launch, args=arguments)
+    torchrun.start()
+    found = Run(tmp_path, [torchrun])
+    [code] = found.wait(90)
+    sessions = [int(line) for line in (tmp_path / "sessions").read_text().split()]
+    assert len(sessions) == 2 + 2 * max_restarts
+    assert find_orphans(sessions) == []
+    if not max_restarts:
+        assert code not in (0, None), found.said()
+        return
+    assert code == 0, found.said()
+    assert_same_run(found, whole_pair)
+
+
+def watch(rank: int, *, file: Path) -> None:
+    """Write down memory and open files of a process at the end of each epoch, and its zombies."""
+    from ecoformer.engine.logs import RunLog
+
+    real = RunLog.write
+
+    def write(self: RunLog, record: dict[str, float]) -> None:
+        real(self, record)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        # Not those of a checkpoint that is just being written.
+        names = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        num_files = sum(not name.endswith(".tmp") for name in names)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][1] for pid in children]
+        numbers = (os.getpid(), pages * os.sysconf("SC_PAGE_SIZE"), num_files, states.count("Z"))
+        with file.open("a") as log:
+            print(*numbers, file=log)
+
+    RunLog.write = write  # type: ignore[assignment]
+
+
+def watch_and_strike(rank: int, *, file: Path, strike: Strike) -> None:
+    """Both."""
+    watch(rank, file=file)
+    strike(rank)
+
+
+@pytest.mark.parametrize("num_epochs", [24, pytest.param(300, marks=pytest.mark.slow)])
+def test_soak(num_epochs: int, flags: list[str], tmp_path: Path) -> None:
+    """Kills after a quarter, a half and three quarters of the epochs."""
+    flags = [*flags, "--epochs", str(num_epochs), "--num-workers", "1", "--k", "20"]
+    file = tmp_path / "watched"
+    for _ in range(3):
+        strike = Strike("step", 3 * num_epochs // 4, signal.SIGKILL)
+        hook = functools.partial(watch_and_strike, file=file, strike=strike)
+        killed = start(flags, tmp_path, hook=hook)
+        assert killed.wait(300) == [-9], killed.said()
+        assert killed.orphans() == []
+    ended = run(flags, tmp_path, hook=functools.partial(watch, file=file))
+    assert ended.orphans() == []
+
+    rows = [[int(word) for word in line.split()] for line in file.read_text().splitlines()]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == num_epochs
+    for process in {row[0] for row in rows}:
+        # The first epochs of a process fill its caches.
+        memory, files, zombies = zip(*(row[1:] for row in rows if row[0] == process), strict=True)
+        warm = len(memory) // 3
+        slope = (memory[-1] - memory[warm]) / (len(memory) - 1 - warm)
+        print(f"{len(memory)} epochs: {slope / 1e6:.3f} MB an epoch, {files[warm]} open files")
+        assert slope < 1e6
+        assert len(set(files[warm:])) == 1
+        assert not any(zombies)
