@@ -55,7 +55,7 @@ LAYERS = {
     "family": Layer(("ecoformer.family",), ("base",), ("checkpoint",), libraries=TORCH | {"timm"}),
     "pvt": Layer(("pvt",), METHOD, libraries=TORCH | {"timm"}),
     "twins": Layer(("twins",), METHOD, libraries=TORCH | {"timm"}),
-    "config": Layer(("ecoformer.config",), ("base", "family", "hashing")),
+    "config": Layer(("ecoformer.config",), ("base", "ops", "hashing", "family")),
     "data": Layer(("ecoformer.data",), ("base", "config")),
     "checkpoint": Layer(("ecoformer.checkpoint",), METHOD),
     "cost": Layer(("ecoformer.cost",), (*METHOD, "config", "checkpoint")),

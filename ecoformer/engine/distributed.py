@@ -92,7 +92,15 @@ def process_group(device_name: str | None = None) -> Iterator[torch.device]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield device
         return
+    store, number, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    # After a restart torchrun lets the ranks meet in the same store, where the addresses of those
+    # that died still are. On several nodes the counts may differ: the sbatch template has a way.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(
+        store=store,
+        rank=number,
+        world_size=size,
         # gloo also beside NCCL: what processors agree on need not wait for devices.
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=_TIMEOUT,

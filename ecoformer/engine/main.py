@@ -29,10 +29,11 @@ from ecoformer.engine.distributed import (
 )
 from ecoformer.engine.evaluate import evaluate
 from ecoformer.engine.logs import RunLog, format_seconds, print_log
+from ecoformer.engine.optim import scale_learning_rate
 from ecoformer.engine.precision import choose_amp_dtype
 from ecoformer.engine.signals import stop_signals
 from ecoformer.engine.state import LAST_CHECKPOINT, TrainState, save_checkpoint
-from ecoformer.engine.throughput import measure_throughput
+from ecoformer.engine.throughput import NUM_BATCHES, measure_throughput
 from ecoformer.engine.train import parallelize, train_epoch
 from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, Preempted, print_error
 from ecoformer.family import ModelFamily
@@ -68,7 +69,7 @@ def run_main(family: ModelFamily, argv: Sequence[str] | None = None) -> int:
         _print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
-        _print_error("interrupted; the last checkpoint is untouched")
+        _print_error("interrupted; what was saved is untouched.")
         return EXIT_INTERRUPTED
     except RuntimeError:
         if not has_failed_elsewhere():
@@ -124,6 +125,7 @@ def _train(
     network = compile_model(model) if config.run.compile else model
     parallel = parallelize(network, device)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _log_start(loaders, config, folder, device, amp_dtype, num_parameters)
 
     writer = BackgroundWriter()
 
@@ -173,10 +175,42 @@ def _train(
             num_done = state.epoch - first_epoch
             left = (time.monotonic() - began) / num_done * (num_epochs - state.epoch)
             _logger.info(
-                "epoch %d/%d: train loss %.4f, %s, best top-1 %.2f %%, %s left",
-                *(state.epoch, num_epochs, record["train_loss"], result, state.best_acc1),
-                format_seconds(left),
+                "epoch %d, %d of %d done: train loss %.4f, %s, best top-1 %.2f %%, %s left",
+                *(record["epoch"], state.epoch, num_epochs, record["train_loss"], result),
+                *(state.best_acc1, format_seconds(left)),
             )
+
+
+def _log_start(
+    loaders: Loaders,
+    config: Config,
+    folder: Path,
+    device: torch.device,
+    amp_dtype: torch.dtype,
+    num_parameters: int,
+) -> None:
+    """What is about to run, in three lines: most surprises show here, before an epoch is spent."""
+    assert loaders.train is not None
+    model, data, optim = config.model, config.data, config.optim
+    _logger.info(
+        "%s/%s, %.2f M parameters, %d px, %s on %d x %s, %s mode, into %s",
+        *(model.model, model.attn_type, num_parameters / 1e6, model.input_size),
+        *(str(amp_dtype).removeprefix("torch."), world_size(), device.type),
+        *("train" if config.run.is_train_mode else "eval", folder),
+    )
+    peak_lr = scale_learning_rate(optim, batch_size=data.batch_size, world_size=world_size())
+    _logger.info(
+        "%s: %d training and %d validation images of %d classes; %d epochs of %d steps of %d "
+        "images, peak learning rate %.3g",
+        *(data.data_set, len(loaders.train.images), len(loaders.eval.images)),
+        *(loaders.num_classes, optim.epochs, len(loaders.train)),
+        *(data.batch_size * world_size(), peak_lr),
+    )
+    if optim.warmup_epochs >= optim.epochs:
+        _logger.warning(
+            "all %d epochs are warm-up (--warmup-epochs %d), so the peak is never reached",
+            *(optim.epochs, optim.warmup_epochs),
+        )
 
 
 def _write_report(
@@ -229,8 +263,8 @@ def _load_for_evaluation(model: nn.Module, config: Config) -> None:
     source = _find_last(config)
     if source is None:
         raise InputError(
-            f"--eval needs weights, and {config.run.output_dir} holds no {LAST_CHECKPOINT}; give --resume "
-            "FILE, URL or zoo name."
+            f"--eval needs weights, and {config.run.output_dir} holds no {LAST_CHECKPOINT}; give "
+            "--resume FILE, URL or zoo name."
         )
     _logger.info("%s", load_checkpoint(model, source, exact=True))
 
@@ -239,6 +273,7 @@ def _time(family: ModelFamily, config: Config, device: torch.device) -> None:
     assert config.run.throughput is not None
     # Not training's default: the released protocol has no mixed precision.
     amp_dtype = choose_amp_dtype(config.run.amp_dtype or "none", device)
+    _logger.info("timing %d batches of %d images", NUM_BATCHES, config.data.batch_size)
     result = measure_throughput(
         _create_model(family, config, device),
         protocol=config.run.throughput,

@@ -1,7 +1,8 @@
-"""SIGTERM and SIGUSR1: noticed at once, obeyed by all ranks together between two steps.
+"""SIGTERM, SIGUSR1 and Ctrl-C: noticed at once, obeyed by all ranks together between two steps.
 
 A handler only notes its signal. What may take long and can be done again, a wait for data, a fit
-or an evaluation, is left right away; whether to stop is then agreed on.
+or an evaluation, is left right away; whether to stop is then agreed on. A second Ctrl-C ends the
+process where it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ecoformer.engine.distributed import is_main, max_over_ranks
 
 T = TypeVar("T")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Request(IntEnum):
@@ -55,6 +56,8 @@ def stop_signals() -> Iterator[None]:
 
 def _note(number: int, frame: FrameType | None) -> None:
     global _is_stop_asked, _may_leave
+    if number == signal.SIGINT and _is_stop_asked:
+        raise KeyboardInterrupt
     _is_stop_asked = True
     if _may_leave:
         _may_leave = False

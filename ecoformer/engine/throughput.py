@@ -15,6 +15,7 @@ from ecoformer.hashing import with_random_hash_functions
 
 _NUM_WARMUP = 50
 _NUM_TIMED = 30
+NUM_BATCHES = _NUM_WARMUP + _NUM_TIMED
 
 
 @dataclass(frozen=True)

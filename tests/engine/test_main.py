@@ -64,7 +64,7 @@ def test_a_run_leaves_what_it_promises(
     accuracies = [line["test_acc1"] for line in lines]
     assert best["epoch"] == accuracies.index(max(accuracies))
     assert last["best_acc1"] == best["best_acc1"] == max(accuracies)
-    assert "3/3" in capsys.readouterr().out
+    assert "epoch 2, 3 of 3 done" in capsys.readouterr().out
 
     # A checkpoint gives the accuracy that the log says.
     assert run_main(FAMILY, [*tiny_flags, "--eval"]) == 0
