@@ -94,7 +94,8 @@ def process_group(device_name: str | None = None) -> Iterator[torch.device]:
         return
     store, number, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     # After a restart torchrun lets the ranks meet in the same store, where the addresses of those
-    # that died still are. On several nodes the counts may differ: the sbatch template has a way.
+    # that died still are. On several nodes counts may differ, and torchrun needs
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store each time.
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(

@@ -112,7 +112,7 @@ def work(flags: list[str], said: Path, strike: Strike) -> None:
         raise SystemExit(code)
 
 
-@pytest.mark.parametrize("max_restarts", [0])
+@pytest.mark.parametrize("max_restarts", [0, 1])
 def test_torchrun_restarts_or_fails(
     max_restarts: int, pair_flags: list[str], whole_pair: Run, tmp_path: Path
 ) -> None:

@@ -1,0 +1,153 @@
+"""R4, R11, R12: going on with other settings, the forms of a file, and refits."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import pvt
+from ecoformer import export_released, load_checkpoint
+from ecoformer.checkpoint import read_checkpoint
+from ecoformer.engine.evaluate import Batches, evaluate
+from ecoformer.hashing import HashConfig, fit_hash_functions, hash_layers
+from tests.engine.training import make_batches
+from tests.reliability.runs import LAST, Run, Strike, assert_same_run, run, start
+
+SETTINGS = [
+    (["--batch-size", "4"], 1, "batch-size"),
+    ([], 2, "world-size"),
+    (["--weight-decay", "0.3"], 1, "config"),
+]
+
+
+def test_other_workers_change_nothing(flags: list[str], whole: Run, tmp_path: Path) -> None:
+    for number, workers in ((1, "2"), (2, "0")):
+        strike = Strike("step", number, signal.SIGTERM)
+        stopped = start([*flags, "--num-workers", workers], tmp_path, hook=strike)
+        assert stopped.wait() == [75], stopped.said()
+    assert_same_run(run([*flags, "--num-workers", "1"], tmp_path), whole)
+
+
+@pytest.mark.parametrize(("change", "world_size", "permission"), SETTINGS)
+def test_other_settings_are_refused(
+    change: list[str], world_size: int, permission: str, flags: list[str], tmp_path: Path
+) -> None:
+    stopped = start(flags, tmp_path, hook=Strike("step", 4, signal.SIGTERM))
+    assert stopped.wait() == [75], stopped.said()
+    before = (tmp_path / LAST).read_bytes()
+    refused = start([*flags, *change], tmp_path, world_size=world_size)
+    assert 2 in refused.wait()
+    assert f"--allow-resume-change {permission}" in refused.said()
+    assert (tmp_path / LAST).read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_going_on_around_a_refit(
+    number: int, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    """Before the refit of the third epoch, where a stop undoes it, and after its first step."""
+    strike = Strike("fit", 2, signal.SIGTERM) if number == 0 else Strike("step", 6, signal.SIGTERM)
+    stopped = start(pair_flags, tmp_path, world_size=2, hook=strike)
+    assert stopped.wait() == [75, 75], stopped.said()
+    found = read_checkpoint(tmp_path / LAST)
+    assert (found["epoch"] + 1, found["step"]) == (2, number // 2)
+    assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
+
+
+def write_buffers(rank: int, folder: Path) -> None:
+    """Each rank's hash buffers after every fit."""
+    from ecoformer.engine import train
+
+    real, count = train.broadcast_hash_functions, -1
+
+    def broadcast(model: nn.Module) -> None:
+        nonlocal count
+        count += 1
+        real(model)
+        torch.save(buffers(model), folder / f"fit{count}.{rank}.pth")
+
+    train.broadcast_hash_functions = broadcast
+
+
+class BufferWriter:
+    """``write_buffers`` into a folder, as a hook."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, rank: int) -> None:
+        """Arm it in a rank's process."""
+        write_buffers(rank, self.folder)
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all hash functions."""
+    return {
+        f"{name}.{key}": value.clone()
+        for name, layer in hash_layers(model).items()
+        for key, value in layer.named_buffers()
+    }
+
+
+def test_hash_functions_of_two_ranks_never_differ(pair_flags: list[str], tmp_path: Path) -> None:
+    run([*pair_flags, "--k", "1"], tmp_path, world_size=2, hook=BufferWriter(tmp_path))
+    for fit in range(3):
+        one, other = (
+            torch.load(tmp_path / f"fit{fit}.{rank}.pth", weights_only=True) for rank in (0, 1)
+        )
+        assert one.keys() == other.keys()
+        assert len(one) == 8
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> nn.Module:
+    model = small_pvt().eval()
+    fit_hash_functions(model, make_batches(1, 8)[0][0], torch.Generator().manual_seed(0))
+    return model
+
+
+def small_pvt() -> nn.Module:
+    return pvt.create_model("pvt_v2_b0", num_classes=2, hashing=HashConfig(num_fit_steps=2))
+
+
+@pytest.mark.parametrize("form", ["training", "bare", "safetensors"])
+def test_all_forms_of_a_file_give_the_same_logits(
+    form: str, fitted: nn.Module, tmp_path: Path
+) -> None:
+    state = export_released(fitted)
+    path = tmp_path / "model.pth"
+    if form == "safetensors":
+        safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path)
+    else:
+        torch.save({"model": state, "epoch": 3} if form == "training" else state, path)
+    model = small_pvt().eval()
+    load_checkpoint(model, path)
+    images = make_batches(1, 4, seed=1)[0][0]
+    assert torch.equal(model(images), fitted(images))
+
+
+def test_shuffled_evaluation_changes_nothing(fitted: nn.Module) -> None:
+    before = buffers(fitted)
+    batches = make_batches(6, 4)
+    results = set()
+    for seed in range(3):
+        shuffled: Sequence[tuple[Tensor, Tensor]] = random.Random(seed).sample(batches, 6)
+        results.add(
+            evaluate(
+                fitted,
+                cast(Batches, shuffled),
+                device=torch.device("cpu"),
+                amp_dtype=torch.float32,
+            )
+        )
+    assert len(results) == 1
+    assert all(torch.equal(before[name], value) for name, value in buffers(fitted).items())
