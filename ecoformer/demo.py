@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,6 +124,7 @@ def _measure(backbone: str, variant: str, input_size: int, folder: Path) -> list
 
     from ecoformer.benchmark.measure import time_interleaved
     from ecoformer.cost import count_cost
+    from ecoformer.engine.logs import read_log
     from ecoformer.hashing import with_random_hash_functions
 
     create_model = importlib.import_module(backbone).create_model
@@ -140,7 +140,7 @@ def _measure(backbone: str, variant: str, input_size: int, folder: Path) -> list
     return [
         Result(
             label,
-            [record["test_acc1"] for record in _read_log(folder / kind)],
+            [record["test_acc1"] for record in read_log(folder / kind)],
             count_cost(models[kind], input_size),
             _BATCH_SIZE / (timings[kind].median_ms / 1e3),
         )
@@ -150,11 +150,6 @@ def _measure(backbone: str, variant: str, input_size: int, folder: Path) -> list
 
 def _bind(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     return lambda: model(images)
-
-
-def _read_log(folder: Path) -> list[dict[str, float]]:
-    """The records of ``log.txt``, one an epoch."""
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def _format_table(results: list[Result]) -> str:

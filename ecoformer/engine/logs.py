@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from ecoformer.engine.distributed import is_main
+from ecoformer.errors import InputError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -85,6 +86,28 @@ def track(
                 left = format_seconds((now - began) / (count - start) * (total - count))
                 parts = (f"{name} {count}/{total}", note(), f"{left} left")
                 print(*filter(None, parts), file=sys.stderr, flush=True)
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """Read the log of a run.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        The records of its ``log.txt``, one an epoch.
+
+    Raises:
+        InputError: it holds no such file, or a broken one.
+    """
+    path = folder / "log.txt"
+    try:
+        records: list[dict[str, float]] = [json.loads(line) for line in path.open()]
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); give a run's folder.") from None
+    except ValueError:
+        raise InputError(f"{path} is no log of a run; give a run's folder.") from None
+    return records
 
 
 class RunLog:

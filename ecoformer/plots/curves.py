@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
 from ecoformer.plots.figures import make_figure
 from ecoformer.tables.models import describe_cost, find_family
-from ecoformer.tables.recipe import read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,6 @@ number of epochs.
 from __future__ import annotations
 
 import importlib
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ecoformer.errors import InputError
+from ecoformer.engine.logs import read_log
 from ecoformer.tables.models import find_family
 
 # What softmax weights become, itself among them.
@@ -130,25 +129,3 @@ class Recipe:
         if code := importlib.import_module(f"{package}.main").main(command):
             raise CommandFailed(code)
         return read_log(folder)
-
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """Read the log of a run.
-
-    Args:
-        folder: of the run.
-
-    Returns:
-        The records of its ``log.txt``, one an epoch.
-
-    Raises:
-        InputError: it holds no such file, or a broken one.
-    """
-    path = folder / "log.txt"
-    try:
-        records: list[dict[str, float]] = [json.loads(line) for line in path.open()]
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}); give a run's folder.") from None
-    except ValueError:
-        raise InputError(f"{path} is no log of a run; give a run's folder.") from None
-    return records

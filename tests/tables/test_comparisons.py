@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from ecoformer.config.file import read_config
+from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
 from ecoformer.tables.__main__ import main
 from ecoformer.tables.comparisons import list_contenders
-from ecoformer.tables.recipe import read_log
 from tests.tables.conftest import Refuse
 
 
