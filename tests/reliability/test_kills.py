@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,23 @@ def test_killed_rank_takes_the_other_along(
     assert time.monotonic() - began < 60
     assert killed.orphans() == []
     assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
+
+
+def lose_patience_and_strike(rank: int, *, strike: Strike) -> None:
+    """Wait for other ranks a few seconds instead of minutes."""
+    from ecoformer.engine import distributed
+
+    distributed._TIMEOUT = timedelta(seconds=4)
+    strike(rank)
+
+
+def test_nobody_waits_for_ever_for_a_rank_that_hangs(pair_flags: list[str], tmp_path: Path) -> None:
+    strike = Strike("step", 4, signal.SIGSTOP, rank=1)
+    hook = functools.partial(lose_patience_and_strike, strike=strike)
+    hanging = start(pair_flags, tmp_path, world_size=2, hook=hook)
+    hanging.processes[0].join(40)
+    assert hanging.processes[0].exitcode not in (0, None), hanging.said()
+    assert hanging.wait(0)[1] is None
 
 
 def launch(flags: list[str], said: Path, max_restarts: int, strike: Strike) -> None:
