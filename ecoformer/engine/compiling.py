@@ -7,10 +7,13 @@ from torch import nn
 
 
 def compile_model(model: nn.Module) -> nn.Module:
-    """The model as ``torch.compile`` runs it; it stays usable itself, for a fit say.
+    """Hand a model to ``torch.compile``; it stays usable itself, for a fit say.
 
     Args:
         model: the bare model.
+
+    Returns:
+        The compiled model, over the same parameters and buffers.
     """
     compiled = torch.compile(model)
     assert isinstance(compiled, nn.Module)

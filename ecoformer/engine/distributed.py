@@ -26,26 +26,41 @@ _ERROR_KEY = "ecoformer/error"
 
 
 def rank() -> int:
-    """This process's number among all processes of the run."""
+    """Ask which of all processes of the run this is.
+
+    Returns:
+        Its number; 0 for a process alone.
+    """
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Processes of the run."""
+    """Count the processes of the run.
+
+    Returns:
+        At least 1.
+    """
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which prints and saves."""
+    """Ask whether this process prints and saves.
+
+    Returns:
+        True on rank 0.
+    """
     return rank() == 0
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device that this process computes on.
+    """Choose what this process computes on.
 
     Args:
         name: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or None for CUDA where there is one. Of the
             processes that torchrun starts on a machine, each takes its own CUDA device.
+
+    Returns:
+        The CPU, or a CUDA device with its number.
 
     Raises:
         InputError: there is no such device.
@@ -118,7 +133,11 @@ def process_group(device_name: str | None = None) -> Iterator[torch.device]:
 
 
 def claim_error() -> bool:
-    """Whether this rank is to print its error: the first one that fails is, and no other."""
+    """Ask whether this rank is to print its error.
+
+    Returns:
+        True on the first rank that fails, and on no other unless the ranks have lost each other.
+    """
     if not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
     # The store may have gone with its host; then better twice than not at all.
@@ -128,7 +147,11 @@ def claim_error() -> bool:
 
 
 def has_failed_elsewhere() -> bool:
-    """Whether another rank has claimed an error, which then explains a broken collective."""
+    """Ask whether another rank's failure explains a broken collective.
+
+    Returns:
+        True where a rank has claimed an error, or can no longer be asked.
+    """
     if not dist.is_initialized():
         return False
     with suppress(RuntimeError):
@@ -141,6 +164,9 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
     Args:
         tensor: any shape, the same on all ranks.
+
+    Returns:
+        The same tensor.
     """
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -152,6 +178,9 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
 
     Args:
         tensor: any shape, the same on all ranks.
+
+    Returns:
+        The same tensor.
     """
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -159,10 +188,13 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's value, on every rank.
+    """Give all ranks what one of them has.
 
     Args:
         value: anything that pickles; looked at on rank 0 only.
+
+    Returns:
+        Rank 0's ``value``; on the other ranks a copy of it.
     """
     if not dist.is_initialized():
         return value
@@ -172,10 +204,13 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all ranks, by rank, on every rank.
+    """Exchange a value among all ranks.
 
     Args:
         value: anything that pickles.
+
+    Returns:
+        The values of all, by rank.
     """
     if not dist.is_initialized():
         return [value]
