@@ -43,10 +43,18 @@ class ExactMean:
         )
 
     def sums(self) -> list[int]:
-        """Units, finite terms and other terms of all ranks; every rank must ask."""
+        """Add up what all ranks have; every rank must ask.
+
+        Returns:
+            Units, number of finite terms, number of others.
+        """
         return sum_over_ranks(self._sums.clone()).tolist()
 
     def mean(self) -> float:
-        """The mean over all ranks, NaN where there is none; every rank must ask."""
+        """Divide the sums of all ranks; every rank must ask.
+
+        Returns:
+            The mean; NaN where there is no term, or one that is not finite.
+        """
         units, num_finite, num_others = self.sums()
         return units / (_UNITS * num_finite) if num_finite and not num_others else float("nan")
