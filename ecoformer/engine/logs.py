@@ -42,10 +42,13 @@ def print_log() -> Iterator[None]:
 
 
 def format_seconds(seconds: float) -> str:
-    """``h:mm:ss``.
+    """Write a duration for people.
 
     Args:
         seconds: a duration.
+
+    Returns:
+        ``h:mm:ss``, rounded to seconds.
     """
     return str(timedelta(seconds=round(seconds)))
 
@@ -66,6 +69,9 @@ def track(
         total: items in all, those before ``start`` included.
         start: items that an earlier process has done.
         note: what stands behind the numbers, asked for when something is shown.
+
+    Yields:
+        The items, as they are.
     """
     if not is_main():
         yield from items
