@@ -19,7 +19,7 @@ _BASE_BATCH = 512
 
 
 def scale_learning_rate(optim: OptimConfig, *, batch_size: int, world_size: int) -> float:
-    """Peak learning rate: the base one times (images an update) / 512.
+    """Scale the base learning rate to the images of an update, of which it expects 512.
 
     Images of accumulated batches count, as they do in timm. Warm-up and minimum rates are not
     scaled.
@@ -29,13 +29,16 @@ def scale_learning_rate(optim: OptimConfig, *, batch_size: int, world_size: int)
         batch_size: images a step on one rank.
         world_size: number of ranks.
 
+    Returns:
+        The peak rate.
+
     Source: EcoFormer, released recipe.
     """
     return optim.lr * batch_size * world_size * optim.grad_accum_steps / _BASE_BATCH
 
 
 def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Optimizer:
-    """Optimiser over two groups: tensors without weight decay, then those with.
+    """Build the optimiser over two groups: tensors without weight decay, then those with.
 
     1-D tensors, biases and what ``model.no_weight_decay()`` names are not decayed.
 
@@ -43,6 +46,9 @@ def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Op
         model: the bare model.
         optim: optimiser, its constants and weight decay.
         peak_lr: from ``scale_learning_rate``.
+
+    Returns:
+        One of timm or PyTorch, at the peak rate.
 
     Raises:
         InputError: no such optimiser, or it is not installed.
@@ -65,7 +71,7 @@ def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Op
 
 
 def create_schedule(optimizer: Optimizer, optim: OptimConfig, *, seed: int) -> Scheduler:
-    """Learning-rate schedule over exactly ``epochs`` epochs.
+    """Build the learning-rate schedule, which lasts exactly ``epochs`` epochs.
 
     Warm-up epochs count in its time. It is stepped after an epoch with that epoch's number, so
     epochs 0 and 1 share the first value.
@@ -74,6 +80,9 @@ def create_schedule(optimizer: Optimizer, optim: OptimConfig, *, seed: int) -> S
         optimizer: its learning rate is the peak.
         optim: the schedule's name and constants.
         seed: of the learning-rate noise.
+
+    Returns:
+        One of timm, which sets the rate of ``optimizer``.
 
     Raises:
         InputError: no such schedule, or its constants do not fit together.
@@ -109,12 +118,15 @@ def create_schedule(optimizer: Optimizer, optim: OptimConfig, *, seed: int) -> S
 
 
 def schedule_state(schedule: Scheduler) -> dict[str, Any]:
-    """All that a schedule remembers.
+    """Collect all that a schedule remembers.
 
     timm's own state of a plateau schedule leaves its counters out.
 
     Args:
         schedule: from ``create_schedule``.
+
+    Returns:
+        Its fields by name; under ``plateau`` the state of the one within, if there is one.
     """
     state = {k: v for k, v in vars(schedule).items() if k not in ("optimizer", "lr_scheduler")}
     plateau = getattr(schedule, "lr_scheduler", None)
