@@ -10,12 +10,15 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "none": torch.f
 
 
 def choose_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The type that autocast computes in; float32 stands for no autocast.
+    """Choose the type that autocast computes in.
 
     Args:
         name: ``"float16"``, ``"bfloat16"``, ``"none"``, or None for float16 on CUDA, as
             released, and none elsewhere.
         device: where the model is.
+
+    Returns:
+        A half-precision type, or float32, which stands for no autocast.
 
     Raises:
         InputError: no such type.
@@ -28,20 +31,26 @@ def choose_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision for a block, or none of it.
+    """Compute a block in mixed precision, or leave it alone.
 
     Args:
         device: where the model is.
         dtype: from ``choose_amp_dtype``.
+
+    Returns:
+        The context; idle for float32.
     """
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def create_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """A gradient scaler, idle unless float16 needs one.
+    """Build what keeps small gradients from vanishing in float16.
 
     Args:
         device: where the model is.
         dtype: from ``choose_amp_dtype``.
+
+    Returns:
+        A gradient scaler; idle for other types.
     """
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
