@@ -86,12 +86,15 @@ def leave_at_signal(action: Callable[[], T]) -> T | None:
 
 
 def agree(*, is_save_due: bool = False) -> Request:
-    """What all ranks do next; every rank must ask.
+    """Settle what all ranks do next; every rank must ask.
 
     It takes a meeting of the ranks' processors, not of their devices, which go on meanwhile.
 
     Args:
         is_save_due: whether it is time for a checkpoint; rank 0's clock counts.
+
+    Returns:
+        The same on all ranks: to stop where one was told to, else to save if that is due.
     """
     wish = Request.SAVE if is_save_due and is_main() else Request.NONE
     wish = Request.STOP if _is_stop_asked else wish

@@ -78,13 +78,16 @@ class TrainState:
     def create(
         cls, model: nn.Module, config: Config, *, device: torch.device, amp_dtype: torch.dtype
     ) -> TrainState:
-        """The state before the first step.
+        """Prepare a training that has not begun.
 
         Args:
             model: the bare model, on the device.
             config: names optimiser and schedule, and the batch that scales the learning rate.
             device: where the model is.
             amp_dtype: from ``choose_amp_dtype``.
+
+        Returns:
+            The state before the first step.
 
         Raises:
             InputError: no such optimiser or schedule.

@@ -48,6 +48,9 @@ def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
     Args:
         model: the model, compiled or not; its parameters and buffers become rank 0's.
         device: where it is.
+
+    Returns:
+        What to call in training, in place of the model.
     """
     if world_size() == 1:
         return model
