@@ -56,7 +56,11 @@ class CoreInputs:
         return numel * self.dtype.itemsize
 
     def draw_rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [B, H, N, D], strided as layers give them."""
+        """Draw what a core attends over, strided as layers give it.
+
+        Returns:
+            Queries, keys and values, each [B, H, N, D], ``dtype``.
+        """
         generator = torch.Generator().manual_seed(0)
         size = (self.batch_size, self.num_tokens, self.num_heads, self.head_dim)
         # Rows of one image have a direction in common, as those of trained models have.
@@ -67,7 +71,14 @@ class CoreInputs:
         return q, k, v
 
     def draw_hash_functions(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Anchors, which are rows of the first image, weight and kernel mean."""
+        """Draw hash functions; rows of the first image are the anchors.
+
+        Args:
+            q: [B, H, N, D], float.
+
+        Returns:
+            Anchors [H, M, D], weight [H, K, M] and kernel mean [H, M], float32.
+        """
         generator = torch.Generator().manual_seed(1)
         unit_rows = reference.normalize_rows(q[:1, :, :196].float())
         anchors = unit_rows[0, :, :NUM_ANCHORS].contiguous()
@@ -151,12 +162,15 @@ _FLOATS_A_SCORE = {"reference": 8, "sdpa, math": 6}
 
 
 def build_core(kind: str, inputs: CoreInputs, *, has_backward: bool) -> Call:
-    """Attention without projections.
+    """Prepare attention without projections.
 
     Args:
         kind: a key of the table of cores.
         inputs: what it attends over.
         has_backward: the gradients of all rows too.
+
+    Returns:
+        A call that attends once.
     """
     rows, attend = _CORES[kind](inputs)
     if not has_backward:
@@ -172,12 +186,15 @@ def build_core(kind: str, inputs: CoreInputs, *, has_backward: bool) -> Call:
 def core_contenders(
     inputs: CoreInputs, *, has_backward: bool, kinds: Sequence[str] = tuple(_CORES)
 ) -> Iterator[Contender]:
-    """Those cores that run on the device and fit into its memory.
+    """Choose the cores that run on the device and fit into its memory.
 
     Args:
         inputs: what they attend over.
         has_backward: the gradients of all rows too.
         kinds: keys of the table of cores.
+
+    Yields:
+        Contenders in the order of ``kinds``.
     """
     scores = inputs.batch_size * inputs.num_heads * inputs.num_tokens**2
     for kind in kinds:
@@ -207,12 +224,15 @@ def _runs(kind: str, inputs: CoreInputs, has_backward: bool) -> bool:
 
 
 def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> list[Row]:
-    """All cores, H=1 D=32 as in the first stage of PVTv2-B0, forward, then with backward.
+    """Compare all cores at H=1 D=32, as in the first stage of PVTv2-B0.
 
     Args:
         setup: where and how often.
         batch_size: B.
         num_tokens: N.
+
+    Returns:
+        A row a core, forward, then with backward.
     """
     inputs = CoreInputs(batch_size, num_tokens, 1, 32, setup.device, setup.dtype)
     rows: list[Row] = []
@@ -233,11 +253,14 @@ def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> list
 
 
 def measure_attention_sweep(setup: Setup, *, token_counts: Sequence[int]) -> list[Row]:
-    """Cores over a range of N, with as many images as make B * N about 131,072.
+    """Compare cores over a range of N, with as many images as make B * N about 131,072.
 
     Args:
         setup: where and how often.
         token_counts: N, in turn.
+
+    Returns:
+        A row a core and N.
     """
     rows: list[Row] = []
     for num_tokens in token_counts:

@@ -26,23 +26,29 @@ _DENSE_MATRICES = 8
 
 
 def build_fit(inputs: CoreInputs, *, num_steps: int = _NUM_STEPS) -> Call:
-    """The shipped fit.
+    """Prepare the shipped fit.
 
     Args:
         inputs: the calibration rows.
         num_steps: steps a bit.
+
+    Returns:
+        A call that fits once.
     """
     x, anchors, weight = _fit_inputs(inputs)
     return lambda: fit_hash(x, anchors=anchors, weight=weight, num_steps=num_steps)
 
 
 def build_dense_fit(inputs: CoreInputs, *, num_bits: int, num_steps: int) -> Call:
-    """The reference's fit of the first bits.
+    """Prepare the reference's fit of the first bits.
 
     Args:
         inputs: the calibration rows.
         num_bits: how many.
         num_steps: steps a bit.
+
+    Returns:
+        A call that fits once.
     """
     x, anchors, weight = _fit_inputs(inputs)
     weight = weight[:, :num_bits]

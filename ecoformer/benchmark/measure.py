@@ -49,10 +49,13 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
-        """Summarise.
+        """Summarise calls.
 
         Args:
             seconds: of each call.
+
+        Returns:
+            Their median and quartiles.
         """
         low, median, high = seconds[0], seconds[0], seconds[0]
         if len(seconds) > 1:
@@ -133,10 +136,13 @@ def _capture(call: Call) -> Call:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes.
+    """Time a large copy.
 
     Args:
         device: whose memory.
+
+    Returns:
+        Bytes a second, read and written ones together.
     """
     source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -215,10 +221,13 @@ def _resident_peak(build: Build, num_threads: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had.
+    """Look how much memory can still be had.
 
     Args:
         device: where.
+
+    Returns:
+        Bytes of the GPU, or of the machine.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

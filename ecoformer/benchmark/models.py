@@ -28,12 +28,15 @@ _PATCH = 4
 
 
 def create_model(kind: str, variant: str) -> nn.Module:
-    """A model with random weights and hash functions.
+    """Build a model with random weights and hash functions.
 
     Args:
         kind: of attention; or the shipped one on the reference's operations, or timm's own
             model of that name.
         variant: of PVTv2.
+
+    Returns:
+        The model, on the CPU.
     """
     torch.manual_seed(0)
     if kind == _TIMM:
@@ -72,7 +75,7 @@ def build_model(
     is_training: bool,
     is_compiled: bool,
 ) -> Call:
-    """Classification of a batch, or a step of training on it.
+    """Prepare the classification of a batch, or a step of training on it.
 
     Args:
         kind: as for ``create_model``.
@@ -83,6 +86,9 @@ def build_model(
         dtype: of autocast; float32 for none.
         is_training: a step: forward, backward, AdamW.
         is_compiled: by ``torch.compile``.
+
+    Returns:
+        A call that does it once.
     """
     model = create_model(kind, variant).to(device).train(is_training)
     network = compile_model(model) if is_compiled else model

@@ -66,14 +66,23 @@ class Report:
     rows: Sequence[Row]
 
     def curves(self) -> dict[tuple[str, str], list[Row]]:
-        """Rows of one contender at three N or more, by task and name, N rising."""
+        """Find what was measured at three N or more.
+
+        Returns:
+            Rows by task and name of the contender, N rising.
+        """
         curves: dict[tuple[str, str], list[Row]] = {}
         for row in sorted(self.rows, key=lambda row: row.num_tokens):
             curves.setdefault((row.task, row.name), []).append(row)
         return {key: rows for key, rows in curves.items() if len(rows) >= _MIN_POINTS}
 
     def slopes(self) -> list[dict[str, str | float | None]]:
-        """Exponents of N in the time and in the memory of an image, one entry a curve."""
+        """Fit how time and memory of an image grow with N.
+
+        Returns:
+            An entry a curve: ``task``, ``name``, and the exponents ``time`` and ``memory``, None
+            where there are too few points.
+        """
         return [
             {
                 "task": task,
@@ -85,12 +94,20 @@ class Report:
         ]
 
     def to_json(self) -> str:
-        """Everything, for a program to read."""
+        """Write everything for a program to read.
+
+        Returns:
+            JSON: the fields of the report, and ``slopes``.
+        """
         content = asdict(self) | {"slopes": self.slopes()}
         return json.dumps(content, indent=1) + "\n"
 
     def to_text(self) -> str:
-        """Everything, for a person to read."""
+        """Write everything for a person to read.
+
+        Returns:
+            Facts, a table a comparison, and exponents of N.
+        """
         facts = self.environment | {"copy": f"{self.copy_bytes_per_s / 1e9:.1f} GB/s, both ways"}
         lines = [f"{name + ':':10}{fact}" for name, fact in facts.items()]
         comparisons: dict[str, list[Row]] = {}
@@ -212,11 +229,14 @@ def format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 
 def describe_environment(argv: Sequence[str], device: torch.device) -> dict[str, str]:
-    """When, on what, with what and by which command something is measured.
+    """Note when, on what, with what and by which command something is measured.
 
     Args:
         argv: words of the command line.
         device: where it runs.
+
+    Returns:
+        ``command``, ``date``, ``hardware``, ``load`` and ``versions``, in words.
     """
     versions = [f"ecoformer {__version__}", f"Python {platform.python_version()}"]
     for library in _LIBRARIES:
