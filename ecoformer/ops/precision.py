@@ -21,13 +21,16 @@ def as_full_precision(x: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A block in which autocast is off for the device of ``x``.
+    """Turn autocast off in a block, for the device of ``x``.
 
-    Half-precision kernel features flip codes, and a half-precision sum over thousands of
-    tokens is wrong.
+    Half-precision kernel features flip codes, and a half-precision sum over thousands of tokens is
+    wrong.
 
     Args:
         x: any tensor; one that holds no data has no autocast to turn off.
+
+    Returns:
+        The context; enter it once.
     """
     if not torch.amp.is_autocast_available(x.device.type):
         return nullcontext()
