@@ -46,7 +46,13 @@ METHOD = ("base", "ops", "hashing", "attention", "layers", "family")
 STACK = ("config", "data", "checkpoint", "cost", "engine")
 LAYERS = {
     "base": Layer((VERSION, "ecoformer.errors", "ecoformer.seeding"), libraries=TORCH | {"numpy"}),
-    "ops": Layer(("ecoformer.ops",), ("base",), libraries=TORCH),
+    "ops": Layer(("ecoformer.ops",), ("base", "kernel choice"), ("kernels",), libraries=TORCH),
+    "kernel choice": Layer(("ecoformer.ops.triton",), libraries=TORCH),
+    "kernels": Layer(
+        ("ecoformer.ops.triton.kernels", "ecoformer.ops.triton.launch"),
+        ("ops", "kernel choice"),
+        libraries=TORCH | {"triton"},
+    ),
     "hashing": Layer(("ecoformer.hashing",), ("base", "ops"), libraries=TORCH),
     "attention": Layer(("ecoformer.attention",), ("base", "ops", "hashing"), libraries=TORCH),
     "layers": Layer(

@@ -64,7 +64,8 @@ def attend(
 
     Returns:
         The output [B, H, N, D] in the dtype of ``v``; the sums ``sum_j [h_j, 1]^T [v_j, 1]``,
-        [B, H, K + 1, D + 1]; and the scale of the kernel, [B, H], see ``kernel_scale``.
+        [B, H, K + 1, D + 1], that of ``v_j`` only where it is the bias, the corner 0; and the
+        scale of the kernel [B, H], see ``kernel_scale``.
     """
     dtype, num_bits, num_tokens = functions.weight.dtype, functions.weight.shape[-2], q.shape[-2]
     c = num_bits + 1
@@ -86,8 +87,8 @@ def attend(
             code_sum += h.sum(-1, keepdim=True)
             # Those of a large image are kept as bytes.
             codes.append(h if chunk >= num_tokens else h.to(torch.int8))
-        value_sum += values.sum(-2, keepdim=True)
-        sums_block[..., -1, -1] = num_tokens
+        if is_normalized:
+            value_sum += values.sum(-2, keepdim=True)
         for h, v_chunk, out_chunk in zip(
             codes, values.split(chunk, -2), out_block.split(chunk, -2), strict=True
         ):

@@ -8,12 +8,14 @@ Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ecoformer.ops import blocked
+from ecoformer.ops import triton as triton_ops
 from ecoformer.ops.blocked import HashFunctions, empty_rows
 from ecoformer.ops.precision import without_autocast
 
@@ -37,7 +39,8 @@ def kernelized_hash_attention(
     """
     functions = _functions(q, v, anchors, weight, kernel_mean)
     with without_autocast(q):
-        return blocked.attend(q, v, functions, is_normalized=is_normalized)
+        implementation = _implementation(q, v, weight)
+        return implementation.attend(q, v, functions, is_normalized=is_normalized)
 
 
 @torch.library.custom_op("ecoformer::kernelized_hash_attention_backward", mutates_args=())
@@ -54,9 +57,19 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     functions = _functions(q, v, anchors, weight, kernel_mean)
     with without_autocast(q):
-        return blocked.differentiate(
+        return _implementation(q, v, weight).differentiate(
             grad, q, v, functions, sums, scale, is_normalized=is_normalized
         )
+
+
+def _implementation(q: Tensor, v: Tensor, weight: Tensor) -> ModuleType:
+    """Triton's kernels where they run, and elsewhere the form that runs everywhere."""
+    if not triton_ops.can_run(q, v, weight):
+        return blocked
+    # Imports Triton, which many runs do without.
+    from ecoformer.ops.triton import launch
+
+    return launch
 
 
 def _functions(

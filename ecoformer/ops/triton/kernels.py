@@ -1,0 +1,601 @@
+"""Kernels of kernelized hash attention and of its gradient.
+
+A program works on a group, one head of one image, and on a range of its tokens, tile by tile.
+Rows are read and written in their own type, and all else is float32. What is summed over tokens
+is written for each range and added up afterwards in one order, so two runs agree to the bit.
+
+Shapes: N tokens, D head dim, K hash bits, M anchors of a group; n tokens of a tile. A tile is
+BLOCK_N x BLOCK_D and so on, powers of two of at least 16; beyond N, D, K and M it holds zeros.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# What normalisation divides by at least.
+_MIN_NORM = tl.constexpr(1e-12)
+
+
+@triton.jit
+def _row_pointers(tensor, strides, group, num_heads, tokens, BLOCK_D: tl.constexpr):
+    """[n, D], in rows [B, H, N, D]."""
+    image, head = (group // num_heads).to(tl.int64), (group % num_heads).to(tl.int64)
+    first = tensor + image * strides[0] + head * strides[1]
+    dims = tl.arange(0, BLOCK_D)
+    return first + tokens[:, None] * strides[2] + dims[None, :] * strides[3]
+
+
+@triton.jit
+def _row_mask(is_token, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    return is_token[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+
+
+@triton.jit
+def _load_matrix(
+    matrix,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_HEIGHT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """A matrix whose rows are STRIDE apart, with zeros around it."""
+    rows, columns = tl.arange(0, BLOCK_HEIGHT), tl.arange(0, BLOCK_WIDTH)
+    mask = (rows < HEIGHT)[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(matrix + rows[:, None] * STRIDE + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_vector(vector, SIZE: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
+    """Numbers STRIDE apart, and zeros after them."""
+    indices = tl.arange(0, BLOCK)
+    return tl.load(vector + indices * STRIDE, mask=indices < SIZE, other=0.0)
+
+
+@triton.jit
+def _load_functions(
+    anchors,
+    weight,
+    kernel_mean,
+    head,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Hash functions of a head: anchors [M, D], weight [K, M], kernel mean [M]."""
+    return (
+        _load_matrix(anchors + head * M * D, M, D, BLOCK_M, BLOCK_D, D),
+        _load_matrix(weight + head * K * M, K, M, BLOCK_K, BLOCK_M, M),
+        _load_vector(kernel_mean + head * M, M, BLOCK_M, 1),
+    )
+
+
+@triton.jit
+def _load_sums(
+    sums,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The parts of a [K + 1, D + 1] matrix: [K, D], last column [K], last row [D], corner."""
+    STRIDE: tl.constexpr = D + 1
+    return (
+        _load_matrix(sums, K, D, BLOCK_K, BLOCK_D, STRIDE),
+        _load_vector(sums + D, K, BLOCK_K, STRIDE),
+        _load_vector(sums + K * STRIDE, D, BLOCK_D, 1),
+        tl.load(sums + K * STRIDE + D),
+    )
+
+
+@triton.jit
+def _store_sums(
+    sums,
+    inner,
+    column,
+    row,
+    corner,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Undo ``_load_sums``."""
+    STRIDE: tl.constexpr = D + 1
+    bits, dims = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    mask = (bits < K)[:, None] & (dims < D)[None, :]
+    tl.store(sums + bits[:, None] * STRIDE + dims[None, :], inner, mask=mask)
+    tl.store(sums + bits * STRIDE + D, column, mask=bits < K)
+    tl.store(sums + K * STRIDE + dims, row, mask=dims < D)
+    tl.store(sums + K * STRIDE + D, corner)
+
+
+@triton.jit
+def _split(x):
+    """Three numbers of 11 bits, each exact in TF32, that add up to a float32."""
+    high = (x.to(tl.int32, bitcast=True) & -(2**13)).to(tl.float32, bitcast=True)
+    rest = x - high
+    middle = (rest.to(tl.int32, bitcast=True) & -(2**13)).to(tl.float32, bitcast=True)
+    return high, middle, rest - middle
+
+
+@triton.jit
+def _dot(a, b, A_IS_SHORT: tl.constexpr, B_IS_SHORT: tl.constexpr, PRECISION: tl.constexpr):
+    """Matrix product in full precision, by plain arithmetic ("ieee") or by tensor cores ("tf32").
+
+    Tensor cores multiply no float32, but TF32 exactly, so the products of parts add up. A short
+    factor is one part: signs, and what was stored in 16 bits. Of two long factors, the products
+    left out are below float32's rounding. The parts of a factor that stays the same in a loop
+    are made once, before it.
+    """
+    if PRECISION == "ieee":
+        product = tl.dot(a, b, input_precision="ieee")
+    elif A_IS_SHORT and B_IS_SHORT:
+        product = tl.dot(a, b, input_precision="tf32")
+    elif A_IS_SHORT:
+        b_high, b_middle, b_low = _split(b)
+        product = tl.dot(a, b_low, input_precision="tf32")
+        product = tl.dot(a, b_middle, product, input_precision="tf32")
+        product = tl.dot(a, b_high, product, input_precision="tf32")
+    elif B_IS_SHORT:
+        a_high, a_middle, a_low = _split(a)
+        product = tl.dot(a_low, b, input_precision="tf32")
+        product = tl.dot(a_middle, b, product, input_precision="tf32")
+        product = tl.dot(a_high, b, product, input_precision="tf32")
+    else:
+        a_high, a_middle, a_low = _split(a)
+        b_high, b_middle, b_low = _split(b)
+        product = tl.dot(a_low, b_high, input_precision="tf32")
+        product = tl.dot(a_middle, b_middle, product, input_precision="tf32")
+        product = tl.dot(a_high, b_low, product, input_precision="tf32")
+        product = tl.dot(a_middle, b_high, product, input_precision="tf32")
+        product = tl.dot(a_high, b_middle, product, input_precision="tf32")
+        product = tl.dot(a_high, b_high, product, input_precision="tf32")
+    return product
+
+
+@triton.jit
+def _is_short(rows):
+    """Whether rows are stored in 16 bits."""
+    return rows.dtype.element_ty.primitive_bitwidth == 16
+
+
+@triton.jit
+def _measure(q):
+    """What makes rows [n, D] unit rows, [n], and the squared norms of these, [n]."""
+    q_squared = tl.sum(q * q, 1)
+    inverse_norms = tl.minimum(tl.rsqrt(q_squared), 1 / _MIN_NORM)
+    return inverse_norms, q_squared * inverse_norms * inverse_norms
+
+
+@triton.jit
+def _project(
+    q,
+    inverse_norms,
+    x_squared,
+    anchors,
+    weight,
+    kernel_mean,
+    scale,
+    Q_IS_SHORT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Exponents and kernel [n, M], and the y [n, K] whose signs are the codes."""
+    products = _dot(q, tl.trans(anchors), Q_IS_SHORT, False, PRECISION)
+    exponents = products * (-2 * scale * inverse_norms)[:, None]
+    exponents += (scale * x_squared)[:, None] + (scale * tl.sum(anchors * anchors, 1))[None, :]
+    kernel = tl.exp(exponents)
+    y = _dot(kernel - kernel_mean[None, :], tl.trans(weight), False, False, PRECISION)
+    return exponents, kernel, y
+
+
+@triton.jit
+def measure_rows_kernel(
+    q,
+    q_strides,
+    row_sums,
+    num_heads,
+    num_tokens,
+    range_tokens,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sums over a range of unit rows and of their squared norms, [groups, ranges, D + 1]."""
+    group, part = tl.program_id(0), tl.program_id(1)
+    x_sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    x_squared_sums = tl.zeros([BLOCK_N], tl.float32)
+    last = tl.minimum((part + 1) * range_tokens, num_tokens)
+    for start in range(part * range_tokens, last, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        mask = _row_mask(tokens < last, D, BLOCK_D)
+        pointers = _row_pointers(q, q_strides, group, num_heads, tokens, BLOCK_D)
+        q_tile = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        inverse_norms, x_squared = _measure(q_tile)
+        x_sums += q_tile * inverse_norms[:, None]
+        x_squared_sums += x_squared
+    row_sums += (group * tl.num_programs(1) + part).to(tl.int64) * (D + 1)
+    dims = tl.arange(0, BLOCK_D)
+    tl.store(row_sums + dims, tl.sum(x_sums, 0), mask=dims < D)
+    tl.store(row_sums + D, tl.sum(x_squared_sums))
+
+
+@triton.jit
+def _kernel_scale(
+    row_sums,
+    group,
+    num_ranges,
+    num_tokens,
+    anchors,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """-1 / (2 s) of a group, s being its mean squared distance between rows and anchors."""
+    row_sums += (group * num_ranges).to(tl.int64) * (D + 1)
+    x_sum = tl.zeros([BLOCK_D], tl.float32)
+    x_squared_sum = 0.0
+    for _ in range(num_ranges):
+        x_sum += _load_vector(row_sums, D, BLOCK_D, 1)
+        x_squared_sum += tl.load(row_sums + D)
+        row_sums += D + 1
+    anchors_squared_mean = tl.sum(anchors * anchors) / M
+    cross = tl.sum(x_sum * tl.sum(anchors, 0)) / (num_tokens * M)
+    return -0.5 / (x_squared_sum / num_tokens + anchors_squared_mean - 2 * cross)
+
+
+@triton.jit
+def sum_values_kernel(
+    q,
+    q_strides,
+    v,
+    v_strides,
+    anchors,
+    weight,
+    kernel_mean,
+    row_sums,
+    scales,
+    codes,
+    sums,
+    num_heads,
+    num_tokens,
+    range_tokens,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    IS_NORMALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Codes h, a bit each, [groups, N]; sums of ``[h, 1]^T [v, 1]``; scales [groups]."""
+    group, part = tl.program_id(0), tl.program_id(1)
+    num_ranges = tl.num_programs(1)
+    anchors_tile, weight_tile, mean_tile = _load_functions(
+        anchors, weight, kernel_mean, group % num_heads, D, K, M, BLOCK_D, BLOCK_K, BLOCK_M
+    )
+    scale = _kernel_scale(row_sums, group, num_ranges, num_tokens, anchors_tile, D, M, BLOCK_D)
+    if part == 0:
+        tl.store(scales + group, scale)
+    bits = tl.full([BLOCK_K], 1, codes.dtype.element_ty) << tl.arange(0, BLOCK_K)
+    context = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    # Tiles are added up, and their tokens at the end: sums across threads cost more than sums.
+    code_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    value_sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    last = tl.minimum((part + 1) * range_tokens, num_tokens)
+    for start in range(part * range_tokens, last, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        is_token = tokens < last
+        mask = _row_mask(is_token, D, BLOCK_D)
+        q_pointers = _row_pointers(q, q_strides, group, num_heads, tokens, BLOCK_D)
+        v_pointers = _row_pointers(v, v_strides, group, num_heads, tokens, BLOCK_D)
+        q_tile = tl.load(q_pointers, mask=mask, other=0.0).to(tl.float32)
+        v_tile = tl.load(v_pointers, mask=mask, other=0.0).to(tl.float32)
+        inverse_norms, x_squared = _measure(q_tile)
+        _exponents, _kernel, y = _project(
+            q_tile,
+            inverse_norms,
+            x_squared,
+            anchors_tile,
+            weight_tile,
+            mean_tile,
+            scale,
+            _is_short(q),
+            PRECISION,
+        )
+        packed = tl.sum(tl.where(y > 0, bits[None, :], 0), 1)
+        tl.store(codes + group.to(tl.int64) * num_tokens + tokens, packed, mask=is_token)
+        h = tl.where(y > 0, 1.0, -1.0)
+        context += _dot(tl.trans(h), v_tile, True, _is_short(v), PRECISION)
+        code_sums += tl.where(is_token[:, None], h, 0.0)
+        if IS_NORMALIZED:
+            value_sums += v_tile
+    sums += (group * num_ranges + part).to(tl.int64) * (K + 1) * (D + 1)
+    _store_sums(
+        sums, context, tl.sum(code_sums, 0), tl.sum(value_sums, 0), 0.0, D, K, BLOCK_D, BLOCK_K
+    )
+
+
+@triton.jit
+def write_output_kernel(
+    v,
+    v_strides,
+    codes,
+    sums,
+    out,
+    out_strides,
+    num_heads,
+    num_tokens,
+    range_tokens,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_NORMALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The output of a range of tokens, from their codes and the sums of all."""
+    group, part = tl.program_id(0), tl.program_id(1)
+    sums += group.to(tl.int64) * (K + 1) * (D + 1)
+    context, code_sum, value_sum, _count = _load_sums(sums, D, K, BLOCK_D, BLOCK_K)
+    c: tl.constexpr = K + 1
+    bits = tl.full([BLOCK_K], 1, codes.dtype.element_ty) << tl.arange(0, BLOCK_K)
+    last = tl.minimum((part + 1) * range_tokens, num_tokens)
+    for start in range(part * range_tokens, last, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        is_token = tokens < last
+        mask = _row_mask(is_token, D, BLOCK_D)
+        packed = tl.load(codes + group.to(tl.int64) * num_tokens + tokens, mask=is_token, other=0)
+        h = tl.where((packed[:, None] & bits[None, :]) != 0, 1.0, -1.0)
+        numerator = _dot(h, context, True, False, PRECISION)
+        if IS_NORMALIZED:
+            numerator += c * value_sum[None, :]
+        else:
+            v_pointers = _row_pointers(v, v_strides, group, num_heads, tokens, BLOCK_D)
+            numerator += c * tl.load(v_pointers, mask=mask, other=0.0).to(tl.float32)
+        denominator = tl.sum(h * code_sum[None, :], 1) + c * num_tokens
+        out_pointers = _row_pointers(out, out_strides, group, num_heads, tokens, BLOCK_D)
+        out_tile = numerator * (1 / denominator)[:, None]
+        tl.store(out_pointers, out_tile.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _differentiate_ratio(
+    grad,
+    v,
+    y,
+    context,
+    code_sum,
+    value_sum,
+    num_tokens,
+    K: tl.constexpr,
+    IS_NORMALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Codes h [n, K]; gradients g [n, D] of numerators and e [n] of denominators; g Z^T [n, K]."""
+    c: tl.constexpr = K + 1
+    h = tl.where(y > 0, 1.0, -1.0)
+    inverse = 1 / (tl.sum(h * code_sum[None, :], 1) + c * num_tokens)
+    g = grad * inverse[:, None]
+    g_context = _dot(g, tl.trans(context), False, False, PRECISION)
+    g_bias = tl.sum(g * value_sum[None, :], 1) if IS_NORMALIZED else tl.sum(g * v, 1)
+    e = -(tl.sum(h * g_context, 1) + c * g_bias) * inverse
+    return h, g, e, g_context
+
+
+@triton.jit
+def sum_gradients_kernel(
+    grad,
+    grad_strides,
+    q,
+    q_strides,
+    v,
+    v_strides,
+    anchors,
+    weight,
+    kernel_mean,
+    sums,
+    scales,
+    grad_sums,
+    num_heads,
+    num_tokens,
+    range_tokens,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    IS_NORMALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What all tokens of a range give to the gradients of all others.
+
+    Two matrices [K + 1, D + 1] a range. The first holds ``[h, 1]^T [g, e]``: the gradients of the
+    sums that all share, g and e being those of a token's numerator and denominator. The second
+    holds ``u^T [v, 1]``, u being how y follows the scale; the scale's gradient is linear in the
+    first, so this and the corner give it without another pass.
+    """
+    group, part = tl.program_id(0), tl.program_id(1)
+    anchors_tile, weight_tile, mean_tile = _load_functions(
+        anchors, weight, kernel_mean, group % num_heads, D, K, M, BLOCK_D, BLOCK_K, BLOCK_M
+    )
+    sums += group.to(tl.int64) * (K + 1) * (D + 1)
+    context, code_sum, value_sum, _count = _load_sums(sums, D, K, BLOCK_D, BLOCK_K)
+    scale = tl.load(scales + group)
+    grad_context = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    grad_code_sum = tl.zeros([BLOCK_K], tl.float32)
+    grad_value_sum = tl.zeros([BLOCK_D], tl.float32)
+    u_values = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    u_sum = tl.zeros([BLOCK_K], tl.float32)
+    u_grad = 0.0
+    last = tl.minimum((part + 1) * range_tokens, num_tokens)
+    for start in range(part * range_tokens, last, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        is_token = tokens < last
+        mask = _row_mask(is_token, D, BLOCK_D)
+        q_pointers = _row_pointers(q, q_strides, group, num_heads, tokens, BLOCK_D)
+        v_pointers = _row_pointers(v, v_strides, group, num_heads, tokens, BLOCK_D)
+        grad_pointers = _row_pointers(grad, grad_strides, group, num_heads, tokens, BLOCK_D)
+        v_tile = tl.load(v_pointers, mask=mask, other=0.0).to(tl.float32)
+        grad_tile = tl.load(grad_pointers, mask=mask, other=0.0).to(tl.float32)
+        q_tile = tl.load(q_pointers, mask=mask, other=0.0).to(tl.float32)
+        inverse_norms, x_squared = _measure(q_tile)
+        exponents, kernel, y = _project(
+            q_tile,
+            inverse_norms,
+            x_squared,
+            anchors_tile,
+            weight_tile,
+            mean_tile,
+            scale,
+            _is_short(q),
+            PRECISION,
+        )
+        h, g, e, g_context = _differentiate_ratio(
+            grad_tile,
+            v_tile,
+            y,
+            context,
+            code_sum,
+            value_sum,
+            num_tokens,
+            K,
+            IS_NORMALIZED,
+            PRECISION,
+        )
+        grad_context += _dot(tl.trans(h), g, True, False, PRECISION)
+        grad_code_sum += tl.sum(h * e[:, None], 0)
+        if IS_NORMALIZED:
+            grad_value_sum += tl.sum(g, 0)
+        u = _dot(exponents * kernel, tl.trans(weight_tile), False, False, PRECISION)
+        u = tl.where(is_token[:, None] & (tl.abs(y) < 1), u, 0.0)
+        u_values += _dot(tl.trans(u), v_tile, False, _is_short(v), PRECISION)
+        u_sum += tl.sum(u, 0)
+        u_grad += tl.sum(u * (g_context + e[:, None] * code_sum[None, :]))
+    matrix: tl.constexpr = (K + 1) * (D + 1)
+    grad_sums += (group * tl.num_programs(1) + part).to(tl.int64) * (2 * matrix)
+    _store_sums(
+        grad_sums, grad_context, grad_code_sum, grad_value_sum, u_grad, D, K, BLOCK_D, BLOCK_K
+    )
+    zeros = tl.zeros([BLOCK_D], tl.float32)
+    _store_sums(grad_sums + matrix, u_values, u_sum, zeros, 0.0, D, K, BLOCK_D, BLOCK_K)
+
+
+@triton.jit
+def write_gradients_kernel(
+    grad,
+    grad_strides,
+    q,
+    q_strides,
+    v,
+    v_strides,
+    anchors,
+    weight,
+    kernel_mean,
+    sums,
+    scales,
+    grad_sums,
+    grad_q,
+    grad_q_strides,
+    grad_v,
+    grad_v_strides,
+    num_heads,
+    num_tokens,
+    range_tokens,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    IS_NORMALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of a range of rows, from what ``sum_gradients_kernel`` found for all."""
+    group, part = tl.program_id(0), tl.program_id(1)
+    anchors_tile, weight_tile, mean_tile = _load_functions(
+        anchors, weight, kernel_mean, group % num_heads, D, K, M, BLOCK_D, BLOCK_K, BLOCK_M
+    )
+    matrix: tl.constexpr = (K + 1) * (D + 1)
+    sums += group.to(tl.int64) * matrix
+    context, code_sum, value_sum, _count = _load_sums(sums, D, K, BLOCK_D, BLOCK_K)
+    grad_sums += group.to(tl.int64) * (2 * matrix)
+    grad_context, grad_code_sum, grad_value_sum, grad_scale = _load_sums(
+        grad_sums, D, K, BLOCK_D, BLOCK_K
+    )
+    u_values, u_sum, _zeros, _zero = _load_sums(grad_sums + matrix, D, K, BLOCK_D, BLOCK_K)
+    grad_scale += tl.sum(grad_context * u_values) + tl.sum(grad_code_sum * u_sum)
+    scale = tl.load(scales + group)
+    # The scale is -1 / (2 s), and every distance has the same share in s.
+    share = 2 * scale * grad_scale / num_tokens / M
+    is_anchor = (tl.arange(0, BLOCK_M) < M)[None, :]
+    c: tl.constexpr = K + 1
+    last = tl.minimum((part + 1) * range_tokens, num_tokens)
+    for start in range(part * range_tokens, last, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        is_token = tokens < last
+        mask = _row_mask(is_token, D, BLOCK_D)
+        q_pointers = _row_pointers(q, q_strides, group, num_heads, tokens, BLOCK_D)
+        v_pointers = _row_pointers(v, v_strides, group, num_heads, tokens, BLOCK_D)
+        grad_pointers = _row_pointers(grad, grad_strides, group, num_heads, tokens, BLOCK_D)
+        v_tile = tl.load(v_pointers, mask=mask, other=0.0).to(tl.float32)
+        grad_tile = tl.load(grad_pointers, mask=mask, other=0.0).to(tl.float32)
+        q_tile = tl.load(q_pointers, mask=mask, other=0.0).to(tl.float32)
+        inverse_norms, x_squared = _measure(q_tile)
+        _exponents, kernel, y = _project(
+            q_tile,
+            inverse_norms,
+            x_squared,
+            anchors_tile,
+            weight_tile,
+            mean_tile,
+            scale,
+            _is_short(q),
+            PRECISION,
+        )
+        h, g, e, g_context = _differentiate_ratio(
+            grad_tile,
+            v_tile,
+            y,
+            context,
+            code_sum,
+            value_sum,
+            num_tokens,
+            K,
+            IS_NORMALIZED,
+            PRECISION,
+        )
+        grad_v_tile = _dot(h, grad_context, True, False, PRECISION)
+        if IS_NORMALIZED:
+            grad_v_tile += c * grad_value_sum[None, :]
+        else:
+            grad_v_tile += c * g
+        grad_v_pointers = _row_pointers(grad_v, grad_v_strides, group, num_heads, tokens, BLOCK_D)
+        tl.store(grad_v_pointers, grad_v_tile.to(grad_v.dtype.element_ty), mask=mask)
+
+        # A code is in its own numerator and denominator, and in the sums that all share.
+        grad_h = g_context + e[:, None] * code_sum[None, :] + grad_code_sum[None, :]
+        grad_h += _dot(v_tile, tl.trans(grad_context), _is_short(v), False, PRECISION)
+        grad_y = tl.where(tl.abs(y) < 1, grad_h, 0.0)
+        grad_exponents = _dot(grad_y, weight_tile, False, False, PRECISION) * kernel
+        grad_distances = tl.where(is_anchor, scale * grad_exponents + share, 0.0)
+        # dx / 2 = along x - toward; normalising removes the part along x, but from rows that are
+        # too short for it.
+        x = q_tile * inverse_norms[:, None]
+        toward = _dot(grad_distances, anchors_tile, False, False, PRECISION)
+        along = tl.sum(grad_distances, 1)
+        radial = along * x_squared - tl.sum(x * toward, 1)
+        radial = tl.where(inverse_norms * _MIN_NORM < 1, radial, 0.0)
+        grad_q_tile = ((along - radial)[:, None] * x - toward) * (2 * inverse_norms)[:, None]
+        grad_q_pointers = _row_pointers(grad_q, grad_q_strides, group, num_heads, tokens, BLOCK_D)
+        tl.store(grad_q_pointers, grad_q_tile.to(grad_q.dtype.element_ty), mask=mask)

@@ -1,0 +1,271 @@
+"""The Triton kernels: against the reference in the interpreter, compiled, and on a GPU.
+
+The interpreter is chosen when Triton is imported, so what it runs has a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ecoformer.ops import blocked, fused, kernelized_hash_attention, reference
+from ecoformer.ops import triton as triton_ops
+from tests.problems import Problem, draw_problem, solve
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from ecoformer.ops.triton import kernels, launch
+
+ROOT = Path(__file__).parents[2]
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="run by the test of all of them")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+VALUE_BIASES = ["released", "normalized"]
+# N is odd, one, or past a tile and past a range; sizes fill their tiles or do not.
+SHAPES: dict[str, dict[str, Any]] = {
+    "odd": {"tokens": 37, "dim": 8, "bits": 5, "anchors": 7},
+    "one token": {"images": 1, "tokens": 2, "dim": 16, "bits": 16, "anchors": 16},
+    "published": {"heads": 1, "tokens": 80, "dim": 32, "bits": 16, "anchors": 25},
+    "two ranges": {"images": 1, "heads": 3, "tokens": 515, "dim": 3, "bits": 2, "anchors": 3},
+    "largest": {"images": 1, "heads": 1, "tokens": 33, "dim": 128, "bits": 64, "anchors": 64},
+}
+# Rounding of 16 bits; the interpreter's bfloat16 is cut off rather than rounded.
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def test_all_in_the_interpreter() -> None:
+    """Run the tests that are skipped here."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "interpreted",
+            __file__,
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of all values together."""
+    return float((value.double() - expected).norm() / expected.norm())
+
+
+def check_against_reference(problem: Problem, value_bias: str, dtype: torch.dtype) -> None:
+    """Output and gradients, against the reference in float64 on the same numbers."""
+    assert triton_ops.can_run(problem.q, problem.v, problem.functions["weight"])
+    expected = solve(reference.kernelized_hash_attention, problem.upcast(), value_bias=value_bias)
+    found = solve(kernelized_hash_attention, problem, value_bias=value_bias)
+    assert [tensor.dtype for tensor in found] == [dtype] * 3
+    errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
+    assert max(errors) < TOLERANCES[dtype], errors
+
+
+@interpreted
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("value_bias", VALUE_BIASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_interpreted_kernels_equal_the_reference(
+    dtype: torch.dtype, value_bias: str, shape: dict[str, Any]
+) -> None:
+    check_against_reference(draw_problem(**shape, dtype=dtype), value_bias, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_interpreted_precisions_agree(precision: str) -> None:
+    problem = draw_problem(dtype=torch.float32)
+    functions = blocked.HashFunctions(**problem.functions)
+    tiling = launch.Tiling(precision, 16, 4)
+    arguments = (problem.q, problem.v, functions)
+    out, sums, scale = launch.attend(*arguments, is_normalized=True, tiling=tiling)
+    expected = blocked.attend(*arguments, is_normalized=True)
+    assert_close((out, sums, scale), expected)
+    backward = (problem.grad, *arguments, sums, scale)
+    assert_close(
+        launch.differentiate(*backward, is_normalized=True, tiling=tiling),
+        blocked.differentiate(*backward, is_normalized=True),
+    )
+
+
+@interpreted
+def test_interpreted_rows_that_are_too_short_equal_the_reference() -> None:
+    problem = draw_problem(tokens=9, dtype=torch.float32)
+    problem.q[0, 0, 3] = 0
+    problem.q[1, 1, 4] *= 1e-13
+    expected = solve(reference.kernelized_hash_attention, problem.upcast())
+    for value, truth in zip(solve(kernelized_hash_attention, problem), expected, strict=True):
+        assert relative_error(value, truth) < 2e-6
+    # What is small beside the gradients of short rows counts too.
+    is_long = problem.q.norm(dim=-1) > 1e-6
+    grad_q = solve(kernelized_hash_attention, problem)[1]
+    assert relative_error(grad_q[is_long], expected[1][is_long]) < 2e-6
+
+
+@interpreted
+def test_interpreted_operator_passes_pytorchs_checks() -> None:
+    problem = draw_problem(images=1, heads=2, tokens=5, dtype=torch.float32)
+    rows = (row.requires_grad_() for row in (problem.q, problem.v))
+    torch.library.opcheck(
+        fused.kernelized_hash_attention, (*rows, *problem.functions.values(), False)
+    )
+
+
+@triton.jit
+def split_kernel(numbers, parts, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """The three parts of each number, [3, SIZE]."""
+    indices = tl.arange(0, SIZE)
+    high, middle, low = kernels._split(tl.load(numbers + indices))
+    tl.store(parts + indices, high)
+    tl.store(parts + SIZE + indices, middle)
+    tl.store(parts + 2 * SIZE + indices, low)
+
+
+@interpreted
+def test_interpreted_parts_are_exact_in_tf32() -> None:
+    numbers = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    parts = torch.empty(3, 64)
+    split_kernel[(1,)](numbers, parts, SIZE=64)
+    assert torch.equal(parts.double().sum(0).float(), numbers)
+    # Ten bits of the mantissa are kept, thirteen are clear.
+    assert not (parts.view(torch.int32) & (2**13 - 1)).any()
+
+
+def test_what_kernels_do_not_take_is_left_to_the_other_form() -> None:
+    def can_run(dtype: torch.dtype = torch.float32, **sizes: int) -> bool:
+        problem = draw_problem(tokens=2, dtype=dtype, **sizes)
+        return triton_ops.can_run(problem.q, problem.v, problem.functions["weight"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        assert can_run(dim=128, bits=64, anchors=64)
+        assert not can_run(torch.float64)
+        assert not can_run(dim=129)
+        assert not can_run(bits=65)
+        assert not can_run(anchors=65)
+        patch.setenv("TRITON_INTERPRET", "0")
+        assert not can_run()
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "measure_rows_kernel",
+        "sum_values_kernel",
+        "write_output_kernel",
+        "sum_gradients_kernel",
+        "write_gradients_kernel",
+    ],
+)
+def test_kernels_compile_without_a_gpu(name: str) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel = getattr(kernels, name)
+    sizes = {"D": 32, "K": 16, "M": 25, "BLOCK_D": 32, "BLOCK_K": 16, "BLOCK_M": 32}
+    tiling = launch.Tiling.choose(32, 16, 32)
+    constants = sizes | {
+        "BLOCK_N": tiling.tile_tokens,
+        "IS_NORMALIZED": False,
+        "PRECISION": tiling.precision,
+    }
+    signature: dict[str, Any] = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_strides"):
+            signature[argument] = ("i32",) * 4
+        elif argument in ("num_heads", "num_tokens", "range_tokens"):
+            signature[argument] = "i32"
+        elif argument == "codes":
+            signature[argument] = "*i32"
+        else:
+            is_row = argument in ("q", "v", "out", "grad", "grad_q", "grad_v")
+            signature[argument] = "*bf16" if is_row else "*fp32"
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={
+            (index,): constants[argument]
+            for index, argument in enumerate(kernel.arg_names)
+            if argument in constants
+        },
+    )
+    compiled = compile(
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": tiling.num_warps, "enable_fp_fusion": True},
+    )
+    assert compiled.metadata.shared < triton_ops._MIN_SHARED_BYTES
+
+
+def on_gpu(problem: Problem) -> Problem:
+    """The same numbers on the GPU, strided as they are."""
+    functions = {name: tensor.cuda() for name, tensor in problem.functions.items()}
+    return Problem(problem.q.cuda(), problem.v.cuda(), functions, problem.grad.cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("value_bias", VALUE_BIASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_on_a_gpu_equal_the_reference(
+    dtype: torch.dtype, value_bias: str, shape: dict[str, Any]
+) -> None:
+    check_against_reference(on_gpu(draw_problem(**shape, dtype=dtype)), value_bias, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_runs_on_a_gpu_are_equal_to_the_bit(dtype: torch.dtype) -> None:
+    problem = on_gpu(draw_problem(images=8, tokens=3136, dim=32, bits=16, anchors=25, dtype=dtype))
+    first, second = (solve(kernelized_hash_attention, problem) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_call_compiled_on_a_gpu_is_one_graph_and_equal() -> None:
+    compiled = torch.compile(kernelized_hash_attention, fullgraph=True)
+    problem = on_gpu(draw_problem(tokens=64, dtype=torch.bfloat16))
+    assert_close(solve(compiled, problem), solve(kernelized_hash_attention, problem))
+
+
+@pytest.mark.gpu
+def test_codes_on_a_gpu_flip_no_more_often_than_float32_rounds() -> None:
+    problem = on_gpu(
+        draw_problem(images=4, tokens=3136, dim=32, bits=16, anchors=25, dtype=torch.float32)
+    )
+    _, sums, _ = fused.kernelized_hash_attention(
+        problem.q, problem.v, *problem.functions.values(), False
+    )
+    exact = problem.upcast()
+    _, expected, _ = fused.kernelized_hash_attention(
+        exact.q, exact.v, *exact.functions.values(), False
+    )
+    # Sums of signs differ by 2 for every code that flips; one in 100,000 may.
+    flips = (sums[..., :-1, -1].double() - expected[..., :-1, -1]).abs().sum() / 2
+    assert flips < 4 * 2 * 3136 * 16 * 1e-5
