@@ -17,12 +17,15 @@ _MIN_SHARED_BYTES = 160_000
 
 
 def can_run(q: Tensor, v: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels take such inputs where they are.
+    """Ask whether the kernels can take some inputs where they are.
 
     Args:
         q: [B, H, N, D], any dtype.
         v: [B, H, N, D], any dtype.
         weight: [H, K, M], any dtype.
+
+    Returns:
+        True where device, dtypes and sizes allow it.
     """
     return (
         (_is_interpreted() or (q.is_cuda and _can_compile(q.device)))

@@ -36,10 +36,13 @@ class Tiling:
 
     @classmethod
     def choose(cls, *blocks: int) -> Tiling:
-        """By what compiles into few enough registers and little enough shared memory.
+        """Choose by what compiles into few enough registers and little enough shared memory.
 
         Args:
             blocks: BLOCK_D, BLOCK_K and BLOCK_M.
+
+        Returns:
+            The fast way for hash functions of published size, the frugal one for larger.
         """
         # The parts of large hash functions would not fit into shared memory.
         is_small = all(block <= limit for block, limit in zip(blocks, (64, 16, 32), strict=True))
@@ -54,7 +57,18 @@ def attend(
     is_normalized: bool,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``blocked.attend``; sums are float32."""
+    """Attend as ``blocked.attend`` does.
+
+    Args:
+        q: [B, H, N, D], float.
+        v: [B, H, N, D], float.
+        functions: what makes the codes.
+        is_normalized: as for ``blocked.attend``.
+        tiling: how; chosen by the sizes where None.
+
+    Returns:
+        Output, sums and scale of ``blocked.attend``; the latter two are float32.
+    """
     num_images, num_heads, num_tokens, head_dim = q.shape
     num_bits = functions.weight.shape[1]
     launch = _Launch(q, functions, is_normalized, tiling)
@@ -83,7 +97,21 @@ def differentiate(
     is_normalized: bool,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``blocked.differentiate``; sums are float32."""
+    """Differentiate ``attend`` as ``blocked.differentiate`` does.
+
+    Args:
+        grad: [B, H, N, D], float, gradient of the output.
+        q: [B, H, N, D], float.
+        v: [B, H, N, D], float.
+        functions: what makes the codes.
+        sums: from ``attend``.
+        scale: from ``attend``.
+        is_normalized: as for ``attend``.
+        tiling: as for ``attend``.
+
+    Returns:
+        The gradients of ``q`` and of ``v``, each in its dtype; what adds up to them is float32.
+    """
     launch = _Launch(q, functions, is_normalized, tiling)
     grad_q, grad_v = empty_rows(q), empty_rows(v)
     inputs = (grad, q, v, *launch.functions, sums.contiguous(), scale.contiguous())
