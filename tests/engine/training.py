@@ -121,7 +121,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def assert_same_state(first: Path, second: Path) -> None:
-    """Every tensor and number of two checkpoints is equal, but for where they lie and how many workers read."""
+    """Two checkpoints are equal, but for where they lie and how many workers read."""
     one, other = (flatten(read_checkpoint(path)) for path in (first, second))
     assert one.keys() == other.keys()
     for name, value in one.items():
