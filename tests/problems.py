@@ -117,7 +117,8 @@ class LargestTensor(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **kwargs or {})
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            # A sparse tensor holds what dense ones brought.
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 # Of the memory behind it: an expanded view holds little.
                 num_values = tensor.untyped_storage().nbytes() // tensor.element_size()
                 self.numel = max(self.numel, num_values)

@@ -5,7 +5,9 @@ Shapes: B batch, H heads, N tokens, D head dim, T similar pairs a token.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,10 +68,7 @@ class SimilarityTargets:
         )
 
     def multiply(self, y: Tensor) -> Tensor:
-        """Return ``(P + P^T) y``.
-
-        A sparse product written as a weighted sum of one-wide embeddings: unlike the sparse
-        tensors of PyTorch it is deterministic on every device and needs no vendor library.
+        """Return ``(P + P^T) y``, the same bits in every run.
 
         Args:
             y: [B, H, N], float.
@@ -77,6 +76,10 @@ class SimilarityTargets:
         Returns:
             [B, H, N], the dtype of ``y``.
         """
+        if y.device.type == "cpu" and torch.backends.mkl.is_available():
+            return torch.mv(self._csr.to(y.dtype), y.flatten()).view_as(y)
+        # A weighted sum of one-wide embeddings: six times as slow as MKL's sparse product on a
+        # CPU, but there everywhere, and unlike the sparse product of CUDA deterministic.
         product = embedding_bag(
             self.columns,
             y.reshape(-1, 1),
@@ -85,6 +88,22 @@ class SimilarityTargets:
             per_sample_weights=self.signs.to(y.dtype),
         )
         return product.view_as(y)
+
+    @cached_property
+    def _csr(self) -> Tensor:
+        num_entries, num_rows = self.columns.numel(), self.row_starts.numel()
+        ends = self.row_starts.new_tensor([num_entries])
+        with warnings.catch_warnings():
+            # PyTorch calls these tensors a beta.
+            warnings.simplefilter("ignore")
+            return torch.sparse_csr_tensor(
+                torch.cat([self.row_starts, ends]).int(),
+                self.columns.int(),
+                self.signs,
+                size=(num_rows, num_rows),
+                # A pair that chose each other stands twice in a row, and counts twice.
+                check_invariants=False,
+            )
 
 
 def _choose_neighbours(x: Tensor, num_similar: int) -> Tensor:

@@ -13,7 +13,16 @@ from tests.problems import draw, draw_unit_rows
 
 @pytest.mark.parametrize(("tokens", "num_similar"), [(40, 5), (17, 8), (2, 1), (3, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_product_equals_the_dense_one(tokens: int, num_similar: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("has_mkl", [True, False])
+def test_product_equals_the_dense_one(
+    tokens: int,
+    num_similar: int,
+    dtype: torch.dtype,
+    has_mkl: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not has_mkl:
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     x = draw_unit_rows(2, 3, tokens, 8).to(dtype)
     y = draw(2, 3, tokens, seed=1).to(dtype)
     dense = reference.similarity_targets(x, num_similar)
