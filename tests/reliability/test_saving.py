@@ -91,6 +91,6 @@ def test_cost_of_a_save(tmp_path: Path) -> None:
     plain, stop, total = min(plain_s), min(stop_s), min(total_s)
     print(f"{size / 1e6:.0f} MB: plain {plain:.3f} s, stop {stop:.3f} s, total {total:.3f} s")
     assert size == pytest.approx(100e6, rel=0.02)
-    # Twice what a machine with nothing else to do needs.
+    # Loose: a test is no benchmark.
     assert stop < 0.4 * plain
     assert total < 3 * plain
