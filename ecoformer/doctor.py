@@ -43,7 +43,12 @@ if TYPE_CHECKING:
 # Looked at also where ecoformer, which names all that it needs, is not installed.
 _MAIN_LIBRARIES = ("torch", "torchvision", "timm")
 # Modules that are called otherwise than what pip installs.
-_MODULES = {"mmengine-lite": "mmengine", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+_MODULES = {
+    "mmengine-lite": "mmengine",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+}
 _REINSTALL_TORCH = "pip uninstall torch torchvision, then pip install torch torchvision"
 
 _NUM_QUICK_IMAGES = 1000
