@@ -40,7 +40,7 @@ def build_empty(family: ModelFamily, row: str, **keywords: Any) -> nn.Module:
 def load_filled(family: ModelFamily, row: str) -> nn.Module:
     """A model with the golden weights of its row, hash functions and all."""
     model = build(family, row)
-    load_checkpoint(model, fill_state(released_shapes()[row]), exact=True)
+    load_checkpoint(model, fill_state(released_shapes()[row]), strict=True)
     return model
 
 

@@ -69,7 +69,7 @@ def load_checkpoint(
     model: nn.Module,
     source: str | PathLike[str] | Mapping[str, object],
     *,
-    exact: bool = False,
+    strict: bool = False,
     allow_missing: bool = False,
     origin: str = "the state dict",
 ) -> LoadReport:
@@ -83,7 +83,7 @@ def load_checkpoint(
         model: not wrapped for several devices; changed in place.
         source: a path, URL, zoo name, state dict or training dictionary, in our layout or the
             released one.
-        exact: model and file must hold the same entries, head and hash functions included, with
+        strict: model and file must hold the same entries, head and hash functions included, with
             nothing converted and nothing left fresh: for evaluation, and to go on with a run.
         allow_missing: backbone weights that have no source may keep their present values.
         origin: what messages call a ``source`` that is a dictionary.
@@ -107,7 +107,7 @@ def load_checkpoint(
     taken: dict[str, Tensor] = {}
     sources: dict[str, tuple[str, ...]] = {}
     for name in target:
-        found = _find(name, state, may_derive=not exact)
+        found = _find(name, state, may_derive=not strict)
         if found is not None:
             taken[name], sources[name] = found
 
@@ -116,17 +116,19 @@ def load_checkpoint(
         if sources[name] != (name,):
             dropped += _list_leftovers(name, sources[name], state)
     notes: list[str] = []
-    if not exact:
+    if not strict:
         for name in _HEAD:
             if name in taken and _has_other_classes(taken[name], target[name]):
                 notes = [f"The head is fresh: {_tell_classes(taken[name], target[name])}"]
                 dropped.append(name)
                 del taken[name]
 
-    missing = [name for name in target if name not in taken and (exact or not _is_own(name, taken))]
+    missing = [
+        name for name in target if name not in taken and (strict or not _is_own(name, taken))
+    ]
     used = {source for name in taken for source in sources[name]}
     unused = [name for name in state if name not in used and name not in dropped]
-    _check_fit(taken, target, missing, unused, origin, exact=exact, allow_missing=allow_missing)
+    _check_fit(taken, target, missing, unused, origin, strict=strict, allow_missing=allow_missing)
     model.load_state_dict(
         {name: _cast(taken[name], target[name], f"{origin}: {name}") for name in taken},
         strict=False,
@@ -214,11 +216,11 @@ def _check_fit(
     unused: Sequence[str],
     origin: str,
     *,
-    exact: bool,
+    strict: bool,
     allow_missing: bool,
 ) -> None:
     """Raise an InputError, as telling as can be, if file and model do not belong together."""
-    if not exact:
+    if not strict:
         # Some entry has to fit, even where all may be missing.
         missing = [] if allow_missing and taken else [name for name in missing if name not in _HEAD]
     mismatched = [name for name in taken if taken[name].shape != target[name].shape]
@@ -251,14 +253,14 @@ def _check_fit(
         )
     # An entry too many of a kind that the model has comes from a deeper one.
     kinds = {_strip_numbers(name) for name in target}
-    surplus = [name for name in unused if exact or problems or _strip_numbers(name) in kinds]
+    surplus = [name for name in unused if strict or problems or _strip_numbers(name) in kinds]
     if surplus:
         problems.append(f"{len(surplus)} of the file's fit nowhere, first {surplus[0]}")
     if problems:
         raise InputError(
             f"{origin}: weights of another model: {'; '.join(problems)}; choose the model and "
             "attention that it was made with (--model, --attn_type)"
-            + (", or start from it with --finetune." if exact else ".")
+            + (", or start from it with --finetune." if strict else ".")
         )
 
 

@@ -208,6 +208,8 @@ class RunConfig:
     """Configuration file, Python or a run's config.yaml; flags win over it."""
     finetune: str | None = None
     """Weights of the earlier stage: file, URL or zoo name."""
+    allow_missing: bool = False
+    """Let backbone weights that --finetune does not give stay as they were drawn."""
     resume: str | None = "auto"
     """Checkpoint to go on from: file, URL or zoo name; auto: the output folder's newest, if any."""
     eval: bool = False

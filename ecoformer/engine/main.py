@@ -252,7 +252,8 @@ def _start(
             _logger.info("nothing is left to do of %d epochs", config.optim.epochs)
         return state
     if config.run.finetune:
-        _logger.info("%s", load_checkpoint(model, config.run.finetune))
+        report = load_checkpoint(model, config.run.finetune, allow_missing=config.run.allow_missing)
+        _logger.info("%s", report)
     if config.run.start_epoch:
         state.epoch = config.run.start_epoch
         state.schedule.step(state.epoch - 1)
@@ -266,7 +267,7 @@ def _load_for_evaluation(model: nn.Module, config: Config) -> None:
             f"--eval needs weights, and {config.run.output_dir} holds no {LAST_CHECKPOINT}; give "
             "--resume FILE, URL or zoo name."
         )
-    _logger.info("%s", load_checkpoint(model, source, exact=True))
+    _logger.info("%s", load_checkpoint(model, source, strict=True))
 
 
 def _time(family: ModelFamily, config: Config, device: torch.device) -> None:

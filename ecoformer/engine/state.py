@@ -39,7 +39,17 @@ BEST_CHECKPOINT = "best_checkpoint.pth"
 # what is computed.
 _FREE_FIELDS = frozenset(
     {
-        *("config", "finetune", "resume", "eval", "throughput", "output_dir", "device", "compile"),
+        *(
+            "config",
+            "finetune",
+            "allow_missing",
+            "resume",
+            "eval",
+            "throughput",
+            "output_dir",
+            "device",
+            "compile",
+        ),
         *("data_path", "num_workers", "pin_mem", "max_bad_images", "start_epoch"),
         *("checkpoint_every", "allow_resume_change", "train_msa"),
     }
@@ -181,7 +191,7 @@ class TrainState:
     def _take(self, checkpoint: Mapping[str, Any], config: Config, origin: str) -> None:
         if "config" in checkpoint:
             _require_same_run(checkpoint, config, origin)
-        load_checkpoint(self.model, checkpoint["model"], exact=True, origin=origin)
+        load_checkpoint(self.model, checkpoint["model"], strict=True, origin=origin)
         _load_optimizer(self.optimizer, checkpoint["optimizer"])
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])

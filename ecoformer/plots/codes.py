@@ -125,7 +125,7 @@ def load_run(folder: Path) -> nn.Module:
         num_classes=len(images.class_names),
         hashing=settings.hashing,
     )
-    load_checkpoint(model, folder / LAST_CHECKPOINT, exact=True)
+    load_checkpoint(model, folder / LAST_CHECKPOINT, strict=True)
     return model.eval()
 
 

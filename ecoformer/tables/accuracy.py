@@ -92,7 +92,7 @@ def evaluate_models(
         model = find_family(variant).create_model(
             variant, attention, num_classes=loaders.num_classes
         )
-        load_checkpoint(model, path, exact=True)
+        load_checkpoint(model, path, strict=True)
         result = evaluate(
             model.to(device),
             loaders.eval,

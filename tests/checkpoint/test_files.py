@@ -152,7 +152,7 @@ def test_broken_file_is_one_line(name: str, tmp_path: Path) -> None:
     model = Entries(to_ours(STATE))
     began = time.monotonic()
     with context, pytest.raises(InputError, match=reason) as caught:
-        load_checkpoint(model, path, exact=True)
+        load_checkpoint(model, path, strict=True)
     assert time.monotonic() - began < 2
     line = str(caught.value)
     assert "\n" not in line
@@ -222,7 +222,7 @@ def test_every_form_gives_the_same_weights(
     path = tmp_path / file_name
     path.write_bytes(good_files(arguments)[form])
     model = Entries(to_ours(STATE))
-    report = load_checkpoint(model, path, exact=True)
+    report = load_checkpoint(model, path, strict=True)
     for name, expected in to_ours(STATE).items():
         assert torch.equal(model.state_dict()[name], expected), name
     assert set(report.loaded) == set(model.state_dict())

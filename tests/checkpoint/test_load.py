@@ -85,7 +85,7 @@ def test_performer_takes_qkv_and_keeps_its_own_features() -> None:
 def test_half_precision_is_cast_by_copy() -> None:
     source, model = make_pair("pvt_v2_b0/ecoformer", "pvt_v2_b0/ecoformer")
     halves = {name: tensor.half() for name, tensor in source.items()}
-    load_checkpoint(model, halves, exact=True)
+    load_checkpoint(model, halves, strict=True)
     for name, tensor in to_ours(halves).items():
         loaded = model.state_dict()[name]
         assert loaded.dtype is (torch.bool if name.endswith("is_fitted") else torch.float32)
@@ -108,7 +108,7 @@ def test_other_head_stays_fresh_and_is_said(num_classes: int | None) -> None:
     assert f"{num_classes} classes in the file, 1000 in the model" in str(report) or not num_classes
 
     with pytest.raises(InputError, match=r"10 classes in the file, 1000 in the model|head.weight"):
-        load_checkpoint(model, changed, exact=True)
+        load_checkpoint(model, changed, strict=True)
 
 
 def test_missing_backbone_weight_is_refused_unless_asked_for() -> None:
@@ -120,19 +120,19 @@ def test_missing_backbone_weight_is_refused_unless_asked_for() -> None:
     assert model.state_dict()["norm4.weight"].eq(-7).all(), "a refused file changes nothing"
     assert load_checkpoint(model, part, allow_missing=True).missing == ("block3.1.mlp.fc1.weight",)
     with pytest.raises(InputError, match="no source"):
-        load_checkpoint(model, part, allow_missing=True, exact=True)
+        load_checkpoint(model, part, allow_missing=True, strict=True)
     with pytest.raises(InputError, match="no source"):
         load_checkpoint(model, {"conv1.weight": torch.ones(3)}, allow_missing=True)
 
 
-def test_unused_entries_are_reported_and_refused_where_it_must_be_exact() -> None:
+def test_unused_entries_are_reported_and_refused_where_strict() -> None:
     source, model = make_pair("pvt_v2_b0/msa", "pvt_v2_b0/msa")
     more = {**source, "aux_head.weight": torch.ones(3)}
     report = load_checkpoint(model, more)
     assert report.unused == ("aux_head.weight",)
     assert "1 unused (aux_head)" in str(report)
     with pytest.raises(InputError, match=r"1 of the file's fit nowhere, first aux_head\.weight"):
-        load_checkpoint(model, more, exact=True)
+        load_checkpoint(model, more, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -145,37 +145,39 @@ def test_unused_entries_are_reported_and_refused_where_it_must_be_exact() -> Non
         ("pvt_v2_b0/msa", "pvt_v2_b0/sra", "no source, first block1.0.attn.q.weight"),
     ],
 )
-@pytest.mark.parametrize("exact", [False, True])
-def test_another_architecture_is_one_line(file: str, model: str, message: str, exact: bool) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_another_architecture_is_one_line(
+    file: str, model: str, message: str, strict: bool
+) -> None:
     source, target = make_pair(file, model)
     with pytest.raises(InputError, match=message) as caught:
-        load_checkpoint(target, source, exact=exact, origin="stage1.pth")
+        load_checkpoint(target, source, strict=strict, origin="stage1.pth")
     assert re.fullmatch(r"stage1\.pth: .*--model, --attn_type.*\.", str(caught.value))
     assert all(tensor.eq(-7).all() for tensor in target.state_dict().values() if tensor.ndim)
 
 
 @pytest.mark.parametrize("stage", ["msa", "sra", "msa_share_qk"])
-def test_exact_converts_nothing(stage: str) -> None:
+def test_strict_converts_nothing(stage: str) -> None:
     source, model = make_pair(f"pvt_v2_b0/{stage}", "pvt_v2_b0/ecoformer")
     with pytest.raises(InputError, match="--finetune"):
-        load_checkpoint(model, source, exact=True)
+        load_checkpoint(model, source, strict=True)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_hash_functions_of_other_size_name_the_flags(exact: bool) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_hash_functions_of_other_size_name_the_flags(strict: bool) -> None:
     source, model = make_pair("pvt_v2_b0/ecoformer", "pvt_v2_b0/ecoformer")
     other = {name: t[:, :8] if name.endswith("ksh.A") else t for name, t in source.items()}
     with pytest.raises(
         InputError, match=r"8 bits and 25 anchors.*16 and 25.*--nbits 8 --anchor 25"
     ):
-        load_checkpoint(model, other, exact=exact)
+        load_checkpoint(model, other, strict=strict)
 
 
 def test_head_of_another_rank_is_no_other_head() -> None:
     source, model = make_pair("pvt_v2_b0/msa", "pvt_v2_b0/msa")
-    for exact in (False, True):
+    for strict in (False, True):
         with pytest.raises(InputError, match=r"head\.bias: \[\] in the file"):
-            load_checkpoint(model, {**source, "head.bias": torch.tensor(0.0)}, exact=exact)
+            load_checkpoint(model, {**source, "head.bias": torch.tensor(0.0)}, strict=strict)
 
 
 def test_half_a_hash_function_is_refused() -> None:

@@ -33,7 +33,7 @@ B0 = "pvt_v2_b0/ecoformer"
 def test_released_weights_come_out_as_they_went_in(family: ModelFamily, row: str) -> None:
     released = fill_state(released_shapes()[row])
     model = family.create_model(*row.split("/"))
-    report = load_checkpoint(model, released, exact=True)
+    report = load_checkpoint(model, released, strict=True)
     assert (report.derived, report.missing, report.unused) == ((), (), ())
     exported = export_released(model)
     assert exported.keys() == released.keys()
@@ -69,7 +69,7 @@ def test_each_form_gives_the_released_logits(
 ) -> None:
     golden = json.loads((golden_dir / "logits.json").read_text())[B0]
     model = pvt.create_model("pvt_v2_b0").eval()
-    report = load_checkpoint(model, b0_files[form], exact=True)
+    report = load_checkpoint(model, b0_files[form], strict=True)
     assert report.notes == ()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert all(flag for name, flag in before.items() if name.endswith("is_fitted"))

@@ -88,6 +88,7 @@ def changed() -> dict[str, Any]:
         "grad_accum_steps": 4,
         "config": None,
         "finetune": "https://example.org/weights.pth",
+        "allow_missing": True,
         "resume": None,
         "eval": True,
         "throughput": "released",

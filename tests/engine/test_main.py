@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import ecoformer.engine.main as engine
-from ecoformer.checkpoint import read_checkpoint
+from ecoformer.checkpoint import read_checkpoint, save_atomic
 from ecoformer.engine.main import run_main
 from pvt import FAMILY
 from tests.engine.ranks import run_ranks
@@ -117,6 +117,19 @@ def test_finetuning_converts_fits_and_keeps_eval_mode(
     last = read_checkpoint(folder_of(tiny_flags) / "last_checkpoint.pth")
     assert last["config"]["train_mode"] is False
     assert last["model"]["block1.0.attn.hash.is_fitted"]
+
+
+def test_finetuning_leaves_out_weights_only_where_that_is_asked_for(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = FAMILY.create_model("pvt_v2_b0", "msa", num_classes=2).state_dict()
+    del state["norm4.weight"]
+    save_atomic(state, tmp_path / "part.pth")
+    command = [*tiny_flags, "--epochs", "1", "--finetune", str(tmp_path / "part.pth")]
+    assert run_main(FAMILY, command) == 2
+    assert "norm4.weight" in capsys.readouterr().err
+    assert run_main(FAMILY, [*command, "--allow-missing"]) == 0
+    assert "1 left as they were (norm*)" in capsys.readouterr().out
 
 
 def _run(flags: list[str]) -> int:
