@@ -122,10 +122,10 @@ def _run(backbone: str, command: list[str]) -> int:
 def _measure(backbone: str, variant: str, input_size: int, folder: Path) -> list[Result]:
     import torch
 
-    from ecoformer.benchmark.measure import time_interleaved
     from ecoformer.cost import count_cost
     from ecoformer.engine.logs import read_log
     from ecoformer.hashing import with_random_hash_functions
+    from ecoformer.measure import time_interleaved
 
     create_model = importlib.import_module(backbone).create_model
     models = {kind: create_model(variant, kind, num_classes=_NUM_CLASSES) for kind in _ATTENTION}

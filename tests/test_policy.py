@@ -45,7 +45,10 @@ TORCH = frozenset({"torch"})
 METHOD = ("base", "ops", "hashing", "attention", "layers", "family")
 STACK = ("config", "data", "checkpoint", "cost", "engine")
 LAYERS = {
-    "base": Layer((VERSION, "ecoformer.errors", "ecoformer.seeding"), libraries=TORCH | {"numpy"}),
+    "base": Layer(
+        (VERSION, "ecoformer.errors", "ecoformer.measure", "ecoformer.seeding"),
+        libraries=TORCH | {"numpy"},
+    ),
     "ops": Layer(("ecoformer.ops",), ("base", "kernel choice"), ("kernels",), libraries=TORCH),
     "kernel choice": Layer(("ecoformer.ops.triton",), libraries=TORCH),
     "kernels": Layer(

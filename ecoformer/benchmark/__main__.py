@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,10 @@ import torch
 from ecoformer.benchmark.compare import Setup
 from ecoformer.benchmark.cores import measure_attention, measure_attention_sweep
 from ecoformer.benchmark.fits import measure_fit
-from ecoformer.benchmark.measure import PeakMemory, copy_bandwidth
 from ecoformer.benchmark.models import measure_model
-from ecoformer.benchmark.report import Report, Row, describe_environment
+from ecoformer.benchmark.report import Report, Row
 from ecoformer.errors import EXIT_DONE, InputError
+from ecoformer.measure import PeakMemory, copy_bandwidth, describe_environment
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A token of the first stage for every 4 x 4 pixels.
@@ -86,7 +87,8 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> Report:
     if any(side < 32 for side in options.resolutions or ()):
         raise InputError("--resolutions start at 32 pixels: the model's last stage has 1/32 of it.")
     dtype = options.dtype or ("bfloat16" if options.task == "gpu" else "float32")
-    environment = describe_environment(words, device) | {"dtype": dtype}
+    command = shlex.join(["python", "-m", "ecoformer.benchmark", *words])
+    environment = describe_environment(command, device) | {"dtype": dtype}
     with PeakMemory(device) as memory:
         setup = Setup(device, _DTYPES[dtype], options.rounds, memory)
         return Report(environment, copy_bandwidth(device), list(_measure(setup, options)))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ecoformer.benchmark.measure import Build, PeakMemory, time_interleaved
 from ecoformer.benchmark.report import Row
+from ecoformer.measure import Build, PeakMemory, time_interleaved
 
 
 @dataclass(frozen=True)

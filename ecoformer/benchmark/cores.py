@@ -19,8 +19,8 @@ from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.performer import RandomFeatureAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
 from ecoformer.benchmark.compare import Contender, Setup, compare
-from ecoformer.benchmark.measure import Call, free_bytes
 from ecoformer.benchmark.report import Row
+from ecoformer.measure import Call, free_bytes
 from ecoformer.ops import encode, hash_attention, kernelized_hash_attention, reference
 
 # As published.

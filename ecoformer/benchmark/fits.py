@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ecoformer.benchmark.compare import Contender, Setup, compare
 from ecoformer.benchmark.cores import NUM_BITS, CoreInputs
-from ecoformer.benchmark.measure import Call, Timing, free_bytes, time_interleaved
 from ecoformer.benchmark.report import Row
 from ecoformer.hashing import fit_hash
+from ecoformer.measure import Call, Timing, free_bytes, time_interleaved
 from ecoformer.ops import reference
 
 _NUM_STEPS = 100

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ecoformer.benchmark.compare import Contender, Setup, compare
-from ecoformer.benchmark.measure import Call, free_bytes
 from ecoformer.benchmark.report import Row
 from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.precision import autocast
 from ecoformer.hashing import KernelHash, hash_layers, with_random_hash_functions
+from ecoformer.measure import Call, free_bytes
 from ecoformer.ops import reference
 
 _REFERENCE = "ecoformer, reference ops"

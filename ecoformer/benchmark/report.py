@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
-import torch
+from ecoformer.measure import Timing
 
-from ecoformer import __version__
-from ecoformer.benchmark.measure import Timing
-
-_LIBRARIES = ("torch", "triton", "timm")
 # Fewer points than this make no slope and no curve.
 _MIN_POINTS = 3
 
@@ -226,40 +217,3 @@ def format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
         ).rstrip()
         for cells in zip(*columns, strict=True)
     ]
-
-
-def describe_environment(argv: Sequence[str], device: torch.device) -> dict[str, str]:
-    """Note when, on what, with what and by which command something is measured.
-
-    Args:
-        argv: words of the command line.
-        device: where it runs.
-
-    Returns:
-        ``command``, ``date``, ``hardware``, ``load`` and ``versions``, in words.
-    """
-    versions = [f"ecoformer {__version__}", f"Python {platform.python_version()}"]
-    for library in _LIBRARIES:
-        try:
-            versions.append(f"{library} {metadata.version(library)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{library} not installed")
-    hardware = f"{_processor()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = f"{torch.cuda.get_device_name(device)}; {hardware}"
-    return {
-        "command": shlex.join(["python", "-m", "ecoformer.benchmark", *argv]),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "hardware": hardware,
-        # More than the threads in use means that others were at work.
-        "load": f"{os.getloadavg()[0]:.1f} before the start",
-        "versions": ", ".join(versions),
-    }
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

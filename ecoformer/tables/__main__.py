@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ecoformer.benchmark.report import describe_environment
 from ecoformer.engine.distributed import choose_device
 from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, print_error
+from ecoformer.measure import describe_environment
 from ecoformer.tables.accuracy import Validation, evaluate_models
 from ecoformer.tables.comparisons import (
     COMPARISON_COLUMNS,
@@ -132,8 +132,7 @@ def _make(options: argparse.Namespace, words: Sequence[str]) -> Table:
         if min(given if isinstance(given, list) else [given]) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
     device = choose_device(options.device)
-    environment = describe_environment(words, device)
-    environment["command"] = f"{_PROG} {shlex.join(words)}"
+    environment = describe_environment(f"{_PROG} {shlex.join(words)}", device)
     title = _TITLES[options.table]
     if options.table == "main":
         # First: it is what can be refused.

@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from ecoformer.benchmark.measure import time_interleaved
 from ecoformer.data.datasets import open_dataset
 from ecoformer.errors import InputError
 from ecoformer.hashing import HashConfig, with_random_hash_functions
+from ecoformer.measure import time_interleaved
 from ecoformer.tables.models import (
     EXECUTED_NOTE,
     add_savings,

@@ -9,15 +9,20 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from ecoformer import __version__
 
 Call = Callable[[], object]
 # Makes inputs and returns what is timed. It travels to another process, so it is a function of a
@@ -26,9 +31,10 @@ Build = Callable[[], Call]
 
 # How long one contender may take its turn, unless a single call takes longer.
 _TURN_SECONDS = 0.05
-# A call this long is timed once, and its warm-up is that once.
+# A call this long is timed once.
 _LONG_CALL_SECONDS = 4.0
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
+_LIBRARIES = ("torch", "triton", "timm")
 
 
 @dataclass(frozen=True)
@@ -63,13 +69,54 @@ class Timing:
         return cls(median * 1e3, low * 1e3, high * 1e3, len(seconds))
 
 
+class Stopwatch:
+    """Times a call, some repetitions a turn; it has run once by then, to warm up.
+
+    Args:
+        call: what to time.
+        device: where it runs.
+        is_captured: on CUDA, capture the call as a graph and replay it, so that what is timed is
+            the device's work and not the host's; a call that cannot be captured is timed as it is.
+    """
+
+    def __init__(self, call: Call, device: torch.device, *, is_captured: bool = True) -> None:
+        if device.type == "cuda":
+            self._time_once = _cuda_timer(_capture(call) if is_captured else call)
+        else:
+            self._time_once = _cpu_timer(call)
+        self._time_once()
+        once = self._time_once()
+        is_long = once > _LONG_CALL_SECONDS
+        self._seconds = [once] if is_long else []
+        self._num_repeats = 0 if is_long else max(1, min(20, int(_TURN_SECONDS / once)))
+
+    def take_turn(self) -> None:
+        """Time the call again, unless it takes so long that once has to do."""
+        self._seconds += [self._time_once() for _ in range(self._num_repeats)]
+
+    @property
+    def timing(self) -> Timing:
+        """Of all turns so far."""
+        return Timing.of(self._seconds)
+
+
+def take_turns(watches: Iterable[Stopwatch], num_rounds: int) -> None:
+    """Time all calls in the first round, then all again.
+
+    Args:
+        watches: of the calls.
+        num_rounds: turns of each.
+    """
+    watches = list(watches)
+    for _ in range(num_rounds):
+        for watch in watches:
+            watch.take_turn()
+
+
 def time_interleaved(
     calls: Mapping[str, Call], *, num_rounds: int, device: torch.device
 ) -> dict[str, Timing]:
-    """Time several calls in turns: all of them in the first round, then all again.
-
-    On CUDA a call is captured as a graph and replayed, so that what is timed is the device's
-    work and not the host's; a call that cannot be captured is timed as it is.
+    """Time several calls in turns.
 
     Args:
         calls: what to time, by name.
@@ -79,18 +126,9 @@ def time_interleaved(
     Returns:
         Timings by name.
     """
-    timers: dict[str, Callable[[], float]] = {}
-    seconds: dict[str, list[float]] = {}
-    turns: dict[str, int] = {}
-    for name, call in calls.items():
-        timers[name] = timer = _cuda_timer(call) if device.type == "cuda" else _cpu_timer(call)
-        first = timer()
-        seconds[name] = [first] if first > _LONG_CALL_SECONDS else []
-        turns[name] = 0 if seconds[name] else max(1, min(20, int(_TURN_SECONDS / timer())))
-    for _ in range(num_rounds):
-        for name, timer in timers.items():
-            seconds[name] += [timer() for _ in range(turns[name])]
-    return {name: Timing.of(values) for name, values in seconds.items()}
+    watches = {name: Stopwatch(call, device) for name, call in calls.items()}
+    take_turns(watches.values(), num_rounds)
+    return {name: watch.timing for name, watch in watches.items()}
 
 
 def _cpu_timer(call: Call) -> Callable[[], float]:
@@ -103,12 +141,11 @@ def _cpu_timer(call: Call) -> Callable[[], float]:
 
 
 def _cuda_timer(call: Call) -> Callable[[], float]:
-    replay = _capture(call)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def timer() -> float:
         start.record()
-        replay()
+        call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
@@ -174,17 +211,18 @@ class PeakMemory:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def measure(self, build: Build) -> int | None:
+    def measure(self, build: Build, call: Call | None = None) -> int | None:
         """Build a call and run it.
 
         Args:
             build: returns the call.
+            call: what it returned before, if it is still there: on CUDA that serves.
 
         Returns:
             Bytes, or None where they cannot be told.
         """
         if self._device.type == "cuda":
-            return _cuda_peak(build)
+            return _cuda_peak(call or build())
         if not Path("/proc/self/clear_refs").exists():
             return None
         if self._pool is None:
@@ -192,11 +230,15 @@ class PeakMemory:
             os.environ.update(MALLOC_MMAP_THRESHOLD_="131072", MKL_DISABLE_FAST_MM="1")
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(1, mp_context=context)
-        return self._pool.submit(_resident_peak, build, torch.get_num_threads()).result()
+        try:
+            return self._pool.submit(_resident_peak, build, torch.get_num_threads()).result()
+        except BrokenExecutor:
+            # The process took too much and was killed; the next call has another one.
+            self._pool = None
+            raise
 
 
-def _cuda_peak(build: Build) -> int:
-    call = build()
+def _cuda_peak(call: Call) -> int:
     call()
     gc.collect()
     torch.cuda.synchronize()
@@ -238,3 +280,40 @@ def _kernel_bytes(file: str, field: str) -> int:
     match = re.search(rf"^{field}:\s+(\d+) kB", (Path("/proc") / file).read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1]) * 1024
+
+
+def describe_environment(command: str, device: torch.device) -> dict[str, str]:
+    """Note when, on what, with what and by which command something is measured.
+
+    Args:
+        command: as typed.
+        device: where it runs.
+
+    Returns:
+        ``command``, ``date``, ``hardware``, ``load`` and ``versions``, in words.
+    """
+    versions = [f"ecoformer {__version__}", f"Python {platform.python_version()}"]
+    for library in _LIBRARIES:
+        try:
+            versions.append(f"{library} {metadata.version(library)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{library} not installed")
+    hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = f"{torch.cuda.get_device_name(device)}; {hardware}"
+    return {
+        "command": command,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "hardware": hardware,
+        # More than the threads in use means that others were at work.
+        "load": f"{os.getloadavg()[0]:.1f} before the start",
+        "versions": ", ".join(versions),
+    }
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
