@@ -174,28 +174,85 @@ class Backbone(nn.Module):
     """A classifier over tokens: what the backbones share around their stages.
 
     A subclass calls ``super().__init__``, builds its stages, calls ``init_weights`` and defines
-    ``forward_features``. Method names are timm's.
+    ``forward_stage``. Method names are timm's.
 
     Args:
-        num_features: C of the last stage.
+        embed_dims: C of each stage. The map of the first has a quarter of the image's sides, that
+            of each other one half of those before it.
         num_classes: outputs; 0 leaves the mean token as it is.
     """
 
-    def __init__(self, num_features: int, num_classes: int) -> None:
+    def __init__(self, embed_dims: Sequence[int], num_classes: int) -> None:
         super().__init__()
-        self.num_features = num_features
+        # What timm wants to know of the maps; they are the output of no module with a name.
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**stage, "module": ""}
+            for stage, dim in enumerate(embed_dims)
+        ]
+        self.num_features = embed_dims[-1]
         self.reset_classifier(num_classes)
+
+    def forward_stage(self, x: Tensor, stage: int) -> Tensor:
+        """Embed a map, and run the blocks of a stage.
+
+        Args:
+            x: [B, C', height', width'], float; images, or the map of the stage before.
+            stage: number of the stage, from 0.
+
+        Returns:
+            [B, C, height, width].
+        """
+        raise NotImplementedError
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens of the last stage, normalised.
 
         Args:
-            x: [B, in_chans, height, width], float.
+            x: [B, in_chans, height, width], float; sides of at least 32.
 
         Returns:
-            [B, N, C].
+            [B, N, C], a token for every 32 x 32 pixels.
         """
-        raise NotImplementedError
+        for stage in range(len(self.feature_info)):
+            x = self.forward_stage(x, stage)
+        return map_to_tokens(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of stages, for dense prediction; timm's ``features_only`` asks for them.
+
+        Args:
+            x: [B, in_chans, height, width], float; sides of at least 32.
+            indices: of stages; a number takes so many of the last, None all.
+            norm: changes nothing: a map is what its stage hands on.
+            output_fmt: ``"NCHW"``.
+            intermediates_only: run no stage behind the last map, and return maps alone.
+
+        Returns:
+            Tokens of the last stage, and maps of [B, C, height, width].
+
+        Raises:
+            InputError: another ``output_fmt``.
+        """
+        if output_fmt != "NCHW":
+            raise InputError(f"maps come as NCHW, not {output_fmt}; permute their axes.")
+        stages = range(len(self.feature_info))
+        if isinstance(indices, int):
+            chosen = list(stages[-indices:])
+        else:
+            chosen = [stages[index] for index in indices or stages]
+        maps = []
+        for stage in stages[: max(chosen) + 1] if intermediates_only else stages:
+            x = self.forward_stage(x, stage)
+            if stage in chosen:
+                maps.append(x)
+        return maps if intermediates_only else (map_to_tokens(x), maps)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean over tokens, then the classifier.

@@ -34,8 +34,6 @@ class PyramidVisionTransformerV2(Backbone):
     Source: PVT v2, arXiv 2106.13797; EcoFormer, arXiv 2209.09004.
     """
 
-    num_stages = 4
-
     def __init__(
         self,
         variant: PvtVariant,
@@ -47,7 +45,7 @@ class PyramidVisionTransformerV2(Backbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(variant.embed_dims[-1], num_classes)
+        super().__init__(variant.embed_dims, num_classes)
         stages = build_stages(
             variant,
             kinds=(attention,),
@@ -70,19 +68,18 @@ class PyramidVisionTransformerV2(Backbone):
             in_chans = dim
         self.init_weights()
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens of the last stage, normalised.
+    def forward_stage(self, x: Tensor, stage: int) -> Tensor:
+        """Embed a map, and run the blocks and the norm of a stage.
 
         Args:
-            x: [B, in_chans, height, width], float; sides of at least 32.
+            x: [B, C', height', width'], float; images, or the map of the stage before.
+            stage: number of the stage, from 0.
 
         Returns:
-            [B, N, C], a token for every 32 x 32 pixels.
+            [B, C, height, width].
         """
-        for number in range(1, self.num_stages + 1):
-            tokens, size = getattr(self, f"patch_embed{number}")(x)
-            for block in getattr(self, f"block{number}"):
-                tokens = block(tokens, size)
-            tokens = getattr(self, f"norm{number}")(tokens)
-            x = tokens_to_map(tokens, size)
-        return tokens
+        number = stage + 1
+        tokens, size = getattr(self, f"patch_embed{number}")(x)
+        for block in getattr(self, f"block{number}"):
+            tokens = block(tokens, size)
+        return tokens_to_map(getattr(self, f"norm{number}")(tokens), size)

@@ -81,8 +81,8 @@ def test_drop_path_skips_branches_of_samples_in_training_only() -> None:
 
 def test_a_backbone_classifies_the_mean_token() -> None:
     class Tokens(Backbone):
-        def forward_features(self, x: Tensor) -> Tensor:
-            return x.flatten(2).mT
+        def forward_stage(self, x: Tensor, stage: int) -> Tensor:
+            return x
 
-    model, images = Tokens(8, 3).double(), draw(2, 8, *SIZE)
+    model, images = Tokens((8,), 3).double(), draw(2, 8, *SIZE)
     torch.testing.assert_close(model(images), model.get_classifier()(images.mean((2, 3))))

@@ -76,7 +76,7 @@ class Twins(Backbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(variant.embed_dims[-1], num_classes)
+        super().__init__(variant.embed_dims, num_classes)
         kinds = _ALTERNATING.get(attention, (attention,))
         stages = build_stages(
             variant,
@@ -97,24 +97,23 @@ class Twins(Backbone):
         self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
         self.init_weights()
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens of the last stage, normalised.
+    def forward_stage(self, x: Tensor, stage: int) -> Tensor:
+        """Embed a map, and run the blocks of a stage; the last one ends in the norm.
 
         Args:
-            x: [B, in_chans, height, width], float; sides of at least 32.
+            x: [B, C', height', width'], float; images, or the map of the stage before.
+            stage: number of the stage, from 0.
 
         Returns:
-            [B, N, C], a token for every 32 x 32 pixels.
+            [B, C, height, width].
         """
-        stages = zip(self.patch_embeds, self.blocks, self.pos_block, strict=True)
-        for embed, blocks, position in stages:
-            tokens, size = embed(x)
-            for index, block in enumerate(blocks.children()):
-                tokens = block(tokens, size)
-                if index == 0:
-                    tokens = position(tokens, size)
-            x = tokens_to_map(tokens, size)
-        return self.norm(tokens)
+        tokens, size = self.patch_embeds[stage](x)
+        for index, block in enumerate(self.blocks[stage].children()):
+            tokens = block(tokens, size)
+            if index == 0:
+                tokens = self.pos_block[stage](tokens, size)
+        is_last = stage == len(self.blocks) - 1
+        return tokens_to_map(self.norm(tokens) if is_last else tokens, size)
 
     def no_weight_decay(self) -> set[str]:
         """Name parameters that are not 1-D and still take no weight decay.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -61,6 +60,20 @@ class ZooEntry:
     std: tuple[float, float, float] = IMAGENET_STD
     licence: str = "Apache-2.0"
 
+    def timm_config(self) -> dict[str, object]:
+        """Tell timm what it keeps of weights.
+
+        Returns:
+            Fields of timm's ``PretrainedCfg``.
+        """
+        return {
+            "url": self.url,
+            "input_size": (3, self.input_size, self.input_size),
+            "mean": self.mean,
+            "std": self.std,
+            "license": self.licence.lower(),
+        }
+
 
 # Names as in timm's registry.
 ZOO = {
@@ -86,11 +99,14 @@ ZOO = {
 }
 
 
-def resolve_source(source: str | os.PathLike[str]) -> Path:
+def resolve_source(
+    source: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None
+) -> Path:
     """Find the local file that a source stands for, and download it if there is none yet.
 
     Args:
         source: a path, a URL, with ``#sha256=...`` if it is to be verified, or a zoo name.
+        cache_dir: where downloads lie; PyTorch's folder unless given.
 
     Returns:
         A path, at which there need not be a file if ``source`` is one.
@@ -99,24 +115,31 @@ def resolve_source(source: str | os.PathLike[str]) -> Path:
         InputError: there is no such zoo name, the download fails, or a checksum is wrong.
     """
     text = os.fspath(source)
+    if "://" not in text:
+        path = Path(text).expanduser()
+        # A bare word that is no file can only be meant as a name.
+        if os.path.exists(path) or path.suffix or path.name != text:
+            return path
+        if text not in ZOO:
+            raise InputError(
+                f"{text}: no such file or zoo name{nearest_name(text, list(ZOO))}"
+                f" The zoo has: {', '.join(ZOO)}."
+            )
+        text = ZOO[text].url
     url, _, expected = text.partition("#sha256=")
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if re.match(r"https?://", text):
-        name = PurePosixPath(urlsplit(url).path)
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise InputError(f"{text}: {parts.scheme} is not read; give https, or a file by its path.")
+    remote = PurePosixPath(parts.path)
+    entry = next((entry for entry in ZOO.values() if entry.url == url), None)
+    if entry is not None:
+        name, checksum = remote.name, expected or entry.sha256
+    else:
         # Files of one name from two places are two files.
         digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-        return _fetch(url, folder / f"{name.stem}-{digest}{name.suffix}", expected or None)
-    path = Path(text).expanduser()
-    # A bare word that is no file can only be meant as a name.
-    if os.path.exists(path) or path.suffix or path.name != text:
-        return path
-    if text not in ZOO:
-        raise InputError(
-            f"{text}: no such file or zoo name{nearest_name(text, list(ZOO))}"
-            f" The zoo has: {', '.join(ZOO)}."
-        )
-    entry = ZOO[text]
-    return _fetch(entry.url, folder / PurePosixPath(entry.url).name, entry.sha256)
+        name, checksum = f"{remote.stem}-{digest}{remote.suffix}", expected or None
+    folder = Path(cache_dir or f"{torch.hub.get_dir()}/checkpoints").expanduser()
+    return _fetch(url, folder / name, checksum)
 
 
 def _fetch(url: str, path: Path, expected: str | None) -> Path:

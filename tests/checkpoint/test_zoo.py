@@ -165,6 +165,24 @@ def test_zoo_name_takes_its_file_and_says_that_it_is_unverified(
         resolve_source("ecoformer_pvt_v2_b0")
 
 
+def test_a_url_of_the_zoo_is_the_same_file_as_its_name(cache: Path, tmp_path: Path) -> None:
+    url = zoo.ZOO["ecoformer_pvt_v2_b0"].url
+    for folder, given in ((cache, None), (tmp_path / "mine", tmp_path / "mine")):
+        folder.mkdir(exist_ok=True)
+        path = folder / "pvtv2_b0_ecoformer.pth"
+        path.write_bytes(GOOD)
+        for source in ("ecoformer_pvt_v2_b0", url, f"{url}#sha256={SHA256}"):
+            assert resolve_source(source, given) == path
+        with pytest.raises(InputError, match="sha256"):
+            resolve_source(f"{url}#sha256={'0' * 64}", given)
+
+
+@pytest.mark.parametrize("url", ["file:///weights.pth", "ftp://example.org/weights.pth"])
+def test_other_addresses_are_refused(url: str) -> None:
+    with pytest.raises(InputError, match=f"{url}: .* by its path"):
+        resolve_source(url)
+
+
 def test_unknown_zoo_name_shows_the_nearest(cache: Path) -> None:
     with pytest.raises(InputError, match="did you mean 'ecoformer_twins_svt_small'"):
         resolve_source("ecoformer_twins_svt_smal")

@@ -18,6 +18,7 @@ from ecoformer.checkpoint.zoo import ZOO
 from ecoformer.hashing import with_random_hash_functions
 
 NAMES = [f"ecoformer_{variant}" for variant in pvt.PVT_VARIANTS]
+STEM = "patch_embed1.proj.weight"
 
 
 def create(name: str = "ecoformer_pvt_v2_b0", **keywords: Any) -> pvt.PyramidVisionTransformerV2:
@@ -25,6 +26,11 @@ def create(name: str = "ecoformer_pvt_v2_b0", **keywords: Any) -> pvt.PyramidVis
     model = timm.create_model(name, **keywords)
     assert isinstance(model, pvt.PyramidVisionTransformerV2)
     return model
+
+
+def stem_of(model: torch.nn.Module) -> torch.Tensor:
+    """The weights that meet the image."""
+    return model.state_dict()[STEM]
 
 
 def test_models_are_listed() -> None:
@@ -105,6 +111,90 @@ def test_pretrained_weights_take_another_head(cached_weights: Path) -> None:
     assert state["head.weight"].shape == (7, 256)
     released = torch.load(cached_weights, weights_only=True)
     torch.testing.assert_close(state["norm4.weight"], released["norm4.weight"], rtol=0, atol=0)
+
+
+def test_pretrained_weights_serve_features_without_a_head(cached_weights: Path) -> None:
+    model = create(pretrained=True, num_classes=0)
+    released = torch.load(cached_weights, weights_only=True)
+    assert torch.equal(model.state_dict()["norm4.weight"], released["norm4.weight"])
+
+
+def test_weights_come_from_where_timm_is_told(cached_weights: Path, tmp_path: Path) -> None:
+    moved = cached_weights.rename(tmp_path / cached_weights.name)
+    state = torch.load(moved, weights_only=True)
+    wheres: list[dict[str, Any]] = [
+        {"cache_dir": str(tmp_path)},
+        {"pretrained_cfg_overlay": {"file": str(moved)}},
+        {"pretrained_cfg": {"file": str(moved), "num_classes": 1000}},
+        {"pretrained_cfg_overlay": {"state_dict": state}},
+    ]
+    for where in wheres:
+        assert torch.equal(stem_of(create(pretrained=True, **where)), state[STEM])
+    assert not list(cached_weights.parent.iterdir())
+
+
+def test_pretrained_weights_take_images_of_other_channels(cached_weights: Path) -> None:
+    stem = torch.load(cached_weights, weights_only=True)[STEM]
+    grey = stem_of(create(pretrained=True, in_chans=1))
+    torch.testing.assert_close(grey, stem.sum(1, keepdim=True))
+    many = stem_of(create(pretrained=True, in_chans=6))
+    torch.testing.assert_close(many, torch.cat([stem, stem], dim=1) / 2)
+
+
+def test_weights_for_another_attention_are_refused(cached_weights: Path) -> None:
+    with pytest.raises(InputError, match=r"pvtv2_b0_ecoformer\.pth: weights of another model"):
+        create(pretrained=True, attention="msa")
+
+
+def test_models_with_weights_are_listed() -> None:
+    with_weights = [name for name in ZOO if name.startswith("ecoformer_pvt")]
+    assert timm.list_models("ecoformer_pvt*", pretrained=True) == with_weights
+
+
+def test_weights_of_the_hub_are_not_mistaken_for_the_zoo_s() -> None:
+    with pytest.raises(InputError, match=r"someone/model: .*pretrained_cfg_overlay"):
+        create(pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "someone/model"})
+
+
+@pytest.mark.parametrize(
+    ("indices", "sides", "widths"),
+    [
+        (None, [16, 8, 4, 2], [32, 64, 160, 256]),
+        ((0, 2), [16, 4], [32, 160]),
+        ((-1,), [2], [256]),
+    ],
+)
+def test_maps_of_stages_for_dense_prediction(
+    indices: tuple[int, ...] | None, sides: list[int], widths: list[int], cached_weights: Path
+) -> None:
+    chosen: dict[str, Any] = {} if indices is None else {"out_indices": indices}
+    model: Any = timm.create_model(
+        "ecoformer_pvt_v2_b0", features_only=True, pretrained=True, **chosen
+    ).eval()
+    assert model.feature_info.channels() == widths
+    assert model.feature_info.reduction() == [64 // side for side in sides]
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        maps = model(images)
+        whole = create(pretrained=True).eval()
+        tokens, same = whole.forward_intermediates(images, indices)
+        assert torch.equal(tokens, whole.forward_features(images))
+    assert [tuple(m.shape) for m in maps] == [
+        (2, width, side, side) for width, side in zip(widths, sides, strict=True)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(maps, same, strict=True))
+    is_last_among_them = maps[-1].shape[1] == 256
+    assert torch.equal(maps[-1].flatten(2).mT, tokens) == is_last_among_them
+
+
+def test_maps_are_of_the_last_stages_where_a_number_is_given() -> None:
+    model = create(attention="sra").eval()
+    images = torch.randn(1, 3, 32, 32)
+    last = model.forward_intermediates(images, 2, intermediates_only=True)
+    assert isinstance(last, list)
+    assert [m.shape[1] for m in last] == [160, 256]
+    with pytest.raises(InputError, match="NCHW"):
+        model.forward_intermediates(images, output_fmt="NLC")
 
 
 def test_pretrained_weights_need_a_zoo_entry() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -152,6 +153,24 @@ def test_timm_names(name: str, variant: str) -> None:
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: p.shape for n, p in expected.named_parameters()
     }
+
+
+def test_maps_of_stages_for_dense_prediction() -> None:
+    model: Any = timm.create_model("ecoformer_twins_svt_small", attention="msa", features_only=True)
+    whole = twins.create_model("alt_gvt_small", "msa").eval()
+    whole.load_state_dict({**whole.state_dict(), **model.model.state_dict()})
+    images = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        maps = model.eval()(images)
+        tokens = whole.forward_features(images)
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (channels, 64 // reduction, 96 // reduction)
+        for channels, reduction in zip(
+            model.feature_info.channels(), model.feature_info.reduction(), strict=True
+        )
+    ]
+    # The last one is normalised.
+    torch.testing.assert_close(maps[-1].flatten(2).mT, tokens, rtol=0, atol=0)
 
 
 def test_the_default_attention_is_ecoformer() -> None:
