@@ -338,11 +338,8 @@ def break_disk(call: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 fail()
             return super().write(data)
 
-    def open_full(path: Path, mode: str = "r") -> object:
-        return io.BufferedRandom(FullFile(path, "x+b")) if "x" in mode else open(path, mode)
-
     if call == "write":
-        monkeypatch.setattr("ecoformer.checkpoint.files.open", open_full, raising=False)
+        monkeypatch.setattr("ecoformer.checkpoint.files._EagerFile", FullFile)
     else:
         monkeypatch.setattr(os, "replace" if call == "rename" else call, fail)
 
@@ -418,6 +415,28 @@ def test_convert_and_back(suffix: str, tmp_path: Path, capsys: pytest.CaptureFix
     back = read_checkpoint(tmp_path / "back.pth")["model"]
     assert back.keys() == STATE.keys()
     assert all(torch.equal(back[n], STATE[n]) for n in STATE if not n.endswith("projection_matrix"))
+
+
+@pytest.mark.parametrize("name", ["weights.txt", "weights", "weights.npz"])
+def test_convert_refuses_an_ending_that_says_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.pth").write_bytes(GOOD_ZIP)
+    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name}: name the output weights.safetensors or .pth or .pt." in line
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_convert_refuses_unsound_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {**STATE, "norm4.bias": torch.full_like(STATE["norm4.bias"], float("nan"))}
+    (tmp_path / "a.pth").write_bytes(to_bytes(bad))
+    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a.pth: norm4.bias holds NaN or infinity" in line
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
 
 
 def test_safetensors_say_what_they_are(tmp_path: Path) -> None:
