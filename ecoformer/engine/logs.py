@@ -8,13 +8,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from ecoformer.engine.distributed import is_main
+from ecoformer.checkpoint.files import open_atomic
+from ecoformer.engine.distributed import is_main, run_on_main
 from ecoformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -130,29 +133,59 @@ class RunLog:
     def __init__(self, folder: Path, *, first_epoch: int) -> None:
         self._folder = folder
         self._path = folder / "log.txt"
-        self._first_epoch = first_epoch
+        # What a full disk has refused so far.
+        self._lines: list[str] = []
+        self._points: list[Mapping[str, float]] = []
         self._events: SummaryWriter | None = None
-        if is_main():
-            _drop_epochs(self._path, first_epoch)
+        run_on_main(lambda: _drop_epochs(self._path, first_epoch))
 
-    def write(self, record: Mapping[str, float]) -> None:
-        """Add an epoch; ranks other than 0 leave it to that one.
+    def write(self, record: Mapping[str, float], *, is_last: bool = False) -> None:
+        """Add an epoch; every rank must call.
 
         Args:
             record: numbers by name, among them ``epoch``.
+            is_last: whether the run ends here. Before that, what the disk refuses costs a warning,
+                and is written together with the next epoch.
+
+        Raises:
+            InputError: the disk refuses the last line.
         """
-        if not is_main():
-            return
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        run_on_main(lambda: self._write(record, is_last))
+
+    def _write(self, record: Mapping[str, float], is_last: bool) -> None:
+        self._lines.append(json.dumps(record) + "\n")
+        self._points.append(record)
+        try:
+            _append(self._path, "".join(self._lines))
+            self._lines.clear()
+        except InputError as error:
+            if is_last:
+                raise
+            _logger.warning("%s The run goes on, and tries again after the next epoch.", error)
+        try:
+            self._send()
+        except OSError as error:
+            self._close()
+            _logger.warning("TensorBoard's events cannot be written (%s).", error.strerror or error)
+
+    def _send(self) -> None:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(self._folder), purge_step=self._first_epoch)
-        for name, value in record.items():
-            if name != "epoch":
-                self._events.add_scalar(name, value, record["epoch"])
+            first_epoch = int(self._points[0]["epoch"])
+            self._events = SummaryWriter(str(self._folder), purge_step=first_epoch)
+        for record in self._points:
+            for name, value in record.items():
+                if name != "epoch":
+                    self._events.add_scalar(name, value, record["epoch"])
         self._events.flush()
+        self._points.clear()
+
+    def _close(self) -> None:
+        events, self._events = self._events, None
+        if events is not None:
+            with suppress(OSError):
+                events.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -163,8 +196,24 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._events is not None:
-            self._events.close()
+        self._close()
+
+
+def _append(path: Path, text: str) -> None:
+    """All of a text, or nothing of it."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or get the right "
+            "to write there."
+        ) from error
 
 
 def _drop_epochs(path: Path, first_epoch: int) -> None:
@@ -178,6 +227,5 @@ def _drop_epochs(path: Path, first_epoch: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with open_atomic(path) as file:
+        file.write("".join(kept).encode())

@@ -130,15 +130,12 @@ def _train(
     writer = BackgroundWriter()
 
     def save(*, is_best: bool = False, is_last: bool = False) -> None:
-        if is_last:
-            writer.wait()
-        in_background = None if is_last else writer
-        save_checkpoint(state, config, folder, is_best=is_best, writer=in_background)
+        save_checkpoint(state, config, folder, writer, is_best=is_best, is_last=is_last)
 
     began, first_epoch = time.monotonic(), state.epoch
     with RunLog(folder, first_epoch=first_epoch) as log, stop_signals(), writer:
-        while state.epoch < num_epochs:
-            try:
+        try:
+            while state.epoch < num_epochs:
                 train_epoch(
                     state,
                     parallel,
@@ -149,36 +146,37 @@ def _train(
                     save=save,
                 )
                 result = evaluate(network, loaders.eval, device=device, amp_dtype=amp_dtype)
-            except Preempted as stop:
-                save(is_last=True)
-                end_workers()
-                where = f"epoch {state.epoch}, step {state.step}"
-                raise Preempted(f"{stop}, saved at {where}; the same command goes on.") from None
-            except NonFiniteError as error:
-                _write_report(error, state, loaders, config, folder / NON_FINITE_REPORT)
-                raise
-            is_best = result.acc1 > state.best_acc1
-            state.best_acc1 = max(result.acc1, state.best_acc1)
-            record = {
-                "train_lr": state.learning_rate,
-                "train_loss": state.loss.mean(),
-                "test_loss": result.loss,
-                "test_acc1": result.acc1,
-                "test_acc5": result.acc5,
-                "epoch": state.epoch,
-                "n_parameters": num_parameters,
-            }
-            state.finish_epoch(result.acc1)
-            # Before the checkpoint: a run that dies between them writes this line again.
-            log.write(record)
-            save(is_best=is_best, is_last=state.epoch == num_epochs)
-            num_done = state.epoch - first_epoch
-            left = (time.monotonic() - began) / num_done * (num_epochs - state.epoch)
-            _logger.info(
-                "epoch %d, %d of %d done: train loss %.4f, %s, best top-1 %.2f %%, %s left",
-                *(record["epoch"], state.epoch, num_epochs, record["train_loss"], result),
-                *(state.best_acc1, format_seconds(left)),
-            )
+                is_best = result.acc1 > state.best_acc1
+                state.best_acc1 = max(result.acc1, state.best_acc1)
+                record = {
+                    "train_lr": state.learning_rate,
+                    "train_loss": state.loss.mean(),
+                    "test_loss": result.loss,
+                    "test_acc1": result.acc1,
+                    "test_acc5": result.acc5,
+                    "epoch": state.epoch,
+                    "n_parameters": num_parameters,
+                }
+                state.finish_epoch(result.acc1)
+                is_last = state.epoch == num_epochs
+                # Before the checkpoint: a run that dies between them writes this line again.
+                log.write(record, is_last=is_last)
+                save(is_best=is_best, is_last=is_last)
+                num_done = state.epoch - first_epoch
+                left = (time.monotonic() - began) / num_done * (num_epochs - state.epoch)
+                _logger.info(
+                    "epoch %d, %d of %d done: train loss %.4f, %s, best top-1 %.2f %%, %s left",
+                    *(record["epoch"], state.epoch, num_epochs, record["train_loss"], result),
+                    *(state.best_acc1, format_seconds(left)),
+                )
+        except Preempted as stop:
+            save(is_last=True)
+            end_workers()
+            where = f"epoch {state.epoch}, step {state.step}"
+            raise Preempted(f"{stop}, saved at {where}; the same command goes on.") from None
+        except NonFiniteError as error:
+            _write_report(error, state, loaders, config, folder / NON_FINITE_REPORT)
+            raise
 
 
 def _log_start(

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ecoformer import __version__
-from ecoformer.checkpoint import load_checkpoint, save_atomic
+from ecoformer.checkpoint import load_checkpoint
 from ecoformer.config import Config, describe_changes
-from ecoformer.engine.distributed import is_main, max_over_ranks, run_on_main, world_size
+from ecoformer.engine.distributed import run_on_main, world_size
 from ecoformer.engine.optim import (
     create_optimizer,
     create_schedule,
@@ -25,7 +24,7 @@ from ecoformer.engine.optim import (
 )
 from ecoformer.engine.precision import create_scaler
 from ecoformer.engine.sums import ExactMean
-from ecoformer.errors import InputError, NonFiniteError
+from ecoformer.errors import InputError
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
@@ -206,9 +205,10 @@ def save_checkpoint(
     state: TrainState,
     config: Config,
     folder: Path,
+    writer: BackgroundWriter,
     *,
-    is_best: bool,
-    writer: BackgroundWriter | None = None,
+    is_best: bool = False,
+    is_last: bool = False,
 ) -> None:
     """Write the last checkpoint, and the best one before it where this is the best.
 
@@ -218,36 +218,18 @@ def save_checkpoint(
         state: what is saved; every rank must call.
         config: of the run.
         folder: the run's folder.
+        writer: writes while training goes on.
         is_best: whether no earlier epoch was better.
-        writer: writes while training goes on; where None, the files are there afterwards.
+        is_last: whether the run ends here, so that the files must be there afterwards.
 
     Raises:
-        InputError: the disk refuses; with a writer, that is a warning.
-        NonFiniteError: a weight is not finite; nothing is written then.
+        InputError: the disk refuses the run's last save; any other costs a warning.
+        NonFiniteError: a weight is not finite, here or in the save before; nothing was written.
     """
-    _require_finite(state.model)
     checkpoint = state.to_checkpoint(config)
     names = (BEST_CHECKPOINT, LAST_CHECKPOINT) if is_best else (LAST_CHECKPOINT,)
-    paths = [folder / name for name in names]
-
-    def save() -> None:
-        for path in paths:
-            save_atomic(checkpoint, path)
-
-    if writer is None:
-        run_on_main(save)
-    elif is_main():
-        writer.write(checkpoint, paths)
-
-
-def _require_finite(model: nn.Module) -> None:
-    tensors = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
-    # The norm takes one pass, and a tenth of the time.
-    is_clear = get_total_norm(tensors.values()).isfinite()
-    bad = [] if is_clear else [k for k, v in tensors.items() if not v.isfinite().all()]
-    if max_over_ranks(torch.tensor(len(bad))):
-        name = bad[0] if bad else "a weight of another rank"
-        raise NonFiniteError(f"{name} is not finite; the last checkpoint is untouched.")
+    write = writer.write_now if is_last else writer.write
+    run_on_main(lambda: write(checkpoint, [folder / name for name in names]))
 
 
 def _resolve(config: Config) -> dict[str, Any]:

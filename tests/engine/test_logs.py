@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
 from ecoformer.engine import logs
 from ecoformer.engine.logs import RunLog, format_seconds, print_log, track
+from ecoformer.errors import InputError
 
 
 def test_lines_where_there_is_no_terminal(
@@ -64,6 +67,59 @@ def test_lines_of_epochs_to_come_are_dropped(tmp_path: Path) -> None:
         assert path.read_text() == f"{lines[0]}\n{lines[1]}\n"
         log.write({"epoch": 2, "train_loss": 0.25})
     assert json.loads(path.read_text().splitlines()[-1]) == {"epoch": 2, "train_loss": 0.25}
+
+
+def epochs_of(path: Path) -> list[int]:
+    """The epochs of a log, all of whose lines are whole."""
+    return [json.loads(line)["epoch"] for line in path.read_text().splitlines()]
+
+
+def test_lines_that_a_full_disk_refused_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "log.txt"
+    with RunLog(tmp_path, first_epoch=0) as log:
+        log.write({"epoch": 0, "train_loss": 0.5})
+        with monkeypatch.context() as full:
+            # By then the line is in the file.
+            full.setattr(os, "fsync", refuse)
+            for epoch in (1, 2):
+                log.write({"epoch": epoch, "train_loss": 0.5})
+                assert epochs_of(path) == [0]
+        assert caplog.text.count("No space left on device") == 2
+        log.write({"epoch": 3, "train_loss": 0.5})
+        assert epochs_of(path) == [0, 1, 2, 3]
+        monkeypatch.setattr(os, "fsync", refuse)
+        with pytest.raises(InputError, match=r"log\.txt: cannot be written \(No space left"):
+            log.write({"epoch": 4, "train_loss": 0.5}, is_last=True)
+    assert epochs_of(path) == [0, 1, 2, 3]
+
+
+def test_events_that_a_full_disk_refused_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with RunLog(tmp_path, first_epoch=0) as log:
+        log.write({"epoch": 0, "train_loss": 0.5})
+        with monkeypatch.context() as full:
+            full.setattr(SummaryWriter, "flush", refuse)
+            log.write({"epoch": 1, "train_loss": 0.4})
+        assert "events cannot be written (No space left on device)" in caplog.text
+        log.write({"epoch": 2, "train_loss": 0.3})
+    # Of the two files the second one takes back what the first one may hold of an epoch.
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train_loss")
+    assert [(event.step, round(event.value, 6)) for event in events] == [
+        (0, 0.5),
+        (1, 0.4),
+        (2, 0.3),
+    ]
+
+
+def refuse(*arguments: object) -> None:
+    """What a full disk says."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(

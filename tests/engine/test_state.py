@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from ecoformer.checkpoint import read_checkpoint
+from ecoformer.config import Config
+from ecoformer.engine import background
+from ecoformer.engine.background import BackgroundWriter
 from ecoformer.engine.state import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -24,10 +27,16 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def run_epochs(state: TrainState, config: Any, num_epochs: int) -> None:
+def run_epochs(state: TrainState, config: Config, num_epochs: int) -> None:
     for _ in range(num_epochs):
         train(state, config, make_batches(4, 8))
         state.finish_epoch(50.0)
+
+
+def save(state: TrainState, config: Config, folder: Path, *, is_best: bool = False) -> None:
+    """A last save, which comes back when the files are there."""
+    with BackgroundWriter() as writer:
+        save_checkpoint(state, config, folder, writer, is_best=is_best, is_last=True)
 
 
 def states_of(state: TrainState) -> dict[str, Any]:
@@ -48,7 +57,7 @@ def test_goes_on_in_the_middle_of_an_epoch(num_done: int, tmp_path: Path) -> Non
     first, config = start(Classifier(drop_rate=0.3), **FIELDS)
     run_epochs(first, config, 1)
     train(first, config, make_batches(4, 8)[:num_done])
-    save_checkpoint(first, config, tmp_path, is_best=False)
+    save(first, config, tmp_path)
 
     second, config = start(Classifier(drop_rate=0.3), **FIELDS)
     path = tmp_path / LAST_CHECKPOINT
@@ -67,7 +76,7 @@ def test_losses_before_and_after_a_checkpoint_make_one_mean(tmp_path: Path) -> N
 
     first, config = start(Classifier())
     train(first, config, batches[:3])
-    save_checkpoint(first, config, tmp_path, is_best=False)
+    save(first, config, tmp_path)
     second, config = start(Classifier())
     second.restore(read_checkpoint(tmp_path / LAST_CHECKPOINT), config, "it")
     train(second, config, batches)
@@ -76,20 +85,23 @@ def test_losses_before_and_after_a_checkpoint_make_one_mean(tmp_path: Path) -> N
 
 def test_best_is_written_before_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(
-        "ecoformer.engine.state.save_atomic", lambda _, path: names.append(path.name)
-    )
+    monkeypatch.setattr(background, "save_atomic", lambda _, path: names.append(path.name))
     state, config = start(Classifier())
-    save_checkpoint(state, config, tmp_path, is_best=True)
-    save_checkpoint(state, config, tmp_path, is_best=False)
+    save(state, config, tmp_path, is_best=True)
+    save(state, config, tmp_path)
     assert names == [BEST_CHECKPOINT, LAST_CHECKPOINT, LAST_CHECKPOINT]
 
 
 def test_bad_weights_are_not_written(tmp_path: Path) -> None:
+    """The run hears of them in its next save, or where it waits for this one."""
     state, config = start(Classifier())
     torch.nn.init.constant_(state.model.get_parameter("head.bias"), float("nan"))
     with pytest.raises(NonFiniteError, match=r"head\.bias"):
-        save_checkpoint(state, config, tmp_path, is_best=True)
+        save(state, config, tmp_path, is_best=True)
+    with BackgroundWriter() as writer:
+        save_checkpoint(state, config, tmp_path, writer, is_best=True)
+        with pytest.raises(NonFiniteError, match=r"head\.bias"):
+            save_checkpoint(state, config, tmp_path, writer)
     assert not list(tmp_path.iterdir())
 
 

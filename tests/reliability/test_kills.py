@@ -157,8 +157,8 @@ def watch(rank: int, *, file: Path) -> None:
 
     real = RunLog.write
 
-    def write(self: RunLog, record: dict[str, float]) -> None:
-        real(self, record)
+    def write(self: RunLog, record: dict[str, float], **options: bool) -> None:
+        real(self, record, **options)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         # Not those of a checkpoint that is just being written.
         names = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]

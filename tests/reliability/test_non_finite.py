@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ecoformer.hashing import hash_layers
 from tests.reliability.runs import Run, assert_same_run, run, start
 
 NUM_STEPS, BAD_STEP = 3, 1
@@ -36,16 +37,18 @@ def poison(rank: int, *, kind: str) -> None:
         result = real(first, *args, **kwargs)
         if kind == "weight" and count == NUM_STEPS + BAD_STEP - 1:
             next(first.model.parameters()).data.fill_(float("nan"))
+        if kind == "buffer" and count == NUM_STEPS + BAD_STEP - 1:
+            next(iter(hash_layers(first.model).values())).kernel_mean.fill_(float("nan"))
         if kind == "loss" and count == NUM_STEPS + BAD_STEP:
             result = result * float("nan")
         return result
 
-    # Rank 0 alone fits.
-    if rank == (0 if kind == "fit" else 1):
+    # Rank 0 alone fits, and saves: it must not write the buffer before the next step fails.
+    if rank == (0 if kind in ("fit", "buffer") else 1):
         setattr(owner, name, wrapped)
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient", "weight", "fit"])
+@pytest.mark.parametrize("kind", ["loss", "gradient", "weight", "fit", "buffer"])
 def test_all_ranks_stop_at_one_step(
     kind: str, pair_flags: list[str], whole_pair: Run, tmp_path: Path
 ) -> None:

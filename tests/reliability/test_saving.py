@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -69,28 +70,32 @@ def test_copies_are_of_their_moment(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_cost_of_a_save(tmp_path: Path) -> None:
-    """100 MB with AdamW's moments, in turns with a plain ``torch.save``; the least of many."""
+    """100 MB with AdamW's moments, in turns with a plain ``torch.save``; medians."""
     state, config = start_state(
         nn.Sequential(*(nn.Linear(500, 833) for _ in range(20))), opt="adamw"
     )
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
-    plain_s, stop_s, total_s = [], [], []
+    times_s = []
     with BackgroundWriter() as writer:
-        for _ in range(25):
+        # The first rounds make files and fill memory.
+        for _ in range(53):
             began = time.perf_counter()
             torch.save(state.to_checkpoint(config), tmp_path / "plain.pth")
-            plain_s.append(time.perf_counter() - began)
+            plain = time.perf_counter() - began
             began = time.perf_counter()
-            save_checkpoint(state, config, tmp_path, is_best=False, writer=writer)
-            stop_s.append(time.perf_counter() - began)
+            save_checkpoint(state, config, tmp_path, writer)
+            stop = time.perf_counter() - began
             writer.wait()
-            total_s.append(time.perf_counter() - began)
+            times_s.append((plain, stop, time.perf_counter() - began))
+    plain, stop, total = (statistics.median(column) for column in zip(*times_s[3:], strict=True))
     size = (tmp_path / LAST_CHECKPOINT).stat().st_size
-    plain, stop, total = min(plain_s), min(stop_s), min(total_s)
-    print(f"{size / 1e6:.0f} MB: plain {plain:.3f} s, stop {stop:.3f} s, total {total:.3f} s")
+    print(
+        f"{size / 1e6:.0f} MB: plain {plain:.3f} s, stop {stop:.3f} s ({stop / plain:.0%}), "
+        f"total {total:.3f} s ({total / plain:.2f} x)"
+    )
     assert size == pytest.approx(100e6, rel=0.02)
     # Loose: a test is no benchmark.
     assert stop < 0.4 * plain
-    assert total < 3 * plain
+    assert total < 2 * plain
