@@ -18,15 +18,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.performer import RandomFeatureAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
-from ecoformer.benchmark.compare import Contender, Setup, compare
+from ecoformer.benchmark.compare import Contender, Setup, compare, lack_of_memory
 from ecoformer.benchmark.report import Row
-from ecoformer.measure import Call, free_bytes
+from ecoformer.measure import Call
 from ecoformer.ops import encode, hash_attention, kernelized_hash_attention, reference
 
+EVALUATION = "attention core, evaluation"
+TRAINING = "attention core, forward and backward"
+SWEEP = "attention core"
 # As published.
 NUM_BITS, NUM_ANCHORS = 16, 25
 # B * N of a sweep over N: what an image costs is then measured at one load of the machine.
 _SWEEP_TOKENS = 131_072
+_SWEPT = ("ecoformer", "performer", "spatial reduction", "sdpa")
+# A call of the sweep that takes longer is its contender's last.
+_SLOW_MS = 2000.0
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,7 @@ def build_core(kind: str, inputs: CoreInputs, *, has_backward: bool) -> Call:
 def core_contenders(
     inputs: CoreInputs, *, has_backward: bool, kinds: Sequence[str] = tuple(_CORES)
 ) -> Iterator[Contender]:
-    """Choose the cores that run on the device and fit into its memory.
+    """Line up cores.
 
     Args:
         inputs: what they attend over.
@@ -198,10 +204,6 @@ def core_contenders(
     """
     scores = inputs.batch_size * inputs.num_heads * inputs.num_tokens**2
     for kind in kinds:
-        if 4 * scores * _FLOATS_A_SCORE.get(kind, 0) > free_bytes(inputs.device):
-            continue
-        if not _runs(kind, replace(inputs, batch_size=1, num_tokens=64), has_backward):
-            continue
         # Reads of q for the bandwidth; of q and v for the sums, then for the output; and again
         # for the sums of the gradients and for the gradients, with the output's gradient.
         num_passes = 6 + (3 + 5 if has_backward else 0)
@@ -209,21 +211,11 @@ def core_contenders(
             kind,
             partial(build_core, kind, inputs, has_backward=has_backward),
             num_passes * inputs.num_bytes if kind == "ecoformer" else None,
+            lack_of_memory(4 * scores * _FLOATS_A_SCORE.get(kind, 0), inputs.device),
         )
 
 
-def _runs(kind: str, inputs: CoreInputs, has_backward: bool) -> bool:
-    if "sdpa, " not in kind:
-        return True
-    try:
-        build_core(kind, inputs, has_backward=has_backward)()
-    except RuntimeError:
-        # PyTorch's way to say that it has no such kernel for these inputs.
-        return False
-    return True
-
-
-def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> list[Row]:
+def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> Iterator[list[Row]]:
     """Compare all cores at H=1 D=32, as in the first stage of PVTv2-B0.
 
     Args:
@@ -231,16 +223,12 @@ def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> list
         batch_size: B.
         num_tokens: N.
 
-    Returns:
-        A row a core, forward, then with backward.
+    Yields:
+        A row a core: forward, then with backward.
     """
     inputs = CoreInputs(batch_size, num_tokens, 1, 32, setup.device, setup.dtype)
-    rows: list[Row] = []
-    for task, has_backward in (
-        ("attention core, evaluation", False),
-        ("attention core, forward and backward", True),
-    ):
-        rows += compare(
+    for task, has_backward in ((EVALUATION, False), (TRAINING, True)):
+        yield compare(
             setup,
             task,
             list(core_contenders(inputs, has_backward=has_backward)),
@@ -249,30 +237,37 @@ def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> list
             # q, v and the output; then its gradient and those of q and v beside q and v.
             least_bytes=(3 + 5 * has_backward) * inputs.num_bytes,
         )
-    return rows
 
 
-def measure_attention_sweep(setup: Setup, *, token_counts: Sequence[int]) -> list[Row]:
+def measure_attention_sweep(
+    setup: Setup, *, token_counts: Sequence[int], kinds: Sequence[str] = _SWEPT
+) -> Iterator[list[Row]]:
     """Compare cores over a range of N, with as many images as make B * N about 131,072.
 
     Args:
         setup: where and how often.
-        token_counts: N, in turn.
+        token_counts: N, rising.
+        kinds: keys of the table of cores.
 
-    Returns:
-        A row a core and N.
+    Yields:
+        A row a core, for each N; a core that became slow is not run at larger N.
     """
-    rows: list[Row] = []
+    too_slow: dict[str, str] = {}
     for num_tokens in token_counts:
         batch_size = max(1, _SWEEP_TOKENS // num_tokens)
         inputs = CoreInputs(batch_size, num_tokens, 1, 32, setup.device, setup.dtype)
-        kinds = ("ecoformer", "performer", "spatial reduction", "sdpa")
-        rows += compare(
+        rows = compare(
             setup,
-            "attention core",
-            list(core_contenders(inputs, has_backward=False, kinds=kinds)),
+            SWEEP,
+            [
+                replace(contender, why_not=too_slow.get(contender.name, contender.why_not))
+                for contender in core_contenders(inputs, has_backward=False, kinds=kinds)
+            ],
             batch_size=batch_size,
             num_tokens=num_tokens,
             least_bytes=3 * inputs.num_bytes,
         )
-    return rows
+        for row in rows:
+            if row.timing and row.timing.median_ms > _SLOW_MS:
+                too_slow[row.name] = f"slower than {_SLOW_MS / 1e3:g} s at N={num_tokens}"
+        yield rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ecoformer.measure import Timing
@@ -24,22 +24,44 @@ class Row:
         name: the contender; the first of a comparison is what the others are compared with.
         batch_size: B.
         num_tokens: N of an image; of the first stage, where a model is timed.
-        timing: of one call.
+        timing: of one call, or None where it did not run.
         peak_bytes: memory of a call at its peak, or None where it was not measured.
         least_bytes: what any implementation reads and writes: inputs once, outputs once.
         pass_bytes: what the passes of this implementation read and write.
-        note: how the figure came about, where it was not plainly measured.
+        note: why a figure is missing.
     """
 
     task: str
     name: str
     batch_size: int
     num_tokens: int
-    timing: Timing
+    timing: Timing | None
     peak_bytes: int | None = None
     least_bytes: int | None = None
     pass_bytes: int | None = None
     note: str = ""
+
+    @property
+    def image_ms(self) -> float:
+        """Median time an image; not a number where the contender did not run."""
+        return self.timing.median_ms / self.batch_size if self.timing else math.nan
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How a contender's cost of an image grows with N, as exponents.
+
+    Args:
+        task: what it does.
+        name: the contender.
+        time: exponent of its median time.
+        memory: exponent of its peak memory, or None where that was not measured.
+    """
+
+    task: str
+    name: str
+    time: float
+    memory: float | None
 
 
 @dataclass(frozen=True)
@@ -50,11 +72,13 @@ class Report:
         environment: date, hardware, versions and command, by name.
         copy_bytes_per_s: what a large copy reads and writes.
         rows: in the order measured.
+        findings: checks and goals, a line each.
     """
 
     environment: dict[str, str]
     copy_bytes_per_s: float
-    rows: Sequence[Row]
+    rows: list[Row] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
 
     def curves(self) -> dict[tuple[str, str], list[Row]]:
         """Find what was measured at three N or more.
@@ -64,23 +88,23 @@ class Report:
         """
         curves: dict[tuple[str, str], list[Row]] = {}
         for row in sorted(self.rows, key=lambda row: row.num_tokens):
-            curves.setdefault((row.task, row.name), []).append(row)
+            if row.timing:
+                curves.setdefault((row.task, row.name), []).append(row)
         return {key: rows for key, rows in curves.items() if len(rows) >= _MIN_POINTS}
 
-    def slopes(self) -> list[dict[str, str | float | None]]:
+    def slopes(self) -> list[Slope]:
         """Fit how time and memory of an image grow with N.
 
         Returns:
-            An entry a curve: ``task``, ``name``, and the exponents ``time`` and ``memory``, None
-            where there are too few points.
+            One a curve.
         """
         return [
-            {
-                "task": task,
-                "name": name,
-                "time": _exponent((row.num_tokens, _image_ms(row)) for row in rows),
-                "memory": _exponent(_memory_points(rows)),
-            }
+            Slope(
+                task,
+                name,
+                _exponent([(row.num_tokens, row.image_ms) for row in rows]),
+                _exponent(points) if len(points := _memory_points(rows)) >= _MIN_POINTS else None,
+            )
             for (task, name), rows in self.curves().items()
         ]
 
@@ -90,67 +114,96 @@ class Report:
         Returns:
             JSON: the fields of the report, and ``slopes``.
         """
-        content = asdict(self) | {"slopes": self.slopes()}
+        content = asdict(self) | {"slopes": [asdict(slope) for slope in self.slopes()]}
         return json.dumps(content, indent=1) + "\n"
 
-    def to_text(self) -> str:
-        """Write everything for a person to read.
+    def describe_environment(self) -> str:
+        """Write how everything was measured.
 
         Returns:
-            Facts, a table a comparison, and exponents of N.
+            A line a fact.
         """
         facts = self.environment | {"copy": f"{self.copy_bytes_per_s / 1e9:.1f} GB/s, both ways"}
-        lines = [f"{name + ':':10}{fact}" for name, fact in facts.items()]
-        comparisons: dict[str, list[Row]] = {}
-        for row in self.rows:
-            title = f"{row.task}, B={row.batch_size} N={row.num_tokens}"
-            comparisons.setdefault(title, []).append(row)
-        for title, rows in comparisons.items():
-            lines += ["", title, *self._table(rows)]
-        if slopes := self.slopes():
-            cells = [
-                (
-                    f"{slope['task']}: {slope['name']}",
-                    f"{slope['time']:.3f}",
-                    "-" if slope["memory"] is None else f"{slope['memory']:.3f}",
-                )
-                for slope in slopes
-            ]
-            lines += ["", "exponent of N, an image"]
-            lines += format_table(("", "time", "memory"), cells)
-        return "\n".join(lines)
+        return "\n".join(f"{name + ':':10}{fact}" for name, fact in facts.items())
 
-    def _table(self, rows: Sequence[Row]) -> list[str]:
+    def describe_slopes(self) -> str:
+        """Write how time and memory grow.
+
+        Returns:
+            A table, or nothing where there is no curve.
+        """
+        if not (slopes := self.slopes()):
+            return ""
+        cells = [
+            (
+                f"{slope.task}: {slope.name}",
+                f"{slope.time:.3f}",
+                "-" if slope.memory is None else f"{slope.memory:.3f}",
+            )
+            for slope in slopes
+        ]
+        return "\n".join(
+            [
+                "exponent of N: time an image, peak memory an image (inputs aside)",
+                *format_table(("", "time", "memory"), cells),
+            ]
+        )
+
+    def describe_comparison(self, rows: Sequence[Row]) -> str:
+        """Write one comparison.
+
+        Args:
+            rows: of all contenders at one size, the first of which is compared with.
+
+        Returns:
+            A title and a table.
+        """
         first = rows[0]
-        titles = ("", "ms", "quartiles", "x time", "images/s", "peak MiB", "x memory")
+        titles = ["", "ms", "quartiles", "x time", "images/s", "peak MiB", "x memory"]
+        titles += ["GB/s of least bytes" if first.least_bytes else "", ""]
         cells: list[tuple[str, ...]] = []
         for row in rows:
             timing, peak = row.timing, row.peak_bytes
+            times = ("-", "-", "-", "-")
+            if timing:
+                times = (
+                    f"{timing.median_ms:.4g}",
+                    f"{timing.low_ms:.4g}-{timing.high_ms:.4g}" if timing.num_calls > 1 else "-",
+                    f"{row.image_ms / first.image_ms:.2f}",
+                    f"{1e3 / row.image_ms:.4g}",
+                )
             cells.append(
                 (
                     row.name,
-                    f"{timing.median_ms:.4g}",
-                    f"{timing.low_ms:.4g}-{timing.high_ms:.4g}" if timing.num_calls > 1 else "-",
-                    f"{timing.median_ms / first.timing.median_ms:.2f}",
-                    f"{1e3 / _image_ms(row):.4g}",
+                    *times,
                     "-" if peak is None else f"{peak / 2**20:.1f}",
                     f"{peak / first.peak_bytes:.2f}" if peak and first.peak_bytes else "-",
                     self._bandwidth(row),
                     row.note,
                 )
             )
-        return format_table(
-            (*titles, "GB/s of least bytes" if first.least_bytes else "", ""), cells
-        )
+        title = f"{first.task}, B={first.batch_size} N={first.num_tokens}"
+        return "\n".join([title, *format_table(titles, cells)])
+
+    def pass_share(self, row: Row) -> float:
+        """Compare the passes of an implementation with a copy.
+
+        Args:
+            row: of a contender whose passes are known.
+
+        Returns:
+            The bytes a second that they read and write, as a share of a copy's.
+        """
+        assert row.timing is not None and row.pass_bytes is not None
+        return row.pass_bytes / row.timing.median_ms * 1e3 / self.copy_bytes_per_s
 
     def _bandwidth(self, row: Row) -> str:
-        if row.least_bytes is None:
+        if row.least_bytes is None or row.timing is None:
             return ""
         rate = row.least_bytes / row.timing.median_ms * 1e3
         text = f"{rate / 1e9:.1f}, {rate / self.copy_bytes_per_s:.0%} of copy"
         if row.pass_bytes is not None:
-            share = rate * row.pass_bytes / row.least_bytes / self.copy_bytes_per_s
-            text += f", {share:.0%} by its passes"
+            text += f", {self.pass_share(row):.0%} by its passes"
         return text
 
     def draw(self, path: Path) -> None:
@@ -168,7 +221,7 @@ class Report:
         figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(11, 4.5))
         for (task, name), rows in self.curves().items():
             label = f"{task}: {name}"
-            times = [_image_ms(row) for row in rows]
+            times = [row.image_ms for row in rows]
             time_axes.plot([row.num_tokens for row in rows], times, marker="o", label=label)
             if points := _memory_points(rows):
                 numbers, bytes_ = zip(*points, strict=True)
@@ -181,19 +234,13 @@ class Report:
         pyplot.close(figure)
 
 
-def _image_ms(row: Row) -> float:
-    return row.timing.median_ms / row.batch_size
-
-
 def _memory_points(rows: Sequence[Row]) -> list[tuple[int, float]]:
     return [(row.num_tokens, row.peak_bytes / row.batch_size) for row in rows if row.peak_bytes]
 
 
-def _exponent(points: Iterable[tuple[int, float]]) -> float | None:
+def _exponent(points: Sequence[tuple[int, float]]) -> float:
     """Least-squares slope of log y over log x."""
     logs = [(math.log(x), math.log(y)) for x, y in points]
-    if len(logs) < _MIN_POINTS:
-        return None
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from ecoformer import measure
-from ecoformer.benchmark import fits
+from ecoformer.benchmark import __main__ as benchmark
+from ecoformer.benchmark import checks, cores, fits
 from ecoformer.benchmark.__main__ import main
-from ecoformer.benchmark.compare import Setup
+from ecoformer.benchmark.checks import Check, check_core
+from ecoformer.benchmark.compare import Contender, Setup, compare
+from ecoformer.benchmark.goals import judge_comparison, judge_slopes
 from ecoformer.benchmark.report import Report, Row, format_table
+from ecoformer.errors import InputError
 from ecoformer.measure import Call, PeakMemory, Timing
+from ecoformer.ops import kernelized_hash_attention
 
 CPU = torch.device("cpu")
 
@@ -27,24 +37,38 @@ def test_report_compares_and_fits_slopes(tmp_path: Path) -> None:
     counts = (10, 100, 1000)
     rows = [make_row("linear", n, 0.5 * n, 64 * n) for n in counts]
     rows += [make_row("quadratic", n, 0.01 * n**2) for n in counts]
+    # What did not run is in no curve.
+    rows.append(Row("task", "quadratic", 2, 10_000, None, note="not run: slow"))
     report = Report({"command": "x"}, 1e9, rows)
     linear, quadratic = report.slopes()
-    assert (linear["time"], linear["memory"]) == pytest.approx((1, 1))
-    assert quadratic["time"] == pytest.approx(2)
-    assert quadratic["memory"] is None
-    # At N = 1000: 10,000 ms against 500.
-    (line,) = [
-        line for line in report.to_text().splitlines() if line.startswith("quadratic  1e+04")
+    assert (linear.time, linear.memory) == pytest.approx((1, 1))
+    assert quadratic.time == pytest.approx(2)
+    assert quadratic.memory is None
+    assert [line.split()[-2:] for line in report.describe_slopes().splitlines()[2:]] == [
+        ["1.000", "1.000"],
+        ["2.000", "-"],
     ]
-    assert line.split()[3] == "20.00"
-    assert json.loads(report.to_json())["rows"][0]["timing"]["median_ms"] == 5
+    # At N = 1000: 10,000 ms against 500.
+    _, _, _, line = report.describe_comparison([rows[2], rows[5]]).splitlines()
+    assert line.split()[:4] == ["quadratic", "1e+04", "-", "20.00"]
+    content = json.loads(report.to_json())
+    assert content["rows"][0]["timing"]["median_ms"] == 5
+    assert content["slopes"][1]["time"] == pytest.approx(2)
     report.draw(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_a_contender_that_did_not_run_has_no_figure() -> None:
+    rows = [make_row("fast", 100, 1.0), Row("task", "slow", 2, 100, None, note="not run: slow")]
+    for order in (rows, rows[::-1]):
+        lines = Report({}, 1e9).describe_comparison(order).splitlines()
+        (line,) = [line for line in lines if line.startswith("slow")]
+        assert line.split() == ["slow", *["-"] * 6, "not", "run:", "slow"]
+
+
 def test_bandwidth_is_a_share_of_the_copy() -> None:
     row = Row("task", "a", 1, 1, Timing(1, 1, 1, 1), None, 10**6, 2 * 10**6)
-    text = Report({}, 4e9, [row]).to_text()
+    text = Report({}, 4e9).describe_comparison([row])
     assert "1.0, 25% of copy, 50% by its passes" in text
 
 
@@ -52,24 +76,105 @@ def test_table_aligns() -> None:
     assert format_table(("a", "b", "c"), [("long", "1", "x")]) == ["a     b  c", "long  1  x"]
 
 
-def test_dense_fit_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
-    def model_ms(bits: int, steps: int) -> float:
-        return 50 + bits * (7 + 3 * steps)
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """One round, and no memory: the process that measures it takes seconds to start."""
+    monkeypatch.setattr(PeakMemory, "measure", lambda self, build, call=None: None)
+    monkeypatch.setitem(measure._COPY_BYTES, "cpu", 2**20)
+    return Setup(CPU, torch.float32, 1, PeakMemory(CPU))
 
-    def pretend(calls: dict[str, Call], **_: object) -> dict[str, Timing]:
-        sizes = {"one": (1, 1), "steps": (1, 11), "bits": (2, 1)}
-        return {
-            name: Timing.of([model_ms(*sizes[name]) / 1e3 if name in sizes else 1.0])
-            for name in calls
-        }
 
-    monkeypatch.setattr(fits, "time_interleaved", pretend)
-    monkeypatch.setattr(PeakMemory, "measure", lambda self, build: None)
-    setup = Setup(CPU, torch.float32, 1, PeakMemory(CPU))
-    shipped, dense = fits.measure_fit(setup, batch_size=1, num_tokens=64)
-    assert shipped.timing.median_ms == pytest.approx(1000)
-    assert dense.timing.median_ms == pytest.approx(model_ms(16, 100))
-    assert "extrapolated" in dense.note
+def fail() -> Call:
+    """Build nothing."""
+    raise RuntimeError("no such kernel\nand a page about it")
+
+
+def test_one_that_fails_does_not_stop_the_others(setup: Setup) -> None:
+    contenders = [
+        Contender("good", partial(partial, int)),
+        Contender("bad", fail),
+        Contender("late", partial(partial, fail)),
+        Contender("large", fail, why_not="needs 900 GB"),
+    ]
+    good, *others = compare(setup, "task", contenders, batch_size=1, num_tokens=1)
+    assert good.timing is not None and good.timing.median_ms > 0
+    assert [row.timing for row in others] == [None] * 3
+    failure = "failed: RuntimeError: no such kernel"
+    assert [row.note for row in others] == [failure, failure, "not run: needs 900 GB"]
+
+
+def test_what_the_user_got_wrong_stops_the_benchmark(setup: Setup) -> None:
+    def refuse() -> Call:
+        raise InputError("no such model.")
+
+    with pytest.raises(InputError, match="no such model"):
+        compare(setup, "task", [Contender("bad", refuse)], batch_size=1, num_tokens=1)
+
+
+def test_dense_fit_is_left_out_where_it_takes_minutes(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fits, "NUM_STEPS", 2)
+    shipped, dense = fits.measure_fit(setup, batch_size=2, num_tokens=32)
+    assert shipped.timing is not None and dense.timing is not None
+    monkeypatch.setitem(fits._MAX_PAIRS, "cpu", 2 * 32**2 - 1)
+    shipped, dense = fits.measure_fit(setup, batch_size=2, num_tokens=32)
+    assert shipped.timing is not None and dense.timing is None
+    assert dense.note == "not run: takes minutes"
+
+
+def test_a_slow_core_leaves_the_sweep(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_SWEEP_TOKENS", 256)
+    monkeypatch.setattr(cores, "_SLOW_MS", 0.0)
+    kinds = ("ecoformer", "sdpa")
+    sweep = cores.measure_attention_sweep(setup, token_counts=(64, 256), kinds=kinds)
+    small, large = sweep
+    assert all(row.timing for row in small)
+    assert [row.timing for row in large] == [None, None]
+    assert "slower than 0 s at N=64" in large[1].note
+    assert [row.batch_size for row in (*small, *large)] == [4, 4, 1, 1]
+
+
+def test_goals_are_judged() -> None:
+    def make(task: str, name: str, ms: float, pass_bytes: int | None = None) -> Row:
+        return Row(task, name, 128, 3136, Timing(ms, ms, ms, 1), pass_bytes=pass_bytes)
+
+    report = Report({}, 1e9)
+    core = [make(cores.EVALUATION, "ecoformer", 1.0, 700_000)]
+    core += [make(cores.EVALUATION, name, 9.0) for name in ("sdpa", "sdpa, flash")]
+    assert list(judge_comparison(report, core, "cuda")) == [
+        "goal: 9 x faster than sdpa, flash, at least 10: missed",
+        "goal: 0.7 of a copy, by its passes, at least 0.6: met",
+    ]
+    assert list(judge_comparison(report, core, "cpu")) == [
+        "goal: 9 x faster than sdpa, at least 25: missed"
+    ]
+    fit = [make(fits.TASK, "ecoformer", 400.0)]
+    assert list(judge_comparison(report, fit, "cuda")) == ["goal: 400 ms, at most 500: met"]
+    assert list(judge_comparison(report, fit, "cpu")) == []
+    failed = [Row(cores.EVALUATION, "ecoformer", 128, 3136, None), *core[1:]]
+    assert list(judge_comparison(report, failed, "cuda")) == []
+
+
+def test_slopes_are_judged() -> None:
+    rows = [
+        Row(cores.SWEEP, "ecoformer", 1, n, Timing(n, n, n, 1), 2 * n**2) for n in (10, 100, 1000)
+    ]
+    assert list(judge_slopes(Report({}, 1e9, rows))) == [
+        "goal: 1 as exponent of time, at most 1.05: met",
+        "goal: 2 as exponent of memory, at most 1.02: missed",
+    ]
+
+
+def test_core_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_core(CPU, torch.float32, num_tokens=63).is_passed
+    right = kernelized_hash_attention
+    wrong = lambda *rows, **functions: 1.01 * right(*rows, **functions)  # noqa: E731
+    monkeypatch.setattr(checks, "kernelized_hash_attention", wrong)
+    check = check_core(CPU, torch.float32, num_tokens=63)
+    assert not check.is_passed
+    assert max(check.errors) == pytest.approx(0.01, rel=1e-2)
+    assert "FAILED" in str(check)
 
 
 @pytest.mark.parametrize(
@@ -84,21 +189,88 @@ def test_dense_fit_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tasks_run(
     task: str,
     expected: set[str],
+    setup: Setup,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # One test above starts the process that measures memory; it takes seconds.
-    monkeypatch.setattr(PeakMemory, "measure", lambda self, build: None)
-    monkeypatch.setitem(measure._COPY_BYTES, "cpu", 2**20)
     file = tmp_path / "figures.json"
     words = [task, "--device", "cpu", "--resolutions", "32", "--batch-size", "2", "--rounds", "1"]
     assert main([*words, "--json", str(file)]) == 0
     content = json.loads(file.read_text())
-    assert {row["name"] for row in content["rows"]} >= expected
-    assert all(row["timing"]["median_ms"] > 0 for row in content["rows"])
+    timed = {row["name"] for row in content["rows"] if row["timing"]}
+    assert timed >= expected
+    assert all(row["timing"]["median_ms"] > 0 for row in content["rows"] if row["timing"])
     assert content["environment"]["command"].endswith(str(file))
-    assert "x time" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "x time" in said
+    assert ("passed" in said) == (task == "attention")
+
+
+def test_what_is_measured_is_written_before_the_next(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure_one(setup: Setup, **_: object) -> Iterator[list[Row]]:
+        yield [make_row("first", 64, 1.0)]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "measure_attention", measure_one)
+    file = tmp_path / "figures.json"
+    with pytest.raises(KeyboardInterrupt):
+        main(["attention", "--device", "cpu", "--resolutions", "32", "--json", str(file)])
+    assert [row["name"] for row in json.loads(file.read_text())["rows"]] == ["first"]
+
+
+def test_a_wrong_core_is_said_and_measured_all_the_same(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail_check(*_: object, **__: object) -> Check:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(benchmark, "check_core", fail_check)
+    words = ["--device", "cpu", "--resolutions", "32", "--batch-size", "1", "--rounds", "1"]
+    assert main(["attention", *words]) == 1
+    said = capsys.readouterr().out
+    assert "check: core of N=63 FAILED, RuntimeError: no kernel" in said
+    assert "attention core, evaluation, B=1 N=64" in said
+
+
+def test_gpu_preset_runs_in_the_interpreter_without_what_a_gpu_machine_may_lack(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("triton")
+    file = tmp_path / "figures.json"
+    words = ["gpu", "--device", "cpu", "--resolutions", "32", "--batch-size", "1", "--rounds", "1"]
+    program = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('tyro', 'mmengine', 'tensorboard', 'matplotlib')))\n"
+        "from ecoformer import measure\n"
+        "measure._COPY_BYTES['cpu'] = 2**20\n"
+        "measure.PeakMemory.measure = lambda self, build, call=None: None\n"
+        "from ecoformer.benchmark.__main__ import main\n"
+        f"code = main({[*words, '--no-compile', '--json', str(file)]})\n"
+        "assert 'ecoformer.ops.triton.launch' in sys.modules\n"
+        "sys.exit(code)\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    content = json.loads(file.read_text())
+    assert all("passed" in finding for finding in content["findings"])
+    assert all(row["timing"] for row in content["rows"] if row["name"] == "ecoformer")
+    assert {row["task"] for row in content["rows"] if row["name"] == "ecoformer"} == {
+        cores.EVALUATION,
+        cores.TRAINING,
+        fits.TASK,
+        "pvt_v2_b0, evaluation",
+        "pvt_v2_b0, training step",
+    }
 
 
 @pytest.mark.parametrize(
