@@ -11,8 +11,11 @@ import torch
 from ecoformer import __version__
 from ecoformer.checkpoint.files import open_atomic, read_checkpoint, save_atomic
 from ecoformer.checkpoint.layout import to_ours, to_released
+from ecoformer.checkpoint.load import require_finite
 from ecoformer.checkpoint.zoo import resolve_source
 from ecoformer.errors import EXIT_DONE, InputError, print_error
+
+_SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def convert(source: str, path: Path, *, is_released: bool = False) -> None:
@@ -20,14 +23,19 @@ def convert(source: str, path: Path, *, is_released: bool = False) -> None:
 
     Args:
         source: a path, URL or zoo name, in any form that ``read_checkpoint`` takes.
-        path: where to; safetensors where it ends so, a bare state dict of PyTorch otherwise.
+        path: where to; ``.safetensors``, or ``.pth`` or ``.pt`` for a bare state dict of PyTorch.
         is_released: write the released layout, which the released code loads, and not ours.
 
     Raises:
-        InputError: the source cannot be read, its hash functions are not fitted (where the
-            released layout is asked for), or the disk refuses.
+        InputError: the source cannot be read or holds NaN or infinity, its hash functions are not
+            fitted (where the released layout is asked for), the path has another ending, or the
+            disk refuses.
     """
+    if path.suffix not in _SUFFIXES:
+        raise InputError(f"{path}: name the output {path.stem or 'NAME'}{' or '.join(_SUFFIXES)}.")
     state = to_ours(read_checkpoint(resolve_source(source))["model"])
+    for name, tensor in state.items():
+        require_finite(tensor, f"{source}: {name}")
     if is_released:
         state = to_released(state)
     if path.suffix != ".safetensors":

@@ -269,9 +269,22 @@ def _cast(tensor: Tensor, like: Tensor, what: str) -> Tensor:
     if tensor.is_floating_point() != like.is_floating_point():
         raise InputError(f"{what} is {tensor.dtype}, expected {like.dtype}; save it as that.")
     tensor = tensor.to(like.dtype)
+    require_finite(tensor, what)
+    return tensor
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Refuse a tensor that no model could work with.
+
+    Args:
+        tensor: of any dtype.
+        what: what messages call it.
+
+    Raises:
+        InputError: it holds NaN or infinity.
+    """
     if not tensor.isfinite().all():
         raise InputError(f"{what} holds NaN or infinity; go back to an earlier checkpoint.")
-    return tensor
 
 
 def _summarise(names: Sequence[str]) -> str:

@@ -89,14 +89,6 @@ def test_earlier_stage_leaves_the_hash_functions_to_be_fitted() -> None:
         model(torch.zeros(1, 3, 32, 32))
 
 
-def test_performer_takes_the_weights_of_the_softmax_stage() -> None:
-    source = pvt.create_model("pvt_v2_b0", "msa", num_classes=5)
-    model = pvt.create_model("pvt_v2_b0", "performer", num_classes=5)
-    report = load_checkpoint(model, source.state_dict())
-    assert set(report.loaded) == set(source.state_dict())
-    assert report.missing == ()
-
-
 def test_export_copies_and_refuses_what_is_not_fitted() -> None:
     model = pvt.create_model("pvt_v2_b0", "msa", num_classes=3)
     exported = export_released(model)
