@@ -1,4 +1,4 @@
-"""Measured energy, on counters of our own, and the count of what is executed."""
+"""Measured energy, on counters of our own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from ecoformer.attention import EcoFormerAttention, SoftmaxAttention
 from ecoformer.cost import joules
-from ecoformer.cost.executed import count_executed
-from ecoformer.cost.joules import EnergyMeter, EnergyNotMeasurable, find_meter
-from ecoformer.hashing import HashConfig
-from ecoformer.tables.energy import describe_energy
+from ecoformer.cost.joules import EnergyNotMeasurable, find_meter
 
 CPU = torch.device("cpu")
 
@@ -94,51 +89,3 @@ def test_a_gpu_without_a_counter(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(EnergyNotMeasurable, match="nvidia-ml-py is not installed"):
         find_meter(torch.device("cuda"))
-
-
-@pytest.mark.parametrize("is_available", [True, False])
-def test_the_energy_table_names_its_source(
-    is_available: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def find(device: torch.device) -> EnergyMeter:
-        if not is_available:
-            raise EnergyNotMeasurable("nobody knows")
-        return EnergyMeter("a test", lambda: [0], [1])
-
-    monkeypatch.setattr("ecoformer.tables.energy.find_meter", find)
-    monkeypatch.setattr(joules, "_MIN_SECONDS", 0.001)
-    rows, notes = describe_energy("pvt_v2_b2_li", input_size=32, batch_size=2, device=CPU)
-    assert [row["name"] for row in rows] == ["sra"]
-    assert ("measured_j" in rows[0]) is is_available
-    assert ("a test" if is_available else "not available here: nobody knows") in notes[-1]
-
-
-class Tokens(nn.Module):
-    """An attention layer over the values of an image, 12 a token."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = images.reshape(1, -1, 12)
-        return self.attention(x, (1, x.shape[1]))
-
-
-def test_executed_products_are_those_of_the_shapes() -> None:
-    convolution = nn.Conv2d(3, 6, kernel_size=3, padding=1)
-    assert count_executed(convolution, 8) == 3 * 3 * 3 * 6 * 8 * 8
-    num_tokens, width = 3 * 8 * 8 // 12, 12
-    softmax = Tokens(SoftmaxAttention(width, 2))
-    assert count_executed(softmax, 8) == 4 * num_tokens * width**2 + 2 * num_tokens**2 * width
-
-
-def test_products_with_codes_are_executed_too() -> None:
-    num_tokens, width, heads, bits, anchors = 3 * 8 * 8 // 12, 12, 2, 5, 7
-    hashing = HashConfig(num_bits=bits, num_anchors=anchors)
-    layer = Tokens(EcoFormerAttention(width, heads, hashing=hashing))
-    distances = heads * num_tokens * anchors * (width // heads)
-    to_bits = heads * num_tokens * anchors * bits
-    through_codes = heads * num_tokens * 2 * bits * (width // heads + 1)
-    projections = 3 * num_tokens * width**2
-    assert count_executed(layer, 8) == projections + distances + to_bits + through_codes

@@ -48,7 +48,7 @@ def test_table_holds_a_row_a_kind_and_the_totals(capsys: pytest.CaptureFixture[s
     assert rows["multiplications"] == "0.54 G"
     assert rows["additions"] == "0.56 G"
     assert rows["energy"] == "2.49 G pJ = 2.49 mJ"
-    assert rows["area"] == "6,485,590 mm2"
+    assert rows["area"] == "6.49 m^2"
     assert rows["parameters"] == "3.14 M"
     assert "float32" in out and "45 nm" in out
 

@@ -1,0 +1,41 @@
+"""The count of what hardware executes, by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ecoformer.attention import EcoFormerAttention, SoftmaxAttention
+from ecoformer.cost.executed import count_executed
+from ecoformer.hashing import HashConfig
+
+
+class Tokens(nn.Module):
+    """An attention layer over the values of an image, 12 a token."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.reshape(1, -1, 12)
+        return self.attention(x, (1, x.shape[1]))
+
+
+def test_executed_products_are_those_of_the_shapes() -> None:
+    convolution = nn.Conv2d(3, 6, kernel_size=3, padding=1)
+    assert count_executed(convolution, 8) == 3 * 3 * 3 * 6 * 8 * 8
+    num_tokens, width = 3 * 8 * 8 // 12, 12
+    softmax = Tokens(SoftmaxAttention(width, 2))
+    assert count_executed(softmax, 8) == 4 * num_tokens * width**2 + 2 * num_tokens**2 * width
+
+
+def test_products_with_codes_are_executed_too() -> None:
+    num_tokens, width, heads, bits, anchors = 3 * 8 * 8 // 12, 12, 2, 5, 7
+    hashing = HashConfig(num_bits=bits, num_anchors=anchors)
+    layer = Tokens(EcoFormerAttention(width, heads, hashing=hashing))
+    distances = heads * num_tokens * anchors * (width // heads)
+    to_bits = heads * num_tokens * anchors * bits
+    through_codes = heads * num_tokens * 2 * bits * (width // heads + 1)
+    projections = 3 * num_tokens * width**2
+    assert count_executed(layer, 8) == projections + distances + to_bits + through_codes
