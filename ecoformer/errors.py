@@ -50,7 +50,7 @@ def print_error(message: object) -> None:
     print("error:", *str(message).split(), file=sys.stderr, flush=True)
 
 
-def nearest_name(name: str, choices: list[str] | tuple[str, ...]) -> str:
+def suggest(name: str, choices: list[str] | tuple[str, ...]) -> str:
     """End a sentence about an unknown name with the closest one that exists.
 
     Args:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ecoformer.errors import InputError, nearest_name
+from ecoformer.errors import InputError, suggest
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -81,7 +81,7 @@ class ModelFamily:
         names = list(names)
         if name not in names:
             raise InputError(
-                f"unknown {self.name} model {name!r}{nearest_name(name, names)}"
+                f"unknown {self.name} model {name!r}{suggest(name, names)}"
                 f" It has: {', '.join(names)}."
             )
 

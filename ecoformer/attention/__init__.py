@@ -9,7 +9,7 @@ from ecoformer.attention.performer import PerformerAttention
 from ecoformer.attention.softmax import SharedQKAttention, SoftmaxAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
 from ecoformer.attention.window import WindowAttention
-from ecoformer.errors import InputError, nearest_name
+from ecoformer.errors import InputError, suggest
 from ecoformer.hashing import HashConfig
 
 ATTENTION_KINDS: dict[str, type[nn.Module]] = {
@@ -53,7 +53,7 @@ def build_attention(
     """
     if kind not in ATTENTION_KINDS:
         raise InputError(
-            f"unknown attention kind {kind!r}{nearest_name(kind, tuple(ATTENTION_KINDS))}"
+            f"unknown attention kind {kind!r}{suggest(kind, tuple(ATTENTION_KINDS))}"
             f" There are: {', '.join(ATTENTION_KINDS)}."
         )
     options: dict[str, object] = {}

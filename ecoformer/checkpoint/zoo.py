@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import torch
 
 from ecoformer.checkpoint.files import open_atomic, parse_checkpoint
-from ecoformer.errors import InputError, nearest_name
+from ecoformer.errors import InputError, suggest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -122,7 +122,7 @@ def resolve_source(
             return path
         if text not in ZOO:
             raise InputError(
-                f"{text}: no such file or zoo name{nearest_name(text, list(ZOO))}"
+                f"{text}: no such file or zoo name{suggest(text, list(ZOO))}"
                 f" The zoo has: {', '.join(ZOO)}."
             )
         text = ZOO[text].url

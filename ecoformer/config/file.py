@@ -7,7 +7,7 @@ from typing import Any
 
 from ecoformer.config.released import find_field
 from ecoformer.config.schema import Config
-from ecoformer.errors import InputError, nearest_name
+from ecoformer.errors import InputError, suggest
 
 
 def read_config(path: str | Path, base: Config | None = None) -> Config:
@@ -56,7 +56,7 @@ def save_config(config: Config, path: str | Path) -> None:
 def _load(path: Path) -> dict[str, Any]:
     """Read the assignments of a file, those of its ``cfg`` among them."""
     if not path.exists():
-        near = nearest_name(path.stem, [file.stem for file in path.parent.glob("*.py")])
+        near = suggest(path.stem, [file.stem for file in path.parent.glob("*.py")])
         raise InputError(f"does not exist{near}")
     if path.is_dir():
         raise InputError("is a folder.")

@@ -6,7 +6,7 @@ import logging
 import os
 
 from ecoformer.config.schema import field_types
-from ecoformer.errors import InputError, nearest_name
+from ecoformer.errors import InputError, suggest
 
 # Released flag or configuration key -> field.
 SPELLINGS = {
@@ -61,7 +61,7 @@ def find_field(spelling: str) -> str | None:
         kind, names = "field", [*field_types(), *SPELLINGS]
         if is_flag:
             kind, names = "flag", ["--" + name.replace("_", "-") for name in names]
-        raise InputError(f"unknown {kind} {spelling}{nearest_name(spelling, names)}")
+        raise InputError(f"unknown {kind} {spelling}{suggest(spelling, names)}")
     return name
 
 

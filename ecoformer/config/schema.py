@@ -14,7 +14,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ecoformer.errors import InputError, nearest_name
+from ecoformer.errors import InputError, suggest
 from ecoformer.hashing import HashConfig
 from ecoformer.ops import ValueBias
 
@@ -283,7 +283,7 @@ class Config:
         sections: dict[str, dict[str, Any]] = {section.name: {} for section in fields(cls)}
         for name, value in values.items():
             if name not in types:
-                near = nearest_name(name, list(types))
+                near = suggest(name, list(types))
                 raise InputError(f"there is no field {name!r}{near}")
             if not _fits(value, types[name]):
                 raise InputError(f"{name} is {value!r}; expected {_spell(types[name])}.")

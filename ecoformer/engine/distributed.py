@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecoformer.errors import InputError, NonFiniteError, Preempted, nearest_name
+from ecoformer.errors import InputError, NonFiniteError, Preempted, suggest
 from ecoformer.hashing import hash_layers
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(
-            f"--device {name!r} is no device{nearest_name(name, ['cpu', 'cuda'])}"
+            f"--device {name!r} is no device{suggest(name, ['cpu', 'cuda'])}"
             " Use cpu, cuda or cuda:N."
         ) from None
     if device.type == "cpu":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ecoformer.errors import InputError, nearest_name
+from ecoformer.errors import InputError, suggest
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
@@ -66,7 +66,7 @@ def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Op
             **{name: value for name, value in given.items() if value is not None},
         )
     except (ValueError, TypeError, ImportError) as error:
-        near = nearest_name(optim.opt, [str(name) for name in list_optimizers()])
+        near = suggest(optim.opt, [str(name) for name in list_optimizers()])
         raise InputError(f"--opt {optim.opt!r} cannot be built ({error}){near}") from error
 
 

@@ -11,7 +11,7 @@ from ecoformer.checkpoint.zoo import ZOO, ZooEntry
 from ecoformer.cost import count_cost
 from ecoformer.cost.executed import count_executed
 from ecoformer.engine.throughput import measure_throughput
-from ecoformer.errors import InputError, nearest_name
+from ecoformer.errors import InputError, suggest
 from ecoformer.family import ModelFamily
 from ecoformer.hashing import HashConfig
 from ecoformer.tables.report import Column, Row, Value
@@ -88,7 +88,7 @@ def find_family(variant: str) -> ModelFamily:
             return family
     names = [name for family in families for name in family.variants]
     raise InputError(
-        f"unknown model {variant!r}{nearest_name(variant, names)} There are: {', '.join(names)}."
+        f"unknown model {variant!r}{suggest(variant, names)} There are: {', '.join(names)}."
     )
 
 
@@ -201,7 +201,7 @@ def choose_weights(named: Sequence[str]) -> dict[str, str]:
         row, _, source = text.partition("=")
         if row not in rows or not source:
             raise InputError(
-                f"--weights {text}: expected MODEL/ATTENTION=SOURCE{nearest_name(row, rows)}"
+                f"--weights {text}: expected MODEL/ATTENTION=SOURCE{suggest(row, rows)}"
                 f" There are: {', '.join(rows)}."
             )
         weights[row] = source
