@@ -28,6 +28,7 @@ class ModelFamily:
         recipe: configuration fields whose default differs from the shared one.
         released_names: released model name to (variant, attention kind).
         timm_names: name in timm's registry to variant.
+        foreign_prefixes: how names begin that belong to another package, to that package.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelFamily:
     recipe: Mapping[str, object] = field(default_factory=dict)
     released_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     timm_names: Mapping[str, str] = field(default_factory=dict)
+    foreign_prefixes: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, variant: str, attention: str) -> None:
         """Refuse what ``create_model`` cannot build.
@@ -79,11 +81,17 @@ class ModelFamily:
 
     def _require_name(self, name: str, names: Iterable[str]) -> None:
         names = list(names)
-        if name not in names:
-            raise InputError(
-                f"unknown {self.name} model {name!r}{suggest(name, names)}"
-                f" It has: {', '.join(names)}."
-            )
+        if name in names:
+            return
+        for prefix, package in self.foreign_prefixes.items():
+            if name.startswith(prefix):
+                raise InputError(
+                    f"{name!r} is a model of {package}, and this is {self.name}; use "
+                    f"python -m {package}.main, or import {package}."
+                )
+        raise InputError(
+            f"unknown {self.name} model {name!r}{suggest(name, names)} It has: {', '.join(names)}."
+        )
 
 
 def register_with_timm(family: ModelFamily) -> None:

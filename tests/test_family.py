@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+import pvt
+import twins
 from ecoformer import InputError
 from ecoformer.family import ModelFamily
 
@@ -14,6 +16,7 @@ FAMILY = ModelFamily(
     variants={"toy_small": ("ecoformer", "msa"), "toy_old": ("sra", "msa")},
     default_model="toy_small",
     released_names={"toy_small_msa": ("toy_small", "msa"), "toy_old": ("toy_old", "msa")},
+    foreign_prefixes={"car": "garage"},
 )
 
 
@@ -38,6 +41,7 @@ def test_resolve(model: str, attention: str | None, expected: tuple[str, str]) -
     [
         ("toy_smal", None, r"unknown toy model 'toy_smal', did you mean 'toy_small'\?"),
         ("resnet", None, r"unknown toy model 'resnet'\. It has: toy_small, toy_old, toy_small_msa"),
+        ("car_small", None, r"'car_small' is a model of garage, .* python -m garage\.main"),
         ("toy_old", "ecoformer", "toy_old has no attention kind 'ecoformer'; it has: sra, msa"),
         ("toy_small_msa", "sra", "toy_small has no attention kind 'sra'; it has: ecoformer, msa"),
     ],
@@ -45,3 +49,15 @@ def test_resolve(model: str, attention: str | None, expected: tuple[str, str]) -
 def test_unknown_names_are_refused(model: str, attention: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         FAMILY.resolve(model, attention)
+
+
+@pytest.mark.parametrize(
+    ("family", "other"), [(pvt.FAMILY, twins.FAMILY), (twins.FAMILY, pvt.FAMILY)]
+)
+def test_names_of_the_other_family_lead_there(family: ModelFamily, other: ModelFamily) -> None:
+    for name in {**other.variants, **other.released_names}:
+        with pytest.raises(InputError, match=rf"python -m {other.name}\.main"):
+            family.resolve(name)
+    # Its own are not taken for the other's.
+    for name in {**family.variants, **family.released_names}:
+        family.resolve(name)

@@ -69,5 +69,6 @@ FAMILY = ModelFamily(
         **{f"ecoformer_twins_svt_{size}": f"alt_gvt_{size}" for size in _SIZES},
         **{f"ecoformer_twins_pcpvt_{size}": f"pcpvt_{size}_v0" for size in _SIZES},
     },
+    foreign_prefixes={"pvt_v2": "pvt"},
 )
 register_with_timm(FAMILY)

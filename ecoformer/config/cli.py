@@ -104,10 +104,11 @@ def _complete(config: Config, family: ModelFamily) -> Config:
     variant, attention = family.resolve(model.model, model.attn_type)
     if model.train_msa and attention not in ("msa", "lsa_msa"):
         if model.attn_type or model.model.endswith("_ecoformer"):
+            whose = "the default model " if model.model == family.default_model else ""
             raise InputError(
-                f"--train_msa fine-tunes original weights into softmax attention, and "
-                f"{model.model} is to have {attention!r}; drop --train_msa, or name the softmax "
-                "model."
+                "--train_msa fine-tunes original weights into softmax attention, and "
+                f"{whose}{model.model} is to have {attention!r}; name a softmax model with "
+                "--model, or drop --train_msa."
             )
         variant, attention = family.resolve(variant, "msa")
     if run.config:

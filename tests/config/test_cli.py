@@ -321,6 +321,11 @@ def test_train_msa_wants_a_softmax_model(twins: ModelFamily, line: str) -> None:
         parse_config(twins, shlex.split(line))
 
 
+def test_train_msa_blames_nobody_for_a_name_that_was_not_given(twins: ModelFamily) -> None:
+    with pytest.raises(InputError, match=r"the default model alt_gvt_small_ecoformer .* --model"):
+        parse_config(twins, ["--train_msa"])
+
+
 def test_released_name_beats_the_attention_of_a_file(twins: ModelFamily, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("model = 'alt_gvt_small'\nattn_type = 'lsa_gsa'\n")
