@@ -15,9 +15,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ecoformer.attention import build_attention
-from ecoformer.attention.maps import Size, map_to_tokens, tokens_to_map
+from ecoformer.attention.maps import Size, map_to_tokens
 from ecoformer.errors import InputError
 from ecoformer.hashing import HashConfig
+from ecoformer.mlp import Mlp
 
 
 class PatchEmbed(nn.Module):
@@ -60,78 +61,6 @@ class PatchEmbed(nn.Module):
             )
         x = self.proj(x)
         return self.norm(map_to_tokens(x)), (x.shape[-2], x.shape[-1])
-
-
-class DepthwiseConv(nn.Module):
-    """3 x 3 depthwise convolution over the tokens' map.
-
-    Args:
-        dim: C.
-
-    Source: PVTv2, arXiv 2106.13797.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-
-    def forward(self, x: Tensor, size: Size) -> Tensor:
-        """Convolve.
-
-        Args:
-            x: [B, N, C], float.
-            size: (height, width).
-
-        Returns:
-            [B, N, C].
-        """
-        return map_to_tokens(self.dwconv(tokens_to_map(x, size)))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU between them, and a depthwise convolution where asked for.
-
-    Args:
-        dim: C.
-        hidden_dim: channels between the layers.
-        drop: dropout after each layer.
-        has_dwconv: convolve before the GELU.
-        has_relu: ReLU before the convolution, as in the linear PVTv2.
-
-    Source: PVTv2, arXiv 2106.13797, for the convolution.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        drop: float = 0.0,
-        *,
-        has_dwconv: bool = False,
-        has_relu: bool = False,
-    ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.relu = nn.ReLU() if has_relu else nn.Identity()
-        self.dwconv = DepthwiseConv(hidden_dim) if has_dwconv else None
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor, size: Size) -> Tensor:
-        """Mix channels.
-
-        Args:
-            x: [B, N, C], float.
-            size: (height, width).
-
-        Returns:
-            [B, N, C].
-        """
-        x = self.relu(self.fc1(x))
-        if self.dwconv is not None:
-            x = self.dwconv(x, size)
-        return self.drop(self.fc2(self.drop(self.act(x))))
 
 
 class Block(nn.Module):

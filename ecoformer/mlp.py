@@ -1,0 +1,140 @@
+"""The MLP of a block, with the convolution that some backbones have in it.
+
+Shapes: B batch, N tokens = height * width, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+from ecoformer.attention.maps import Size, map_to_tokens, tokens_to_map
+
+# An MLP's hidden map of more values than this is made in blocks on a CPU; in float32, 8 MB.
+_MAX_WHOLE_MAP = 2**21
+# Values of a block for each thread: a megabyte stays in the cache of a core.
+_BLOCK_VALUES_PER_THREAD = 2**18
+# Channels of a block are a multiple of this, which vectors take.
+_CHANNEL_STEP = 32
+
+
+class DepthwiseConv(nn.Module):
+    """3 x 3 depthwise convolution over the tokens' map.
+
+    Args:
+        dim: C.
+
+    Source: PVTv2, arXiv 2106.13797.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        # A single image counts as channels-last only where the weight is so too; without it a
+        # CPU takes three times as long.
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """Convolve.
+
+        Args:
+            x: [B, N, C], float.
+            size: (height, width).
+
+        Returns:
+            [B, N, C].
+        """
+        return map_to_tokens(self.dwconv(tokens_to_map(x, size)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, and a depthwise convolution where asked for.
+
+    Args:
+        dim: C.
+        hidden_dim: channels between the layers.
+        drop: dropout after each layer.
+        has_dwconv: convolve before the GELU.
+        has_relu: ReLU before the convolution, as in the linear PVTv2.
+
+    Source: PVTv2, arXiv 2106.13797, for the convolution.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        *,
+        has_dwconv: bool = False,
+        has_relu: bool = False,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.relu = nn.ReLU() if has_relu else nn.Identity()
+        self.dwconv = DepthwiseConv(hidden_dim) if has_dwconv else None
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """Mix channels.
+
+        Args:
+            x: [B, N, C], float.
+            size: (height, width).
+
+        Returns:
+            [B, N, C].
+        """
+        if self._pays_in_blocks(x):
+            return self._forward_in_blocks(x, size)
+        x = self.relu(self.fc1(x))
+        if self.dwconv is not None:
+            x = self.dwconv(x, size)
+        return self.drop(self.fc2(self.drop(self.act(x))))
+
+    def _pays_in_blocks(self, x: Tensor) -> bool:
+        """Whether blocks are faster, and nothing needs the layers to be called as modules."""
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        conv = [] if self.dwconv is None else [self.dwconv.dwconv]
+        return (
+            x.shape[:-1].numel() * self.fc1.out_features > _MAX_WHOLE_MAP
+            and not (self.training and self.drop.p)
+            and all(_is_plain(layer) for layer in (self.fc1, *conv, self.fc2))
+        )
+
+    def _forward_in_blocks(self, x: Tensor, size: Size) -> Tensor:
+        """The same, some images and some hidden channels at a time.
+
+        A block stays in the cache and takes the memory that the last one gave back: clearing
+        fresh pages for the whole hidden map would take longer than the arithmetic.
+        """
+        num_tokens, num_hidden = x.shape[1], self.fc1.out_features
+        num_values = _BLOCK_VALUES_PER_THREAD * torch.get_num_threads()
+        num_images = max(1, num_values // (num_tokens * num_hidden))
+        num_channels = max(1, num_values // (num_tokens * _CHANNEL_STEP)) * _CHANNEL_STEP
+        parts = [slice(i, i + num_channels) for i in range(0, num_hidden, num_channels)]
+        # Hidden channels meet in fc2 alone, as terms of its sum.
+        blocks = [
+            sum((self._mix_part(images, size, part) for part in parts), start=self.fc2.bias)
+            for images in x.split(num_images)
+        ]
+        return torch.cat(blocks)
+
+    def _mix_part(self, x: Tensor, size: Size, part: slice) -> Tensor:
+        """[B, N, C]: what some hidden channels add to the output."""
+        x = self.relu(linear(x, self.fc1.weight[part], self.fc1.bias[part]))
+        if self.dwconv is not None:
+            weight, bias = (tensor[part] for tensor in self.dwconv.dwconv.parameters())
+            x = conv2d(tokens_to_map(x, size), weight, bias, padding=1, groups=len(weight))
+            x = map_to_tokens(x)
+        return linear(self.act(x), self.fc2.weight[:, part])
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether its weights say all: nothing replaces, wraps or watches the layer."""
+    is_watched = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) in (nn.Linear, nn.Conv2d) and not is_watched
