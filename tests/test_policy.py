@@ -59,7 +59,9 @@ LAYERS = {
     "hashing": Layer(("ecoformer.hashing",), ("base", "ops"), libraries=TORCH),
     "attention": Layer(("ecoformer.attention",), ("base", "ops", "hashing"), libraries=TORCH),
     "layers": Layer(
-        ("ecoformer.layers",), ("base", "hashing", "attention"), libraries=TORCH | {"timm"}
+        ("ecoformer.layers", "ecoformer.mlp"),
+        ("base", "hashing", "attention"),
+        libraries=TORCH | {"timm"},
     ),
     "family": Layer(("ecoformer.family",), ("base",), ("checkpoint",), libraries=TORCH | {"timm"}),
     "pvt": Layer(("pvt",), METHOD, libraries=TORCH | {"timm"}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ecoformer.errors import InputError
-from ecoformer.ops import ValueBias
+from ecoformer.ops import ValueBias, check_value_bias
 
 
 @dataclass(frozen=True)
@@ -36,5 +36,4 @@ class HashConfig:
         for name in ("num_bits", "num_anchors", "num_similar", "num_fit_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.value_bias not in ("released", "normalized"):
-            raise InputError(f"value_bias is 'released' or 'normalized', not {self.value_bias!r}.")
+        check_value_bias(self.value_bias)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ecoformer.ops.attention import ValueBias, hash_attention, kernelized_hash_attention
+from ecoformer.ops.attention import (
+    ValueBias,
+    check_value_bias,
+    hash_attention,
+    kernelized_hash_attention,
+)
 from ecoformer.ops.codes import (
     binarize,
     encode,
@@ -16,6 +21,7 @@ __all__ = [
     "ValueBias",
     "as_full_precision",
     "binarize",
+    "check_value_bias",
     "encode",
     "hash_attention",
     "kernel_features",

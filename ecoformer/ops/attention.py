@@ -5,13 +5,13 @@ Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from ecoformer.ops import fused
-from ecoformer.ops.precision import without_autocast
+from ecoformer.errors import InputError
+from ecoformer.ops import custom_op
+from ecoformer.ops.precision import compute_dtype, without_autocast
 
 ValueBias = Literal["released", "normalized"]
 
@@ -30,14 +30,14 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released")
         [B, H, N, D], the dtype of ``v``; summed in float32, or float64 where an input is.
 
     Raises:
-        ValueError: another ``value_bias``.
+        InputError: another ``value_bias``.
 
     Source: EcoFormer, arXiv 2209.09004.
     """
-    _check_value_bias(value_bias)
+    check_value_bias(value_bias)
     num_tokens, num_bits = codes.shape[-2:]
     c = num_bits + 1
-    dtype = torch.promote_types(torch.promote_types(codes.dtype, v.dtype), torch.float32)
+    dtype = compute_dtype(codes, v)
     values, codes = v.to(dtype), codes.to(dtype)
     with without_autocast(v):
         code_sum = codes.sum(-2).unsqueeze(-1)  # [B, H, K, 1]
@@ -48,9 +48,17 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released")
         return numerator.div_(denominator).to(v.dtype)
 
 
-def _check_value_bias(value_bias: str) -> None:
-    if value_bias not in ("released", "normalized"):
-        raise ValueError(f"value_bias is 'released' or 'normalized', not {value_bias!r}")
+def check_value_bias(value_bias: str) -> None:
+    """Refuse what is no ``ValueBias``.
+
+    Args:
+        value_bias: what a user gave.
+
+    Raises:
+        InputError: another one.
+    """
+    if value_bias not in get_args(ValueBias):
+        raise InputError(f"value_bias is 'released' or 'normalized', not {value_bias!r}.")
 
 
 def kernelized_hash_attention(
@@ -79,12 +87,12 @@ def kernelized_hash_attention(
         gradient reaches the hash functions.
 
     Raises:
-        ValueError: another ``value_bias``.
+        InputError: another ``value_bias``.
 
     Source: EcoFormer.
     """
-    _check_value_bias(value_bias)
-    out, _, _ = fused.kernelized_hash_attention(
+    check_value_bias(value_bias)
+    out, _, _ = custom_op.kernelized_hash_attention(
         q, v, anchors, weight, kernel_mean, value_bias == "normalized"
     )
     return out

@@ -2,7 +2,8 @@
 
 Rows are read where they lie; what is made of them (unit rows, features, codes) lives for one
 block, and the gradient recomputes it. So memory is that of the result, and no time goes into
-clearing pages for large temporaries. Any device can run this; on the CPU it is the fast form.
+clearing pages for large temporaries. A block is some images, or for output without a gradient
+some tokens of a large one. On the CPU this is the fast form; any device can run it.
 
 Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors; a block has b of the B
 images. As in ``codes``, features and codes have their tokens last.
@@ -16,13 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ecoformer.ops.codes import binarize, kernel_exponents, kernel_scale
+from ecoformer.ops.codes import MIN_NORM, binarize, kernel_exponents, kernel_scale
 
 # Rows in a block, of all its images and heads, for each thread: what is made of a row takes a
-# few hundred bytes, which together should stay in the cache of a core.
+# few hundred bytes, which together should stay in the cache of a core. Other devices take the same.
 _ROWS_PER_THREAD = 8192
-# What normalisation divides by at least.
-_MIN_NORM = 1e-12
 
 
 class HashFunctions(NamedTuple):
@@ -51,7 +50,7 @@ def empty_rows(like: Tensor) -> Tensor:
     return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
 
 
-def attend(
+def forward(
     q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention through the codes h of raw rows.
@@ -73,7 +72,7 @@ def attend(
     sums = functions.weight.new_zeros(*q.shape[:2], c, v.shape[-1] + 1)
     scale = sums.new_empty(q.shape[:2])
     # An image with more rows than a block takes is read in chunks of its tokens.
-    chunk = max(1, _block_rows() // q.shape[1])
+    chunk = max(1, _ROWS_PER_THREAD * torch.get_num_threads() // q.shape[1])
     for q_block, v_block, out_block, sums_block, scale_block in _blocks(q, v, out, sums, scale):
         rows, values = _Rows.of(q_block.to(dtype)), v_block.to(dtype)
         scale_block.copy_(rows.measure_scale(functions.anchors))
@@ -100,7 +99,7 @@ def attend(
     return out, sums, scale
 
 
-def differentiate(
+def backward(
     grad: Tensor,
     q: Tensor,
     v: Tensor,
@@ -110,7 +109,7 @@ def differentiate(
     *,
     is_normalized: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of ``attend``, straight through the sign and through the bandwidth.
+    """The gradient of ``forward``, straight through the sign and through the bandwidth.
 
     With numerators n_i, denominators d_i and the output n_i / d_i, g_i and e_i stand for the
     gradients of n_i and d_i.
@@ -120,20 +119,20 @@ def differentiate(
         q: [B, H, N, D], float.
         v: [B, H, N, D], float.
         functions: what makes the codes.
-        sums: from ``attend``.
-        scale: from ``attend``.
-        is_normalized: as for ``attend``.
+        sums: from ``forward``.
+        scale: from ``forward``.
+        is_normalized: as for ``forward``.
 
     Returns:
         The gradients of ``q`` and of ``v``, each in its dtype.
     """
     grad_q, grad_v = empty_rows(q), empty_rows(v)
     for block in _blocks(grad, q, v, sums, scale, grad_q, grad_v):
-        _differentiate_block(*block, functions=functions, is_normalized=is_normalized)
+        _backward_block(*block, functions=functions, is_normalized=is_normalized)
     return grad_q, grad_v
 
 
-def _differentiate_block(
+def _backward_block(
     grad: Tensor,
     q: Tensor,
     v: Tensor,
@@ -180,7 +179,7 @@ def _differentiate_block(
     grad_scale = torch.einsum("bhmn,bhmn->bh", grad_exponents, exponents)
     share = 2 * scale * grad_scale / (num_tokens * num_anchors)
     grad_distances = grad_exponents.mul_(_per_head(scale)).add_(_per_head(share))
-    rows.differentiate(grad_distances, anchors, out=grad_q)
+    rows.backward(grad_distances, anchors, out=grad_q)
 
 
 class _Rows(NamedTuple):
@@ -199,7 +198,7 @@ class _Rows(NamedTuple):
     @classmethod
     def of(cls, q: Tensor) -> _Rows:
         norms = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
-        inverse_norms = norms.clamp_min(_MIN_NORM).reciprocal_()
+        inverse_norms = norms.clamp_min(MIN_NORM).reciprocal_()
         return cls(q, inverse_norms, norms.mul_(inverse_norms).square_().transpose(-1, -2))
 
     def split(self, num_tokens: int) -> Iterator[_Rows]:
@@ -223,15 +222,15 @@ class _Rows(NamedTuple):
             self.q * self.inverse_norms, self.x_squared, anchors, _per_head(scale)
         )
 
-    def differentiate(self, grad_distances: Tensor, anchors: Tensor, *, out: Tensor) -> None:
+    def backward(self, grad_distances: Tensor, anchors: Tensor, *, out: Tensor) -> None:
         """Gradient of the raw rows from that of their distances [b, H, M, n]."""
         x = self.q * self.inverse_norms
         toward = grad_distances.transpose(-1, -2) @ anchors  # [b, H, n, D]
         along = grad_distances.sum(-2, keepdim=True)  # [b, H, 1, n]
         # dx / 2 = along x - toward; a row that was normalised loses its part along x, which
         # one too short for it keeps.
-        is_normalised = self.inverse_norms.transpose(-1, -2) * _MIN_NORM < 1
-        radial = (along * self.x_squared - _row_sums(x * toward)) * is_normalised
+        is_unit = self.inverse_norms.transpose(-1, -2) * MIN_NORM < 1
+        radial = (along * self.x_squared - _row_sums(x * toward)) * is_unit
         x *= (along - radial).transpose(-1, -2)
         torch.mul(x.sub_(toward), 2 * self.inverse_norms, out=out)
 
@@ -254,9 +253,6 @@ def _per_head(x: Tensor) -> Tensor:
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors [B, H, N, ...] image by image, or as many images as a block takes."""
     _, num_heads, num_tokens, _ = tensors[0].shape
-    num_images = max(1, _block_rows() // (num_heads * num_tokens))
-    return zip(*(tensor.split(num_images) for tensor in tensors), strict=True)
-
-
-def _block_rows() -> int:
-    return _ROWS_PER_THREAD * torch.get_num_threads()
+    # The same number for each thread, so that none waits.
+    num_images = _ROWS_PER_THREAD // (num_heads * num_tokens) * torch.get_num_threads()
+    return zip(*(tensor.split(max(1, num_images)) for tensor in tensors), strict=True)

@@ -15,6 +15,9 @@ from torch.autograd.function import FunctionCtx
 
 from ecoformer.ops.precision import as_full_precision, without_autocast
 
+# What normalisation divides by at least.
+MIN_NORM = 1e-12
+
 
 def normalize_rows(x: Tensor) -> Tensor:
     """Divide each row by max(its L2 norm, 1e-12).
@@ -27,7 +30,7 @@ def normalize_rows(x: Tensor) -> Tensor:
 
     Source: EcoFormer, arXiv 2209.09004.
     """
-    return torch.nn.functional.normalize(as_full_precision(x), dim=-1, eps=1e-12)
+    return torch.nn.functional.normalize(as_full_precision(x), dim=-1, eps=MIN_NORM)
 
 
 def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:

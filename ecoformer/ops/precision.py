@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,6 +19,18 @@ def as_full_precision(x: Tensor) -> Tensor:
         ``x`` in float32, or float64 where it is.
     """
     return x if x.dtype == torch.float64 else x.float()
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Choose what several inputs are computed in.
+
+    Args:
+        tensors: any shapes, float.
+
+    Returns:
+        float32, or float64 where one of them is.
+    """
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

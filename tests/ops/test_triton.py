@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ecoformer.ops import blocked, fused, kernelized_hash_attention, reference
+from ecoformer.ops import blocked, custom_op, kernelized_hash_attention, reference
 from ecoformer.ops import triton as triton_ops
 from tests.problems import Problem, draw_problem, solve
 
@@ -101,13 +101,13 @@ def test_interpreted_precisions_agree(precision: str) -> None:
     functions = blocked.HashFunctions(**problem.functions)
     tiling = launch.Tiling(precision, 16, 4)
     arguments = (problem.q, problem.v, functions)
-    out, sums, scale = launch.attend(*arguments, is_normalized=True, tiling=tiling)
-    expected = blocked.attend(*arguments, is_normalized=True)
+    out, sums, scale = launch.forward(*arguments, is_normalized=True, tiling=tiling)
+    expected = blocked.forward(*arguments, is_normalized=True)
     assert_close((out, sums, scale), expected)
     backward = (problem.grad, *arguments, sums, scale)
     assert_close(
-        launch.differentiate(*backward, is_normalized=True, tiling=tiling),
-        blocked.differentiate(*backward, is_normalized=True),
+        launch.backward(*backward, is_normalized=True, tiling=tiling),
+        blocked.backward(*backward, is_normalized=True),
     )
 
 
@@ -130,7 +130,7 @@ def test_interpreted_operator_passes_pytorchs_checks() -> None:
     problem = draw_problem(images=1, heads=2, tokens=5, dtype=torch.float32)
     rows = (row.requires_grad_() for row in (problem.q, problem.v))
     torch.library.opcheck(
-        fused.kernelized_hash_attention, (*rows, *problem.functions.values(), False)
+        custom_op.kernelized_hash_attention, (*rows, *problem.functions.values(), False)
     )
 
 
@@ -259,11 +259,11 @@ def test_codes_on_a_gpu_flip_no_more_often_than_float32_rounds() -> None:
     problem = on_gpu(
         draw_problem(images=4, tokens=3136, dim=32, bits=16, anchors=25, dtype=torch.float32)
     )
-    _, sums, _ = fused.kernelized_hash_attention(
+    _, sums, _ = custom_op.kernelized_hash_attention(
         problem.q, problem.v, *problem.functions.values(), False
     )
     exact = problem.upcast()
-    _, expected, _ = fused.kernelized_hash_attention(
+    _, expected, _ = custom_op.kernelized_hash_attention(
         exact.q, exact.v, *exact.functions.values(), False
     )
     # Sums of signs differ by 2 for every code that flips; one in 100,000 may.

@@ -1,4 +1,4 @@
-"""Triton kernels of the fused operator; ``kernels`` and ``launch`` need Triton to import."""
+"""Triton kernels of the custom operator; ``kernels`` and ``launch`` need Triton to import."""
 
 from __future__ import annotations
 

@@ -367,7 +367,7 @@ def write_output_kernel(
 
 
 @triton.jit
-def _differentiate_ratio(
+def _ratio_gradient(
     grad,
     v,
     y,
@@ -460,7 +460,7 @@ def sum_gradients_kernel(
             _is_short(q),
             PRECISION,
         )
-        h, g, e, g_context = _differentiate_ratio(
+        h, g, e, g_context = _ratio_gradient(
             grad_tile,
             v_tile,
             y,
@@ -563,7 +563,7 @@ def write_gradients_kernel(
             _is_short(q),
             PRECISION,
         )
-        h, g, e, g_context = _differentiate_ratio(
+        h, g, e, g_context = _ratio_gradient(
             grad_tile,
             v_tile,
             y,

@@ -49,7 +49,7 @@ class Tiling:
         return cls("tf32", 64, 4) if is_small else cls("ieee", 16, 8)
 
 
-def attend(
+def forward(
     q: Tensor,
     v: Tensor,
     functions: HashFunctions,
@@ -57,17 +57,17 @@ def attend(
     is_normalized: bool,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend as ``blocked.attend`` does.
+    """Attend as ``blocked.forward`` does.
 
     Args:
         q: [B, H, N, D], float.
         v: [B, H, N, D], float.
         functions: what makes the codes.
-        is_normalized: as for ``blocked.attend``.
+        is_normalized: as for ``blocked.forward``.
         tiling: how; chosen by the sizes where None.
 
     Returns:
-        Output, sums and scale of ``blocked.attend``; the latter two are float32.
+        Output, sums and scale of ``blocked.forward``; the latter two are float32.
     """
     num_images, num_heads, num_tokens, head_dim = q.shape
     num_bits = functions.weight.shape[1]
@@ -86,7 +86,7 @@ def attend(
     return out, sums.unflatten(0, (num_images, num_heads)), scales
 
 
-def differentiate(
+def backward(
     grad: Tensor,
     q: Tensor,
     v: Tensor,
@@ -97,17 +97,17 @@ def differentiate(
     is_normalized: bool,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiate ``attend`` as ``blocked.differentiate`` does.
+    """Differentiate ``forward`` as ``blocked.backward`` does.
 
     Args:
         grad: [B, H, N, D], float, gradient of the output.
         q: [B, H, N, D], float.
         v: [B, H, N, D], float.
         functions: what makes the codes.
-        sums: from ``attend``.
-        scale: from ``attend``.
-        is_normalized: as for ``attend``.
-        tiling: as for ``attend``.
+        sums: from ``forward``.
+        scale: from ``forward``.
+        is_normalized: as for ``forward``.
+        tiling: as for ``forward``.
 
     Returns:
         The gradients of ``q`` and of ``v``, each in its dtype; what adds up to them is float32.

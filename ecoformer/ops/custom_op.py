@@ -17,7 +17,7 @@ from torch import Tensor
 from ecoformer.ops import blocked
 from ecoformer.ops import triton as triton_ops
 from ecoformer.ops.blocked import HashFunctions, empty_rows
-from ecoformer.ops.precision import without_autocast
+from ecoformer.ops.precision import compute_dtype, without_autocast
 
 
 @torch.library.custom_op("ecoformer::kernelized_hash_attention", mutates_args=())
@@ -35,16 +35,15 @@ def kernelized_hash_attention(
         is_normalized: the value bias is ``c sum_j v_j``, not ``c v_i``.
 
     Returns:
-        As ``blocked.attend``.
+        As ``blocked.forward``.
     """
     functions = _functions(q, v, anchors, weight, kernel_mean)
     with without_autocast(q):
-        implementation = _implementation(q, v, weight)
-        return implementation.attend(q, v, functions, is_normalized=is_normalized)
+        return _implementation(q, v, weight).forward(q, v, functions, is_normalized=is_normalized)
 
 
 @torch.library.custom_op("ecoformer::kernelized_hash_attention_backward", mutates_args=())
-def _backward(
+def _backward_op(
     grad: Tensor,
     q: Tensor,
     v: Tensor,
@@ -57,7 +56,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     functions = _functions(q, v, anchors, weight, kernel_mean)
     with without_autocast(q):
-        return _implementation(q, v, weight).differentiate(
+        return _implementation(q, v, weight).backward(
             grad, q, v, functions, sums, scale, is_normalized=is_normalized
         )
 
@@ -75,13 +74,8 @@ def _implementation(q: Tensor, v: Tensor, weight: Tensor) -> ModuleType:
 def _functions(
     q: Tensor, v: Tensor, anchors: Tensor, weight: Tensor, kernel_mean: Tensor
 ) -> HashFunctions:
-    dtype = _compute_dtype(q, v)
+    dtype = compute_dtype(q, v)
     return HashFunctions(anchors.to(dtype), weight.to(dtype), kernel_mean.to(dtype))
-
-
-def _compute_dtype(q: Tensor, v: Tensor) -> torch.dtype:
-    """float32, or float64 where an input is."""
-    return torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
 
 
 @kernelized_hash_attention.register_fake
@@ -89,12 +83,12 @@ def _(
     q: Tensor, v: Tensor, anchors: Tensor, weight: Tensor, kernel_mean: Tensor, is_normalized: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_images, num_heads, _, head_dim = v.shape
-    dtype = _compute_dtype(q, v)
+    dtype = compute_dtype(q, v)
     sums = v.new_empty(num_images, num_heads, weight.shape[1] + 1, head_dim + 1, dtype=dtype)
     return empty_rows(v), sums, v.new_empty(num_images, num_heads, dtype=dtype)
 
 
-@_backward.register_fake
+@_backward_op.register_fake
 def _(grad: Tensor, q: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return empty_rows(q), empty_rows(v)
 
@@ -104,9 +98,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    grads = _backward(grad, *ctx.saved_tensors, ctx.is_normalized)
+def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    grads = _backward_op(grad, *ctx.saved_tensors, ctx.is_normalized)
     return *grads, None, None, None, None
 
 
-kernelized_hash_attention.register_autograd(_differentiate, setup_context=_save)
+kernelized_hash_attention.register_autograd(_backward, setup_context=_save)

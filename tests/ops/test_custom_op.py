@@ -1,4 +1,4 @@
-"""The fused operator: blocks do not show, and compiling and exporting pass through it."""
+"""The operator: blocks do not show, and compiling and exporting pass through it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ecoformer.attention.heads import merge_heads
-from ecoformer.ops import blocked, fused, kernelized_hash_attention, reference
+from ecoformer.ops import blocked, custom_op, kernelized_hash_attention, reference
 from tests.problems import Problem, draw_problem, solve
 
 VALUE_BIASES = ["released", "normalized"]
@@ -38,7 +38,7 @@ def arguments(problem: Problem, value_bias: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("value_bias", VALUE_BIASES)
 def test_pytorch_finds_no_fault_with_it(dtype: torch.dtype, value_bias: str) -> None:
     torch.library.opcheck(
-        fused.kernelized_hash_attention, arguments(draw_problem(dtype=dtype), value_bias)
+        custom_op.kernelized_hash_attention, arguments(draw_problem(dtype=dtype), value_bias)
     )
 
 

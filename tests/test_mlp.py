@@ -1,0 +1,96 @@
+"""The MLP, against its formula, whole and in blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ecoformer import mlp as mlp_module
+from ecoformer.mlp import Mlp
+from tests.problems import draw
+
+SIZE = (3, 5)
+
+
+@pytest.mark.parametrize("has_relu", [False, True])
+@pytest.mark.parametrize("has_dwconv", [False, True])
+def test_mlp_is_its_formula(has_dwconv: bool, has_relu: bool) -> None:
+    mlp = Mlp(8, 16, has_dwconv=has_dwconv, has_relu=has_relu).double()
+    x = draw(2, 15, 8)
+    hidden = x @ mlp.fc1.weight.T + mlp.fc1.bias
+    if has_relu:
+        hidden = hidden.clamp_min(0)
+    if mlp.dwconv is not None:
+        conv = mlp.dwconv.dwconv
+        image = hidden.mT.reshape(2, 16, *SIZE)
+        hidden = F.conv2d(image, conv.weight, conv.bias, padding=1, groups=16).flatten(2).mT
+    # The exact GELU, by its definition.
+    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    torch.testing.assert_close(mlp(x, SIZE), hidden @ mlp.fc2.weight.T + mlp.fc2.bias)
+
+
+# In values of an image's hidden map, 15 tokens by 80 channels: two images, or 32 channels of one.
+@pytest.mark.parametrize("num_block_values", [2 * 15 * 80, 15 * 32])
+@pytest.mark.parametrize("has_relu", [False, True])
+@pytest.mark.parametrize("has_dwconv", [False, True])
+def test_blocks_do_not_show(
+    num_block_values: int, has_dwconv: bool, has_relu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp = Mlp(8, 80, has_dwconv=has_dwconv, has_relu=has_relu).double()
+    x = draw(5, 15, 8)
+    expected = mlp(x, SIZE)
+    num_blocks, mix_part = 0, Mlp._mix_part
+
+    def count(self: Mlp, x: torch.Tensor, size: tuple[int, int], part: slice) -> torch.Tensor:
+        nonlocal num_blocks
+        num_blocks += 1
+        return mix_part(self, x, size, part)
+
+    monkeypatch.setattr(mlp_module, "_MAX_WHOLE_MAP", 1000)
+    monkeypatch.setattr(mlp_module, "_BLOCK_VALUES_PER_THREAD", num_block_values)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(Mlp, "_mix_part", count)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x, SIZE), expected)
+    assert num_blocks == (3 if num_block_values == 2 * 15 * 80 else 5 * 3)
+
+
+class Doubled(nn.Linear):
+    """A layer that a user put in the place of another, as adapters do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("way", ["hook", "replaced", "dropout", "gradient"])
+def test_blocks_leave_nothing_out(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp_module, "_MAX_WHOLE_MAP", 0)
+    mlp, x = Mlp(8, 16, drop=0.5 if way == "dropout" else 0.0, has_dwconv=True), draw(2, 15, 8)
+    mlp, whole = mlp.double().eval(), []
+    if way == "hook":
+        mlp.fc2.register_forward_hook(lambda *_: whole.append(True))
+    elif way == "replaced":
+        mlp.fc1, old = Doubled(8, 16).double(), mlp.fc1
+        mlp.fc1.load_state_dict({name: weight / 2 for name, weight in old.state_dict().items()})
+    elif way == "dropout":
+        mlp.train()
+    with torch.set_grad_enabled(way == "gradient"):
+        out = mlp(x, SIZE)
+    if way == "hook":
+        assert whole
+    elif way == "replaced":
+        mlp.fc1 = old
+        torch.testing.assert_close(out, mlp(x, SIZE))
+    elif way == "dropout":
+        assert not torch.equal(out, mlp.eval()(x, SIZE))
+    else:
+        assert torch.autograd.grad(out.sum(), mlp.fc1.weight)[0].any()
+
+
+def test_loading_weights_keeps_them_channels_last() -> None:
+    mlp = Mlp(8, 16, has_dwconv=True)
+    mlp.load_state_dict({name: weight.contiguous() for name, weight in mlp.state_dict().items()})
+    image = torch.randn(1, 4, 4, 16).permute(0, 3, 1, 2)
+    assert mlp.get_submodule("dwconv.dwconv")(image).stride() == image.stride()
