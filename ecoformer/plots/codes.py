@@ -114,8 +114,10 @@ def load_run(folder: Path) -> nn.Module:
         The model on the CPU, in eval mode.
 
     Raises:
-        InputError: it holds no finished epoch, or its data are gone.
+        InputError: it is no run, holds no finished epoch, or its data are gone.
     """
+    if not (folder / "config.yaml").exists():
+        raise InputError(f"{folder} is no run: it holds no config.yaml; give a run's folder.")
     config = read_config(folder / "config.yaml")
     data, settings = config.data, config.model
     images = open_dataset(data.data_set, data.data_path, "val", input_size=settings.input_size)
@@ -165,6 +167,8 @@ def draw_codes(
     layers = [n for n, m in ecoformer.named_modules() if isinstance(m, EcoFormerAttention)]
     if not layers:
         raise InputError(f"{ecoformer_run} is no run with EcoFormer attention.")
+    if not isinstance(dict(softmax.named_modules()).get(layers[0]), SoftmaxAttention):
+        raise InputError(f"{softmax_run} is no run of the same model with softmax attention.")
     layer = layer or layers[0]
     if token is None:
         _, _, (height, width) = _capture(ecoformer, layer, pixels, EcoFormerAttention)
@@ -186,7 +190,7 @@ def _draw(picture: Image.Image, title: str, view: TokenView, token: tuple[int, i
     for axes, values, name in zip(
         maps,
         (view.softmax, view.codes, view.equal_bits),
-        ("softmax attention", "attention through codes", "equal bits of the code"),
+        ("softmax attention", "attention through codes", "Hamming similarity of codes"),
         strict=True,
     ):
         shown = axes.imshow(values.numpy(), extent=extent, cmap="viridis")

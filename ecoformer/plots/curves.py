@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
 from ecoformer.plots.figures import make_figure
-from ecoformer.tables.models import describe_cost, find_family
+from ecoformer.tables.models import ATTENTION_LABELS, describe_cost, find_family
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,11 +26,13 @@ def draw_curves(runs: Sequence[Path]) -> Figure:
         Two axes, with a line a run in each.
 
     Raises:
-        InputError: one holds no log.
+        InputError: one holds no log, or no epoch in it.
     """
     figure, (losses, accuracies) = make_figure(2)
     for run in runs:
         records = read_log(run)
+        if not records:
+            raise InputError(f"{run} has finished no epoch yet; give a run that has.")
         epochs = [record["epoch"] + 1 for record in records]
         for axes, key in ((losses, "train_loss"), (accuracies, "test_acc1")):
             axes.plot(epochs, [record[key] for record in records], marker=".", label=run.name)
@@ -70,7 +72,7 @@ def _read_rows(table: Path) -> list[dict]:
     try:
         rows = [row for row in json.loads(table.read_text())["rows"] if "top1" in row]
     except OSError as error:
-        raise InputError(f"cannot read {table} ({error.strerror}).") from None
+        raise InputError(f"cannot read {table} ({error.strerror}); give a table's JSON.") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{table} is no table of python -m ecoformer.tables in JSON.") from None
     if not rows:
@@ -93,13 +95,22 @@ def draw_cost(variant: str, resolutions: Sequence[int]) -> Figure:
     """
     figure, (axes,) = make_figure(width=6.0)
     sides = sorted(resolutions)
-    for kind in find_family(variant).variants[variant]:
+    kinds = find_family(variant).variants[variant]
+    for place, kind in enumerate(kinds):
         costs = [
             describe_cost(variant, kind, input_size=side, is_executed_counted=False)
             for side in sides
         ]
         energy_mj = [float(cost["energy_pj"] or 0) / 1e9 for cost in costs]
-        axes.plot(sides, energy_mj, marker=".", label=kind)
+        axes.plot(
+            sides,
+            energy_mj,
+            marker=".",
+            label=ATTENTION_LABELS[kind],
+            # Some lie on top of each other: through a dashed line the next one is seen.
+            linestyle="--" if place % 2 else "-",
+            zorder=3 - place / len(kinds),
+        )
     axes.set(
         xscale="log",
         yscale="log",

@@ -14,6 +14,7 @@ from ecoformer.errors import InputError
 from ecoformer.hashing import HashConfig, with_random_hash_functions
 from ecoformer.measure import time_interleaved
 from ecoformer.tables.models import (
+    ATTENTION_LABELS,
     EXECUTED_NOTE,
     add_savings,
     cost_columns,
@@ -33,15 +34,6 @@ COMPARISON_COLUMNS = (
     *cost_columns(is_small=True),
     Column("images_per_s", "images/s", digits=0),
 )
-_LABELS = {
-    "msa": "softmax",
-    "msa_share_qk": "softmax, shared queries and keys",
-    "sra": "spatial reduction",
-    "lsa_msa": "softmax, windows and all tokens",
-    "lsa_gsa": "softmax in windows, spatial reduction",
-    "performer": "Performer",
-    "ecoformer": "EcoFormer",
-}
 # Setting that a comparison varies, and the values that it takes unless others are given.
 _SETTINGS: dict[str, tuple[str, tuple[int, ...] | tuple[str, ...]]] = {
     "bits": ("num_bits", (4, 8, 16, 32)),
@@ -91,7 +83,9 @@ def list_contenders(comparison: str, variant: str, values: Sequence[str] = ()) -
     if comparison == "kinds":
         if values:
             raise InputError("kinds takes no --values: it compares all that the model has.")
-        plain = [Contender(_LABELS[kind], kind) for kind in _LABELS if kind in kinds]
+        plain = [
+            Contender(label, kind) for kind, label in ATTENTION_LABELS.items() if kind in kinds
+        ]
         normalized = Contender(
             "EcoFormer, normalized bias", "ecoformer", {"value_bias": "normalized"}
         )

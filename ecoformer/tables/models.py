@@ -16,6 +16,15 @@ from ecoformer.family import ModelFamily
 from ecoformer.hashing import HashConfig
 from ecoformer.tables.report import Column, Row, Value
 
+ATTENTION_LABELS = {
+    "msa": "softmax",
+    "msa_share_qk": "softmax, shared queries and keys",
+    "sra": "spatial reduction",
+    "lsa_msa": "softmax, windows and all tokens",
+    "lsa_gsa": "softmax in windows, spatial reduction",
+    "performer": "Performer",
+    "ecoformer": "EcoFormer",
+}
 COST_NOTE = (
     "#Mul, #Add, energy (45 nm) and area are the paper's model of one image. Hardware of today "
     "really saves what disappears, the N^2 products of softmax attention; it does not save what "

@@ -142,6 +142,17 @@ def test_curves_and_points_are_the_numbers_of_the_files(
         ),
         (
             lambda runs: [
+                *("codes", "--softmax", str(runs["ecoformer"])),
+                *("--ecoformer", str(runs["ecoformer"])),
+            ],
+            "no run of the same model with softmax attention",
+        ),
+        (
+            lambda runs: ["codes", "--softmax", "/no/run", "--ecoformer", str(runs["ecoformer"])],
+            "/no/run is no run: it holds no config.yaml",
+        ),
+        (
+            lambda runs: [
                 *("codes", "--softmax", str(runs["msa"]), "--ecoformer"),
                 *(str(runs["ecoformer"]), "--image", "360"),
             ],
@@ -162,6 +173,12 @@ def test_bad_input(
     assert line.startswith("error: ")
     assert expected in line
     assert not path.exists()
+
+
+def test_a_run_without_an_epoch_has_no_curve(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").touch()
+    with pytest.raises(InputError, match="has finished no epoch yet"):
+        draw_curves([tmp_path])
 
 
 def test_only_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
