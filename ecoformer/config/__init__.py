@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ecoformer.config.cli import parse_config
-from ecoformer.config.file import read_config, save_config
+from ecoformer.config.file import read_config, to_yaml
 from ecoformer.config.schema import (
     AugmentConfig,
     Config,
@@ -24,5 +24,5 @@ __all__ = [
     "describe_changes",
     "parse_config",
     "read_config",
-    "save_config",
+    "to_yaml",
 ]

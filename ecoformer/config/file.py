@@ -41,16 +41,19 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
         raise InputError(f"config file {path}: {error}") from None
 
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Write every field as YAML that ``read_config`` turns back into the same configuration.
+def to_yaml(config: Config) -> str:
+    """Put every field into YAML that ``read_config`` turns back into the same configuration.
 
     Args:
         config: of a run.
-        path: the file; an earlier one is written over.
+
+    Returns:
+        A line a field.
     """
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(config.to_flat(), sort_keys=False), encoding="utf-8")
+    text: str = yaml.safe_dump(config.to_flat(), sort_keys=False)
+    return text
 
 
 def _load(path: Path) -> dict[str, Any]:

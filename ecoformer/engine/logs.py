@@ -162,6 +162,7 @@ class RunLog:
             if is_last:
                 raise
             _logger.warning("%s The run goes on, and tries again after the next epoch.", error)
+            return
         try:
             self._send()
         except OSError as error:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ecoformer.checkpoint import load_checkpoint, read_checkpoint, resolve_source
-from ecoformer.config import Config, parse_config, save_config
+from ecoformer.checkpoint.files import open_atomic
+from ecoformer.config import Config, parse_config, to_yaml
 from ecoformer.engine.background import BackgroundWriter
 from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.distributed import (
@@ -106,7 +107,8 @@ def _run(family: ModelFamily, config: Config, device: torch.device) -> None:
         _train(model, loaders, config, device, amp_dtype)
         return
     _load_for_evaluation(model, config)
-    result = evaluate(model, loaders.eval, device=device, amp_dtype=amp_dtype)
+    network = compile_model(model) if config.run.compile else model
+    result = evaluate(network, loaders.eval, device=device, amp_dtype=amp_dtype)
     _logger.info("%s", result)
 
 
@@ -121,7 +123,7 @@ def _train(
 
     state = _start(model, config, device, amp_dtype)
     folder, num_epochs = Path(config.run.output_dir), config.optim.epochs
-    run_on_main(lambda: _write_config(config, folder))
+    run_on_main(lambda: _write_config(config, folder / "config.yaml"))
     network = compile_model(model) if config.run.compile else model
     parallel = parallelize(network, device)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -314,11 +316,6 @@ def _find_last(config: Config) -> str | None:
     return broadcast_object(str(path) if path.exists() else None)
 
 
-def _write_config(config: Config, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-    except OSError as error:
-        raise InputError(
-            f"--output_dir {folder} cannot be written ({error.strerror or error}); choose another."
-        ) from error
+def _write_config(config: Config, path: Path) -> None:
+    with open_atomic(path) as file:
+        file.write(to_yaml(config).encode())

@@ -338,10 +338,10 @@ def test_released_name_beats_the_attention_of_a_file(twins: ModelFamily, tmp_pat
 
 
 def test_a_run_starts_again_from_its_own_file(pvt: ModelFamily, tmp_path: Path) -> None:
-    from ecoformer.config import save_config
+    from ecoformer.config import to_yaml
 
     first = parse_config(pvt, ["--model", "pvt_v2_b1", "--attn_type", "msa", "--lr", "1e-3"])
     path = tmp_path / "config.yaml"
-    save_config(first, path)
+    path.write_text(to_yaml(first), encoding="utf-8")
     again = parse_config(pvt, ["--config", str(path)])
     assert again.to_flat() == first.to_flat() | {"config": str(path)}

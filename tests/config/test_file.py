@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ecoformer.config import Config, read_config, save_config
+from ecoformer.config import Config, read_config, to_yaml
 from ecoformer.errors import InputError
 
 
@@ -17,9 +17,9 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 def test_yaml_round_trip(tmp_path: Path, changed: dict[str, Any]) -> None:
     for config in (Config(), Config.from_flat(changed)):
-        save_config(config, tmp_path / "config.yaml")
+        path = write(tmp_path, "config.yaml", to_yaml(config))
         # The base proves that every field was written.
-        assert read_config(tmp_path / "config.yaml", Config.from_flat(changed)) == config
+        assert read_config(path, Config.from_flat(changed)) == config
 
 
 def test_plain_and_released_form_are_the_same(tmp_path: Path) -> None:

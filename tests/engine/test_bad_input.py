@@ -160,7 +160,7 @@ def test_run_with_other_settings(
 def test_folder_that_cannot_be_written(refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     line = refuse(["--output_dir", str(tmp_path / "file" / "run")])
-    assert "--output_dir" in line
+    assert f"{tmp_path}/file/run/config.yaml: cannot be written (Not a directory)" in line
 
 
 def test_device_that_is_not_there(refuse: Refuse) -> None:
