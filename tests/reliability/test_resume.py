@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import signal
+import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -151,3 +157,53 @@ def test_shuffled_evaluation_changes_nothing(fitted: nn.Module) -> None:
         )
     assert len(results) == 1
     assert all(torch.equal(before[name], value) for name, value in buffers(fitted).items())
+
+
+# A process of the demo; after so many steps it stops and saves, or just tells the time.
+DEMO = """
+import os, signal, sys, time
+from ecoformer.engine import train
+from ecoformer.engine.main import run_main
+from pvt import FAMILY
+
+real, count = train._update, 0
+
+def update(*args):
+    global count
+    norm, count = real(*args), count + 1
+    if str(count) == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if sys.argv[1] == "time":
+        print("first step", time.time(), flush=True)
+        os._exit(0)
+    return norm
+
+train._update = update
+raise SystemExit(run_main(FAMILY, sys.argv[2:]))
+"""
+
+
+def run_demo(goal: str, folder: Path) -> tuple[float, str]:
+    """Seconds from the start of a process to the end of its first step, and what it said."""
+    flags = ["--config", "configs/demo/pvt_v2_b0_msa.py", "--data-set", "DIGITS"]
+    command = [sys.executable, "-c", DEMO, goal, *flags, "--output_dir", str(folder)]
+    began = time.time()
+    ended = subprocess.run(command, capture_output=True, text=True)
+    told = re.search(r"first step ([\d.]+)", ended.stdout)
+    return float(told[1]) - began if told else math.nan, ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_cost_of_a_resume(tmp_path: Path) -> None:
+    """In the middle of an epoch of the demo, in turns with a fresh start; medians."""
+    _, said = run_demo("10", tmp_path / "stopped")
+    assert "saved at epoch 0, step 10" in said
+    fresh_s, resumed_s = [], []
+    for number in range(5):
+        fresh_s.append(run_demo("time", tmp_path / str(number))[0])
+        seconds, said = run_demo("time", tmp_path / "stopped")
+        assert "going on at epoch 0, step 10" in said
+        resumed_s.append(seconds)
+    fresh, resumed = statistics.median(fresh_s), statistics.median(resumed_s)
+    print(f"first step done after {fresh:.2f} s fresh, {resumed:.2f} s resumed")
+    assert resumed < fresh + 5
