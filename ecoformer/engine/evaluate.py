@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecoformer.engine.compiling import vary_batch_size
 from ecoformer.engine.distributed import sum_over_ranks
 from ecoformer.engine.logs import track
 from ecoformer.engine.precision import autocast
@@ -65,7 +66,7 @@ def evaluate(
     are of integers, so one process and many give equal numbers.
 
     Args:
-        model: the bare model, not one wrapped for training on many ranks.
+        model: the model, compiled or not, but not one wrapped for training on many ranks.
         batches: this rank's share of the images.
         device: where the model is.
         amp_dtype: from ``choose_amp_dtype``.
@@ -84,7 +85,7 @@ def evaluate(
 
     def count() -> None:
         for images, labels in track(batches, "evaluate", total=len(batches)):
-            images = images.to(device, non_blocking=True)
+            images = vary_batch_size(images.to(device, non_blocking=True))
             labels = labels.to(device, non_blocking=True)
             with autocast(device, amp_dtype):
                 logits = model(images).float()
