@@ -170,12 +170,9 @@ def _format_table(results: list[Result]) -> str:
 
 def _draw(results: list[Result], picture: Path) -> None:
     """Curves of both stages, one after the other, and energy against accuracy."""
-    import matplotlib
+    from ecoformer.figures import make_figure, save_figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (curves, tradeoff) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, (curves, tradeoff) = make_figure(2, width=4.5)
     first_epoch = 1
     for result in results:
         epochs = range(first_epoch, first_epoch + len(result.curve))
@@ -195,7 +192,7 @@ def _draw(results: list[Result], picture: Path) -> None:
     for axes in (curves, tradeoff):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(picture, dpi=150)
+    save_figure(figure, picture)
 
 
 if __name__ == "__main__":

@@ -71,12 +71,13 @@ LAYERS = {
     "checkpoint": Layer(("ecoformer.checkpoint",), METHOD),
     "cost": Layer(("ecoformer.cost",), (*METHOD, "config", "checkpoint")),
     "engine": Layer(("ecoformer.engine",), (*METHOD, "config", "data", "checkpoint", "cost")),
+    "figures": Layer(("ecoformer.figures",), ("checkpoint",)),
     "package": Layer(("ecoformer",), (*METHOD, *STACK)),
     "pvt commands": Layer(("pvt.main", "pvt.get_energy"), (*METHOD, *STACK, "pvt")),
     "twins commands": Layer(("twins.main", "twins.get_energy"), (*METHOD, *STACK, "twins")),
     "commands": Layer(
         tuple(f"ecoformer.{name}" for name in ("benchmark", "demo", "doctor", "plots", "tables")),
-        (*METHOD, *STACK),
+        (*METHOD, *STACK, "figures"),
         ("package", "pvt", "twins"),
     ),
 }

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ecoformer.figures import make_figure, save_figure
 from ecoformer.measure import Timing
 
 # Fewer points than this make no slope and no curve.
@@ -210,15 +211,12 @@ class Report:
         """Draw time and memory of an image against N, a line a curve.
 
         Args:
-            path: the picture; its ending is the format.
+            path: of the picture, a PNG.
+
+        Raises:
+            InputError: the disk refuses.
         """
-        # Half a second to import, and only a picture needs it.
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-
-        figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+        figure, (time_axes, memory_axes) = make_figure(2, width=5.5, height=4.5)
         for (task, name), rows in self.curves().items():
             label = f"{task}: {name}"
             times = [row.image_ms for row in rows]
@@ -230,8 +228,7 @@ class Report:
             axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
             axes.grid(which="both", alpha=0.3)
         figure.legend(loc="outside upper center", ncols=2, fontsize="small")
-        figure.savefig(path, bbox_inches="tight", dpi=150)
-        pyplot.close(figure)
+        save_figure(figure, path)
 
 
 def _memory_points(rows: Sequence[Row]) -> list[tuple[int, float]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecoformer.errors import EXIT_DONE, InputError, print_error
+from ecoformer.figures import save_figure
 from ecoformer.plots.codes import draw_codes
 from ecoformer.plots.curves import draw_cost, draw_curves, draw_tradeoff
-from ecoformer.plots.figures import save_figure
 from ecoformer.plots.method import draw_method
 
 if TYPE_CHECKING:
@@ -40,29 +40,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ecoformer.plots")
+    parser = argparse.ArgumentParser(
+        prog="python -m ecoformer.plots",
+        description="Draw a picture of runs, tables or codes, as PNG.",
+        epilog="PLOT --help tells the flags of each. A run is a folder that training has left.",
+    )
     plots = parser.add_subparsers(dest="plot", metavar="PLOT", required=True)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         plot = plots.add_parser(name, help=help, description=help, allow_abbrev=False)
-        plot.add_argument("--output", type=Path, help=f"runs/plots/{name}.png unless given")
+        plot.add_argument(
+            "--output", type=Path, metavar="FILE.png", help=f"(runs/plots/{name}.png)"
+        )
         return plot
 
     curves = add("curves", "loss and accuracy over epochs, a line a run")
     curves.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     tradeoff = add("tradeoff", "accuracy against energy, a point a row of tables")
-    tradeoff.add_argument("tables", nargs="+", type=Path, metavar="TABLE.json")
+    tradeoff.add_argument(
+        "tables",
+        nargs="+",
+        type=Path,
+        metavar="TABLE.json",
+        help="of python -m ecoformer.tables, with accuracies",
+    )
     cost = add("cost", "energy against resolution, a line an attention kind")
     cost.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
     sides = (32, 64, 128, 224, 448, 1024)
-    cost.add_argument("--resolutions", type=int, nargs="+", default=sides, help="pixels")
+    cost.add_argument(
+        "--resolutions", type=int, nargs="+", default=sides, help="pixels %(default)s"
+    )
     codes = add("codes", "what one token attends to under softmax and under codes")
-    codes.add_argument("--softmax", type=Path, required=True, metavar="RUN")
-    codes.add_argument("--ecoformer", type=Path, required=True, metavar="RUN")
-    codes.add_argument("--image", type=int, default=0, help="number of a validation image (0)")
-    codes.add_argument("--layer", help="name of an attention layer; the first unless given")
+    for kind in ("softmax", "ecoformer"):
+        codes.add_argument(
+            f"--{kind}", type=Path, required=True, metavar="RUN", help=f"with {kind} attention"
+        )
     codes.add_argument(
-        "--token", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="the middle unless given"
+        "--image", type=int, default=0, help="number of a validation image (%(default)s)"
+    )
+    codes.add_argument("--layer", help="name of an attention layer (the first with codes)")
+    codes.add_argument(
+        "--token", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="of its map (the middle)"
     )
     add("method", "the method, drawn")
     return parser.parse_args(argv)

@@ -20,7 +20,7 @@ from ecoformer.config.file import read_config
 from ecoformer.data.datasets import open_dataset
 from ecoformer.engine.state import LAST_CHECKPOINT
 from ecoformer.errors import InputError
-from ecoformer.plots.figures import make_figure
+from ecoformer.figures import make_figure
 from ecoformer.tables.models import find_family
 
 if TYPE_CHECKING:

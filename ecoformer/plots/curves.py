@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
-from ecoformer.plots.figures import make_figure
+from ecoformer.figures import make_figure
 from ecoformer.tables.models import ATTENTION_LABELS, describe_cost, find_family
 
 if TYPE_CHECKING:
