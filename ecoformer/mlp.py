@@ -97,7 +97,8 @@ class Mlp(nn.Module):
 
     def _pays_in_blocks(self, x: Tensor) -> bool:
         """Whether blocks are faster, and nothing needs the layers to be called as modules."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if x.device.type != "cpu" or torch.is_grad_enabled() or is_recorded:
             return False
         conv = [] if self.dwconv is None else [self.dwconv.dwconv]
         return (
