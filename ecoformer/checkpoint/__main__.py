@@ -12,7 +12,7 @@ from ecoformer import __version__
 from ecoformer.checkpoint.files import open_atomic, read_checkpoint, save_atomic
 from ecoformer.checkpoint.layout import to_ours, to_released
 from ecoformer.checkpoint.load import require_finite
-from ecoformer.checkpoint.zoo import resolve_source
+from ecoformer.checkpoint.zoo import ZOO, resolve_source
 from ecoformer.errors import EXIT_DONE, InputError, print_error
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -66,15 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The process's exit code: 0 done, 2 bad input.
     """
-    parser = argparse.ArgumentParser(prog="python -m ecoformer.checkpoint")
-    command = parser.add_subparsers(required=True).add_parser(
+    parser = argparse.ArgumentParser(
+        prog="python -m ecoformer.checkpoint", description="Work on weight files."
+    )
+    content = "write the weights of a file, and nothing else of it, in another format or layout"
+    command = parser.add_subparsers(metavar="COMMAND", required=True).add_parser(
         "convert",
-        help="write weights as safetensors or PyTorch file, in our layout or the released one",
+        help=content,
+        description=f"{content.capitalize()}; what is read runs no code.",
+        epilog=f"The zoo: {', '.join(ZOO)}.",
     )
     command.add_argument("input", metavar="IN", help="path, URL or zoo name")
-    command.add_argument("output", metavar="OUT", type=Path, help="NAME.safetensors or NAME.pth")
     command.add_argument(
-        "--released", action="store_true", help="for the released code; otherwise for ours"
+        "output", metavar="OUT", type=Path, help="NAME.safetensors, or NAME.pth for PyTorch"
+    )
+    command.add_argument(
+        "--released", action="store_true", help="lay them out for the released code, not for ours"
     )
     arguments = parser.parse_args(argv)
     try:

@@ -33,27 +33,27 @@ from ecoformer.tables.recipe import CommandFailed, Recipe
 from ecoformer.tables.report import Table, Value
 
 _PROG = "python -m ecoformer.tables"
-_SUMMARY = """\
-main     the published models: cost, accuracy with --data-path, speed with --throughput
-energy   the model's energy beside what is executed, and beside joules where they are told
-kinds    attention kinds under one recipe of two stages
-bits     EcoFormer by bits of a code, under the same recipe; likewise
-anchors  by anchors,
-similar  by similar pairs a token, and
-bias     by the form of the constant term
-
+# Title of each table, and what --help says of it.
+_TABLES = {
+    "main": (
+        "Published models, ImageNet-1k",
+        "cost beside softmax attention; accuracy with --data-path, speed with --throughput",
+    ),
+    "energy": (
+        "Energy, modelled and measured",
+        "the paper's energy beside what is executed, and joules where the machine tells them",
+    ),
+    "kinds": ("Attention kinds under one recipe", "cost, speed, accuracy after two stages"),
+    "bits": ("Bits of a code", "EcoFormer by bits, under the same recipe"),
+    "anchors": ("Anchors", "EcoFormer by anchors, likewise"),
+    "similar": ("Similar pairs a token", "EcoFormer by similar pairs a token, likewise"),
+    "bias": ("Form of the constant term", "EcoFormer by its constant term, likewise"),
+}
+_EPILOG = """\
+TABLE --help tells the flags of each. A table is printed, and written as Markdown, CSV and JSON.
 What is done already is not done again: runs go on where they stopped, and evaluated weights are
 found in accuracy.csv.
 """
-_TITLES = {
-    "main": "Published models, ImageNet-1k",
-    "energy": "Energy, modelled and measured",
-    "kinds": "Attention kinds under one recipe",
-    "bits": "Bits of a code",
-    "anchors": "Anchors",
-    "similar": "Similar pairs a token",
-    "bias": "Form of the constant term",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,14 +81,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=_PROG, epilog=_SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=_PROG,
+        description="Make the paper's tables, and our own.",
+        epilog=_EPILOG,
     )
     tables = parser.add_subparsers(dest="table", metavar="TABLE", required=True)
-    for name, title in _TITLES.items():
-        table = tables.add_parser(name, help=title, description=title, allow_abbrev=False)
-        table.add_argument("--output-dir", type=Path, default=Path("runs", "tables"))
-        table.add_argument("--device", help="cuda, cpu ...; CUDA where there is one")
-        table.add_argument("--batch-size", type=int, default=32, help="images a step (32)")
+    for name, (title, content) in _TABLES.items():
+        table = tables.add_parser(
+            name, help=content, description=f"{title}: {content}.", allow_abbrev=False
+        )
+        table.add_argument(
+            "--output-dir",
+            type=Path,
+            default=Path("runs", "tables"),
+            metavar="FOLDER",
+            help="for table and runs (%(default)s)",
+        )
+        table.add_argument("--device", help="cuda, cpu ... (CUDA if there is one)")
+        table.add_argument("--batch-size", type=int, default=32, help="images a step (%(default)s)")
         if name == "main":
             _add_data(table, default="IMNET")
             table.add_argument(
@@ -98,17 +108,30 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
                 metavar="MODEL/ATTENTION=SOURCE",
                 help="what to evaluate: path, URL or zoo name; all of the zoo unless given",
             )
-            table.add_argument("--throughput", action="store_true", help="time each model here")
+            table.add_argument(
+                "--throughput",
+                action="store_true",
+                help="time each model here, over 80 batches",
+            )
             continue
         size = 224 if name == "energy" else 32
         table.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
         table.add_argument("--input-size", type=int, default=size, help="pixels (%(default)s)")
         if name in COMPARISONS:
             _add_data(table, default="DIGITS")
-            table.add_argument("--values", nargs="+", default=[], help="of the setting")
-            table.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs (0)")
             table.add_argument(
-                "--epochs", type=int, nargs=2, default=[8, 4], help="of the stages (8 4)"
+                "--values", nargs="+", default=[], help="of the setting, instead of the usual"
+            )
+            table.add_argument(
+                "--seeds", type=int, nargs="+", default=[0], help="a run each (%(default)s)"
+            )
+            table.add_argument(
+                "--epochs",
+                type=int,
+                nargs=2,
+                default=[8, 4],
+                metavar=("STAGE1", "STAGE2"),
+                help="(%(default)s)",
             )
             table.add_argument(
                 "--no-train", action="store_true", help="costs and speed only, no accuracy"
@@ -117,12 +140,12 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _add_data(table: argparse.ArgumentParser, default: str) -> None:
-    table.add_argument("--data-path", help="folder of the data")
+    table.add_argument("--data-path", help="folder of the data; DIGITS needs none")
     table.add_argument(
         "--data-set",
         choices=("IMNET", "CIFAR", "FMNIST", "DIGITS"),
         default=default,
-        help="%(default)s unless given",
+        help="(%(default)s)",
     )
 
 
@@ -133,7 +156,7 @@ def _make(options: argparse.Namespace, words: Sequence[str]) -> Table:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
     device = choose_device(options.device)
     environment = describe_environment(f"{_PROG} {shlex.join(words)}", device)
-    title = _TITLES[options.table]
+    title, _ = _TABLES[options.table]
     if options.table == "main":
         # First: it is what can be refused.
         accuracies = _evaluate(options, device)

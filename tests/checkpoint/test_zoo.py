@@ -197,6 +197,16 @@ def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert resolve_source("~/a.pth") == tmp_path / "a.pth"
 
 
+def test_the_readme_lists_the_zoo() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for name, entry in zoo.ZOO.items():
+        cells = (
+            *(f"`{name}`", f"`{entry.model}`", entry.top1, entry.mul_g, entry.add_g),
+            *(entry.energy_g_pj, entry.throughput_img_s),
+        )
+        assert f"| {' | '.join(map(str, cells))} |" in readme
+
+
 def test_zoo_holds_the_published_table_under_timm_names(golden_dir: Path) -> None:
     table = json.loads((golden_dir / "published_table.json").read_text())
     assert {entry.model for entry in zoo.ZOO.values()} == table.keys()
