@@ -13,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What normalisation divides by at least.
-_MIN_NORM = tl.constexpr(1e-12)
+from ecoformer.ops.codes import MIN_NORM
+
+_MIN_NORM = tl.constexpr(MIN_NORM)
 
 
 @triton.jit
@@ -27,8 +28,31 @@ def _row_pointers(tensor, strides, group, num_heads, tokens, BLOCK_D: tl.constex
 
 
 @triton.jit
-def _row_mask(is_token, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    return is_token[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+def _load_rows(
+    tensor, strides, group, num_heads, tokens, is_token, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """A tile of rows [B, H, N, D], in float32."""
+    mask = is_token[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    pointers = _row_pointers(tensor, strides, group, num_heads, tokens, BLOCK_D)
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_rows(
+    tile,
+    tensor,
+    strides,
+    group,
+    num_heads,
+    tokens,
+    is_token,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Undo ``_load_rows``."""
+    mask = is_token[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    pointers = _row_pointers(tensor, strides, group, num_heads, tokens, BLOCK_D)
+    tl.store(pointers, tile.to(tensor.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -212,9 +236,7 @@ def measure_rows_kernel(
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        mask = _row_mask(tokens < last, D, BLOCK_D)
-        pointers = _row_pointers(q, q_strides, group, num_heads, tokens, BLOCK_D)
-        q_tile = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, tokens < last, D, BLOCK_D)
         inverse_norms, x_squared = _measure(q_tile)
         x_sums += q_tile * inverse_norms[:, None]
         x_squared_sums += x_squared
@@ -292,11 +314,8 @@ def sum_values_kernel(
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         is_token = tokens < last
-        mask = _row_mask(is_token, D, BLOCK_D)
-        q_pointers = _row_pointers(q, q_strides, group, num_heads, tokens, BLOCK_D)
-        v_pointers = _row_pointers(v, v_strides, group, num_heads, tokens, BLOCK_D)
-        q_tile = tl.load(q_pointers, mask=mask, other=0.0).to(tl.float32)
-        v_tile = tl.load(v_pointers, mask=mask, other=0.0).to(tl.float32)
+        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
+        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
         inverse_norms, x_squared = _measure(q_tile)
         _exponents, _kernel, y = _project(
             q_tile,
@@ -351,19 +370,18 @@ def write_output_kernel(
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         is_token = tokens < last
-        mask = _row_mask(is_token, D, BLOCK_D)
         packed = tl.load(codes + group.to(tl.int64) * num_tokens + tokens, mask=is_token, other=0)
         h = tl.where((packed[:, None] & bits[None, :]) != 0, 1.0, -1.0)
         numerator = _dot(h, context, True, False, PRECISION)
         if IS_NORMALIZED:
             numerator += c * value_sum[None, :]
         else:
-            v_pointers = _row_pointers(v, v_strides, group, num_heads, tokens, BLOCK_D)
-            numerator += c * tl.load(v_pointers, mask=mask, other=0.0).to(tl.float32)
+            numerator += c * _load_rows(
+                v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D
+            )
         denominator = tl.sum(h * code_sum[None, :], 1) + c * num_tokens
-        out_pointers = _row_pointers(out, out_strides, group, num_heads, tokens, BLOCK_D)
         out_tile = numerator * (1 / denominator)[:, None]
-        tl.store(out_pointers, out_tile.to(out.dtype.element_ty), mask=mask)
+        _store_rows(out_tile, out, out_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
 
 
 @triton.jit
@@ -441,13 +459,9 @@ def sum_gradients_kernel(
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         is_token = tokens < last
-        mask = _row_mask(is_token, D, BLOCK_D)
-        q_pointers = _row_pointers(q, q_strides, group, num_heads, tokens, BLOCK_D)
-        v_pointers = _row_pointers(v, v_strides, group, num_heads, tokens, BLOCK_D)
-        grad_pointers = _row_pointers(grad, grad_strides, group, num_heads, tokens, BLOCK_D)
-        v_tile = tl.load(v_pointers, mask=mask, other=0.0).to(tl.float32)
-        grad_tile = tl.load(grad_pointers, mask=mask, other=0.0).to(tl.float32)
-        q_tile = tl.load(q_pointers, mask=mask, other=0.0).to(tl.float32)
+        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
+        grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
+        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
         inverse_norms, x_squared = _measure(q_tile)
         exponents, kernel, y = _project(
             q_tile,
@@ -544,13 +558,9 @@ def write_gradients_kernel(
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         is_token = tokens < last
-        mask = _row_mask(is_token, D, BLOCK_D)
-        q_pointers = _row_pointers(q, q_strides, group, num_heads, tokens, BLOCK_D)
-        v_pointers = _row_pointers(v, v_strides, group, num_heads, tokens, BLOCK_D)
-        grad_pointers = _row_pointers(grad, grad_strides, group, num_heads, tokens, BLOCK_D)
-        v_tile = tl.load(v_pointers, mask=mask, other=0.0).to(tl.float32)
-        grad_tile = tl.load(grad_pointers, mask=mask, other=0.0).to(tl.float32)
-        q_tile = tl.load(q_pointers, mask=mask, other=0.0).to(tl.float32)
+        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
+        grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
+        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
         inverse_norms, x_squared = _measure(q_tile)
         _exponents, kernel, y = _project(
             q_tile,
@@ -580,8 +590,9 @@ def write_gradients_kernel(
             grad_v_tile += c * grad_value_sum[None, :]
         else:
             grad_v_tile += c * g
-        grad_v_pointers = _row_pointers(grad_v, grad_v_strides, group, num_heads, tokens, BLOCK_D)
-        tl.store(grad_v_pointers, grad_v_tile.to(grad_v.dtype.element_ty), mask=mask)
+        _store_rows(
+            grad_v_tile, grad_v, grad_v_strides, group, num_heads, tokens, is_token, D, BLOCK_D
+        )
 
         # A code is in its own numerator and denominator, and in the sums that all share.
         grad_h = g_context + e[:, None] * code_sum[None, :] + grad_code_sum[None, :]
@@ -597,5 +608,6 @@ def write_gradients_kernel(
         radial = along * x_squared - tl.sum(x * toward, 1)
         radial = tl.where(inverse_norms * _MIN_NORM < 1, radial, 0.0)
         grad_q_tile = ((along - radial)[:, None] * x - toward) * (2 * inverse_norms)[:, None]
-        grad_q_pointers = _row_pointers(grad_q, grad_q_strides, group, num_heads, tokens, BLOCK_D)
-        tl.store(grad_q_pointers, grad_q_tile.to(grad_q.dtype.element_ty), mask=mask)
+        _store_rows(
+            grad_q_tile, grad_q, grad_q_strides, group, num_heads, tokens, is_token, D, BLOCK_D
+        )
