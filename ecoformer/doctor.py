@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 import platform
 import random
 import re
@@ -360,7 +361,7 @@ def check_output(options: argparse.Namespace) -> Iterator[Finding]:
     """
     folder: Path = options.output_dir.absolute()
     # Nothing is made that was not there.
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     try:
         with tempfile.TemporaryDirectory(prefix=".doctor.", dir=parent) as probe:
             began = time.monotonic()

@@ -19,6 +19,7 @@ import torch
 from ecoformer import doctor
 from ecoformer.doctor import Finding, main
 from tests.data.images import BAD_IMAGES, spoil, write_images
+from tests.privileges import without_privileges
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,15 @@ def test_output_folder_that_is_a_file(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         (line,) = examine(doctor.check_output, output_dir=folder)
         assert line.startswith(f"problem: --output_dir {folder} cannot be written (Not a directory")
+
+
+def test_output_folder_that_may_not_be_looked_into(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0)
+    with without_privileges():
+        [line] = examine(doctor.check_output, output_dir=locked / "run")
+    assert line.startswith(f"problem: --output_dir {locked / 'run'} cannot be written (Permission")
+    locked.chmod(0o700)
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])

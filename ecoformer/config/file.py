@@ -39,6 +39,8 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
         return Config.from_flat(values, base)
     except InputError as error:
         raise InputError(f"config file {path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"config file {path}: cannot be read, {error.strerror}.") from None
 
 
 def to_yaml(config: Config) -> str:

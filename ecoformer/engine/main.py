@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -312,8 +313,8 @@ def _find_last(config: Config) -> str | None:
     """What ``--resume`` names; for ``auto`` the folder's last checkpoint, if there is one."""
     if config.run.resume != "auto":
         return config.run.resume
-    path = Path(config.run.output_dir) / LAST_CHECKPOINT
-    return broadcast_object(str(path) if path.exists() else None)
+    path = os.path.join(config.run.output_dir, LAST_CHECKPOINT)
+    return broadcast_object(path if os.path.exists(path) else None)
 
 
 def _write_config(config: Config, path: Path) -> None:

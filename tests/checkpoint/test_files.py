@@ -17,7 +17,7 @@ import sys
 import time
 import types
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +33,7 @@ from ecoformer.checkpoint.__main__ import main
 from ecoformer.checkpoint.layout import to_ours
 from ecoformer.errors import InputError
 from tests.checkpoint.weights import Entries, small_state
+from tests.privileges import without_privileges
 
 ROW = "pvt_v2_b0/ecoformer"
 STATE: dict[str, Tensor] = {
@@ -122,18 +123,6 @@ BROKEN_FILES: dict[str, tuple[bytes | None, str]] = {
     "NaN": (to_bytes({**STATE, "norm1.bias": torch.tensor([torch.nan])}), "norm1.bias holds NaN"),
     "another architecture": (to_bytes(dict(small_state("alt_gvt_small/msa"))), "another model"),
 }
-
-
-@contextlib.contextmanager
-def without_privileges() -> Iterator[None]:
-    """Read as a stranger would: the superuser may open anything."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 @pytest.mark.parametrize("name", BROKEN_FILES)

@@ -11,6 +11,7 @@ import torch
 import pvt
 from ecoformer.engine.main import run_main
 from pvt import FAMILY
+from tests.privileges import without_privileges
 
 Refuse = Callable[[Sequence[str]], str]
 
@@ -161,6 +162,18 @@ def test_folder_that_cannot_be_written(refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     line = refuse(["--output_dir", str(tmp_path / "file" / "run")])
     assert f"{tmp_path}/file/run/config.yaml: cannot be written (Not a directory)" in line
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--output_dir", "run"), ("--config", "mine.py")])
+def test_folder_that_may_not_be_looked_into(
+    refuse: Refuse, flag: str, name: str, tmp_path: Path
+) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0)
+    with without_privileges():
+        line = refuse(["--data-set", "DIGITS", flag, str(locked / name)])
+    assert str(locked / name) in line
+    locked.chmod(0o700)
 
 
 def test_device_that_is_not_there(refuse: Refuse) -> None:
