@@ -27,7 +27,6 @@ def build_attention(
     dim: int,
     num_heads: int,
     *,
-    qkv_bias: bool = True,
     proj_drop: float = 0.0,
     hashing: HashConfig | None = None,
     sr_ratio: int = 1,
@@ -39,7 +38,6 @@ def build_attention(
         kind: a key of ``ATTENTION_KINDS``.
         dim: C.
         num_heads: H.
-        qkv_bias: whether the input projections have a bias.
         proj_drop: dropout after the output projection.
         hashing: of ``"ecoformer"``.
         sr_ratio: of ``"sra"``.
@@ -61,7 +59,7 @@ def build_attention(
         options = {"hashing": hashing}
     elif kind == "sra":
         options = {"sr_ratio": sr_ratio, "is_linear": is_linear}
-    return ATTENTION_KINDS[kind](dim, num_heads, qkv_bias, proj_drop, **options)
+    return ATTENTION_KINDS[kind](dim, num_heads, proj_drop=proj_drop, **options)
 
 
 __all__ = [

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ecoformer.attention.heads import divide_heads, merge_heads, split_heads
+from ecoformer.attention.base import MultiHeadAttention
+from ecoformer.attention.heads import merge_heads
+from ecoformer.attention.maps import Size
 from ecoformer.hashing import HashConfig, KernelHash
 
 
-class EcoFormerAttention(nn.Module):
+class EcoFormerAttention(MultiHeadAttention):
     """Self-attention whose queries and keys share one projection, hashed to binary codes.
 
     Args:
@@ -36,47 +38,19 @@ class EcoFormerAttention(nn.Module):
         *,
         hashing: HashConfig | None = None,
     ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(dim, num_heads)
         self.to_qk = nn.Linear(dim, dim, bias=qkv_bias)
         self.to_v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.hash = KernelHash(num_heads, divide_heads(dim, num_heads), hashing or HashConfig())
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.hash = KernelHash(num_heads, self.head_dim, hashing or HashConfig())
+        self._add_output(dim, proj_drop)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Attend among all tokens.
+    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
+        return merge_heads(self.hash(*self._split(self.to_qk(x), self.to_v(x))))
 
-        Args:
-            x: [B, N, C], float.
-            size: not used; every kind of attention takes it.
-
-        Returns:
-            [B, N, C].
-
-        Raises:
-            InputError: the hash functions are not fitted.
-        """
-        q, v = split_heads(self.to_qk(x), self.num_heads), split_heads(self.to_v(x), self.num_heads)
-        return self.proj_drop(self.proj(merge_heads(self.hash(q, v))))
-
-    def count_attention(
-        self, num_tokens: int, size: tuple[int, int] | None = None
-    ) -> tuple[int, int]:
-        """Multiplications and additions of the attention of one image, projections aside.
-
-        Args:
-            num_tokens: N.
-            size: not used.
-
-        Returns:
-            (multiplications, additions).
-
-        Source: EcoFormer and its released counter.
-        """
-        num_heads, num_bits, num_anchors = self.hash.weight.shape
-        head_dim = self.hash.anchors.shape[-1]
-        tokens = num_heads * num_tokens
+    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
+        # As in the released counter.
+        _, num_bits, num_anchors = self.hash.weight.shape
+        head_dim, tokens = self.head_dim, self.num_heads * num_tokens
         mul = 2 * num_anchors + num_anchors * num_bits + num_bits + 1 + head_dim
         add = (
             2 * num_anchors * head_dim

@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ecoformer.attention.heads import divide_heads, merge_heads, split_heads
+from ecoformer.attention.base import MultiHeadAttention
+from ecoformer.attention.heads import merge_heads
+from ecoformer.attention.maps import Size
 from ecoformer.ops import as_full_precision, without_autocast
 
 _EPSILON = 1e-4
@@ -88,7 +90,7 @@ class RandomFeatureAttention(nn.Module):
         return kernel * self.projection_matrix.shape[0] ** -0.5
 
 
-class PerformerAttention(nn.Module):
+class PerformerAttention(MultiHeadAttention):
     """Multi-head self-attention through ``RandomFeatureAttention``.
 
     Args:
@@ -113,41 +115,18 @@ class PerformerAttention(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.fast_attention = RandomFeatureAttention(divide_heads(dim, num_heads), generator)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.fast_attention = RandomFeatureAttention(self.head_dim, generator)
+        self._add_output(dim, proj_drop)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Attend among all tokens.
+    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
+        return merge_heads(self.fast_attention(*self._split(*self.qkv(x).chunk(3, dim=-1))))
 
-        Args:
-            x: [B, N, C], float.
-            size: not used; every kind of attention takes it.
-
-        Returns:
-            [B, N, C].
-        """
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return self.proj_drop(self.proj(merge_heads(self.fast_attention(q, k, v))))
-
-    def count_attention(
-        self, num_tokens: int, size: tuple[int, int] | None = None
-    ) -> tuple[int, int]:
-        """As ``EcoFormerAttention.count_attention``: the four products, equally as additions.
-
-        Args:
-            num_tokens: N.
-            size: not used.
-
-        Returns:
-            (multiplications, additions).
-        """
+    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
         num_features, head_dim = self.fast_attention.projection_matrix.shape
         # Queries and keys to features, keys to context and its sum, queries to the output
-        # and its divisor.
+        # and its divisor; equally many additions.
         products = num_features * (2 * head_dim + 2 * head_dim + 2)
         total = self.num_heads * num_tokens * products
         return total, total

@@ -8,7 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ecoformer.attention.heads import divide_heads, merge_heads, split_heads
+from ecoformer.attention.base import MultiHeadAttention
+from ecoformer.attention.heads import merge_heads
+from ecoformer.attention.maps import Size
 
 
 def count_softmax(num_pairs: int, dim: int, num_heads: int) -> tuple[int, int]:
@@ -28,7 +30,7 @@ def count_softmax(num_pairs: int, dim: int, num_heads: int) -> tuple[int, int]:
     return products + num_heads * num_pairs, products
 
 
-class SoftmaxAttention(nn.Module):
+class SoftmaxAttention(MultiHeadAttention):
     """Multi-head softmax attention with one projection for queries, keys and values.
 
     Args:
@@ -46,43 +48,19 @@ class SoftmaxAttention(nn.Module):
     def __init__(
         self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0
     ) -> None:
-        super().__init__()
-        divide_heads(dim, num_heads)
-        self.num_heads = num_heads
+        super().__init__(dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self._add_output(dim, proj_drop)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Attend among all tokens.
+    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
+        q, k, v = self._split(*self.qkv(x).chunk(3, dim=-1))
+        return merge_heads(scaled_dot_product_attention(q, k, v))
 
-        Args:
-            x: [B, N, C], float.
-            size: not used; every kind of attention takes it.
-
-        Returns:
-            [B, N, C].
-        """
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        out = scaled_dot_product_attention(q, k, v)
-        return self.proj_drop(self.proj(merge_heads(out)))
-
-    def count_attention(
-        self, num_tokens: int, size: tuple[int, int] | None = None
-    ) -> tuple[int, int]:
-        """As ``EcoFormerAttention.count_attention``, by ``count_softmax``.
-
-        Args:
-            num_tokens: N.
-            size: not used.
-
-        Returns:
-            (multiplications, additions).
-        """
+    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
         return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)
 
 
-class SharedQKAttention(nn.Module):
+class SharedQKAttention(MultiHeadAttention):
     """Softmax attention whose queries and keys are the same rows, not normalised.
 
     Args:
@@ -101,37 +79,14 @@ class SharedQKAttention(nn.Module):
     def __init__(
         self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0
     ) -> None:
-        super().__init__()
-        divide_heads(dim, num_heads)
-        self.num_heads = num_heads
+        super().__init__(dim, num_heads)
         self.to_qk = nn.Linear(dim, dim, bias=qkv_bias)
         self.to_v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self._add_output(dim, proj_drop)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Attend among all tokens.
+    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
+        q, v = self._split(self.to_qk(x), self.to_v(x))
+        return merge_heads(scaled_dot_product_attention(q, q, v))
 
-        Args:
-            x: [B, N, C], float.
-            size: not used; every kind of attention takes it.
-
-        Returns:
-            [B, N, C].
-        """
-        q, v = split_heads(self.to_qk(x), self.num_heads), split_heads(self.to_v(x), self.num_heads)
-        return self.proj_drop(self.proj(merge_heads(scaled_dot_product_attention(q, q, v))))
-
-    def count_attention(
-        self, num_tokens: int, size: tuple[int, int] | None = None
-    ) -> tuple[int, int]:
-        """As ``SoftmaxAttention.count_attention``.
-
-        Args:
-            num_tokens: N.
-            size: not used.
-
-        Returns:
-            (multiplications, additions).
-        """
+    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
         return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, gelu, scaled_dot_product_attention
 
-from ecoformer.attention.heads import divide_heads, merge_heads, split_heads
+from ecoformer.attention.base import MultiHeadAttention
+from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.maps import Size, map_to_tokens, require_size, tokens_to_map
 from ecoformer.attention.softmax import count_softmax
 from ecoformer.errors import InputError
@@ -16,7 +17,7 @@ from ecoformer.errors import InputError
 _POOLED_SIZE = 7
 
 
-class SpatialReductionAttention(nn.Module):
+class SpatialReductionAttention(MultiHeadAttention):
     """Softmax attention whose keys and values come from a smaller map.
 
     The map is reduced by a convolution with kernel and stride ``sr_ratio``, or, in the linear
@@ -46,13 +47,11 @@ class SpatialReductionAttention(nn.Module):
         sr_ratio: int = 1,
         is_linear: bool = False,
     ) -> None:
-        super().__init__()
-        divide_heads(dim, num_heads)
-        self.num_heads, self.sr_ratio, self.is_linear = num_heads, sr_ratio, is_linear
+        super().__init__(dim, num_heads)
+        self.sr_ratio, self.is_linear = sr_ratio, is_linear
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self._add_output(dim, proj_drop)
         if self.is_reducing:
             kernel = 1 if is_linear else sr_ratio
             self.sr = nn.Conv2d(dim, dim, kernel_size=kernel, stride=kernel)
@@ -63,24 +62,10 @@ class SpatialReductionAttention(nn.Module):
         """Whether keys and values come from a smaller map than queries."""
         return self.is_linear or self.sr_ratio > 1
 
-    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
-        """Attend from all tokens to the reduced ones.
-
-        Args:
-            x: [B, N, C], float.
-            size: (height, width) of the map, height * width = N.
-
-        Returns:
-            [B, N, C].
-
-        Raises:
-            InputError: ``size`` is missing, or smaller than ``sr_ratio``.
-        """
-        q = split_heads(self.q(x), self.num_heads)
+    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
         source = self._reduce(x, size) if self.is_reducing else x
-        k, v = (split_heads(part, self.num_heads) for part in self.kv(source).chunk(2, dim=-1))
-        out = scaled_dot_product_attention(q, k, v)
-        return self.proj_drop(self.proj(merge_heads(out)))
+        q, k, v = self._split(self.q(x), *self.kv(source).chunk(2, dim=-1))
+        return merge_heads(scaled_dot_product_attention(q, k, v))
 
     def _reduce(self, x: Tensor, size: Size | None) -> Tensor:
         """[B, N, C] to [B, N', C]."""
@@ -96,19 +81,7 @@ class SpatialReductionAttention(nn.Module):
         reduced = self.norm(map_to_tokens(self.sr(image)))  # [B, N', C]
         return gelu(reduced) if self.is_linear else reduced
 
-    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
-        """As ``EcoFormerAttention.count_attention``, by ``count_softmax``.
-
-        Args:
-            num_tokens: N.
-            size: (height, width) of the map, where it is reduced.
-
-        Returns:
-            (multiplications, additions).
-
-        Raises:
-            InputError: ``size`` is missing.
-        """
+    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
         num_keys = num_tokens
         if self.is_linear:
             num_keys = _POOLED_SIZE**2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ecoformer.attention.heads import merge_heads, split_heads
+from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.maps import Size, require_size, tokens_to_grid
 from ecoformer.attention.softmax import SoftmaxAttention, count_softmax
 
@@ -46,26 +46,14 @@ class WindowAttention(SoftmaxAttention):
         super().__init__(dim, num_heads, qkv_bias, proj_drop)
         self.window_size = window_size
 
-    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
-        """Attend inside each window.
-
-        Args:
-            x: [B, N, C], float.
-            size: (height, width) of the map, height * width = N.
-
-        Returns:
-            [B, N, C].
-
-        Raises:
-            InputError: ``size`` is missing.
-        """
+    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
         size = require_size(size)
         # Tiled after the projection, which so spends nothing on what lies outside of the map.
         qkv = self._tile(tokens_to_grid(self.qkv(x), size))  # [B * W, S * S, 3 * C]
-        q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
+        q, k, v = self._split(*qkv.chunk(3, dim=-1))
         mask = self._find_keys(x, size)
         out = merge_heads(scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        return self.proj_drop(self.proj(self._untile(out, size)))
+        return self._untile(out, size)
 
     def _tile(self, grid: Tensor) -> Tensor:
         """[B, height, width, C] to [B * W, S * S, C], padded with zeros."""
@@ -94,21 +82,10 @@ class WindowAttention(SoftmaxAttention):
         inside = self._tile(torch.ones(1, *size, 1, dtype=torch.bool, device=x.device))
         return inside.repeat(x.shape[0], 1, 1).transpose(1, 2).unsqueeze(1)
 
-    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
-        """As ``EcoFormerAttention.count_attention``, by ``count_softmax``; padding not counted.
-
-        Args:
-            num_tokens: N.
-            size: (height, width) of the map.
-
-        Returns:
-            (multiplications, additions).
-
-        Raises:
-            InputError: ``size`` is missing.
-        """
+    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
         num_pairs = 1
         # A window of h x w tokens has h^2 w^2 pairs: the sum over windows is one over each axis.
+        # Padding does not count.
         for length in require_size(size):
             num_whole, rest = divmod(length, self.window_size)
             num_pairs *= num_whole * self.window_size**2 + rest**2
