@@ -33,6 +33,8 @@ Build = Callable[[], Call]
 _TURN_SECONDS = 0.05
 # A call this long is timed once.
 _LONG_CALL_SECONDS = 4.0
+# In a longer call the host keeps ahead of the device, and a graph would hold much memory.
+_CAPTURED_SECONDS = 0.02
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 _LIBRARIES = ("torch", "triton", "timm")
 
@@ -75,16 +77,18 @@ class Stopwatch:
     Args:
         call: what to time.
         device: where it runs.
-        is_captured: on CUDA, capture the call as a graph and replay it, so that what is timed is
-            the device's work and not the host's; a call that cannot be captured is timed as it is.
+        is_captured: on CUDA, capture a short call as a graph and replay it, so that what is timed
+            is the device's work and not the host's; a call that cannot be captured is timed as it
+            is.
     """
 
     def __init__(self, call: Call, device: torch.device, *, is_captured: bool = True) -> None:
-        if device.type == "cuda":
-            self._time_once = _cuda_timer(_capture(call) if is_captured else call)
-        else:
-            self._time_once = _cpu_timer(call)
+        self._time_once = _cuda_timer(call) if device.type == "cuda" else _cpu_timer(call)
+        # Compilers, autotuners and libraries do their first-time work here.
         self._time_once()
+        if device.type == "cuda" and is_captured and self._time_once() < _CAPTURED_SECONDS:
+            self._time_once = _cuda_timer(_capture(call))
+            self._time_once()
         once = self._time_once()
         is_long = once > _LONG_CALL_SECONDS
         self._seconds = [once] if is_long else []
@@ -158,7 +162,7 @@ def _capture(call: Call) -> Call:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # Compilers, autotuners and libraries do their first-time work here.
+        # On the stream of the capture, as PyTorch asks for.
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)

@@ -204,15 +204,23 @@ def core_contenders(
     """
     scores = inputs.batch_size * inputs.num_heads * inputs.num_tokens**2
     for kind in kinds:
-        # Reads of q for the bandwidth; of q and v for the sums, then for the output; and again
-        # for the sums of the gradients and for the gradients, with the output's gradient.
-        num_passes = 6 + (3 + 5 if has_backward else 0)
+        is_kernel = kind == "ecoformer" and inputs.device.type == "cuda"
         yield Contender(
             kind,
             partial(build_core, kind, inputs, has_backward=has_backward),
-            num_passes * inputs.num_bytes if kind == "ecoformer" else None,
+            _pass_bytes(inputs, has_backward=has_backward) if is_kernel else None,
             lack_of_memory(4 * scores * _FLOATS_A_SCORE.get(kind, 0), inputs.device),
         )
+
+
+def _pass_bytes(inputs: CoreInputs, *, has_backward: bool) -> int:
+    """What the Triton kernels read and write."""
+    # q for the bandwidth; q and v for the sums; v for the output. Then twice q, v and the
+    # output's gradient, for sums of gradients and for the two gradients.
+    num_rows = 5 + (8 if has_backward else 0)
+    # A code of 16 bits takes 32; it is written once and read once.
+    code_bytes = 2 * 4 * inputs.batch_size * inputs.num_heads * inputs.num_tokens
+    return num_rows * inputs.num_bytes + code_bytes
 
 
 def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> Iterator[list[Row]]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from ecoformer.measure import Call, PeakMemory, Timing
 from ecoformer.ops import kernelized_hash_attention
 
 CPU = torch.device("cpu")
+CORE = cores.CoreInputs(4, 1024, 1, 32, CPU, torch.float32)
 
 
 def make_row(name: str, num_tokens: int, ms: float, peak_bytes: int | None = None) -> Row:
@@ -133,6 +135,16 @@ def test_a_slow_core_leaves_the_sweep(setup: Setup, monkeypatch: pytest.MonkeyPa
     assert [row.timing for row in large] == [None, None]
     assert "slower than 0 s at N=64" in large[1].note
     assert [row.batch_size for row in (*small, *large)] == [4, 4, 1, 1]
+
+
+def test_the_bytes_of_passes_are_those_of_the_kernels() -> None:
+    inputs = replace(CORE, device=torch.device("cuda"), dtype=torch.bfloat16)
+    # Rows of 64 bytes, 4096 of them; five passes and two of 4 bytes, then eight more passes.
+    assert cores._pass_bytes(inputs, has_backward=False) == 4096 * (5 * 64 + 8)
+    assert cores._pass_bytes(inputs, has_backward=True) == 4096 * (13 * 64 + 8)
+    # On a CPU nobody knows: what fits into its caches is not moved.
+    (contender,) = cores.core_contenders(CORE, has_backward=False, kinds=["ecoformer"])
+    assert contender.pass_bytes is None
 
 
 def test_goals_are_judged() -> None:
