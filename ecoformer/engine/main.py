@@ -37,7 +37,14 @@ from ecoformer.engine.signals import stop_signals
 from ecoformer.engine.state import LAST_CHECKPOINT, TrainState, save_checkpoint
 from ecoformer.engine.throughput import NUM_BATCHES, measure_throughput
 from ecoformer.engine.train import parallelize, train_epoch
-from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, Preempted, print_error
+from ecoformer.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    InputError,
+    NonFiniteError,
+    Preempted,
+    print_error,
+)
 from ecoformer.family import ModelFamily
 from ecoformer.seeding import derive_seed, seed_everything
 
@@ -47,7 +54,6 @@ if TYPE_CHECKING:
 NON_FINITE_REPORT = "non_finite.json"
 
 EXIT_FAILED_ELSEWHERE = 1
-EXIT_INTERRUPTED = 130
 
 _logger = logging.getLogger(__name__)
 

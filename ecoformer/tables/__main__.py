@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ecoformer.engine.distributed import choose_device
-from ecoformer.errors import EXIT_DONE, InputError, NonFiniteError, print_error
+from ecoformer.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, NonFiniteError, print_error
 from ecoformer.measure import describe_environment
 from ecoformer.tables.accuracy import Validation, evaluate_models
 from ecoformer.tables.comparisons import (
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; ``sys.argv`` if not given.
 
     Returns:
-        The process's exit code: 0 done, 2 bad input, 3 non-finite, or that of a run inside.
+        The process's exit code: 0 done, 2 bad input, 3 non-finite, 130 interrupted, or that of a
+        run inside.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     options = _parse(words)
@@ -75,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except CommandFailed as failure:
         return failure.exit_code
+    except KeyboardInterrupt:
+        print_error("interrupted; what is done is kept, and the same command goes on.")
+        return EXIT_INTERRUPTED
     print(f"{table.to_markdown()}\n\nwrote {options.output_dir / options.table}.md, .csv, .json")
     return EXIT_DONE
 

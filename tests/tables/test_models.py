@@ -76,6 +76,19 @@ def test_the_command_writes_three_forms_of_the_same_rows(
     assert [float(line["energy_pj"]) for line in lines] == [row["energy_pj"] for row in rows]
 
 
+def test_an_interrupted_command_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ecoformer.tables.__main__.describe_models", interrupt)
+    assert main(["main", "--output-dir", str(tmp_path)]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the same command goes on" in line
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("value", "published", "text"),
     [
