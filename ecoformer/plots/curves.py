@@ -29,16 +29,20 @@ def draw_curves(runs: Sequence[Path]) -> Figure:
         InputError: one holds no log, or no epoch in it.
     """
     figure, (losses, accuracies) = make_figure(2)
+    is_ambiguous = len({run.resolve().name for run in runs}) < len(runs)
     for run in runs:
         records = read_log(run)
         if not records:
             raise InputError(f"{run} has finished no epoch yet; give a run that has.")
         epochs = [record["epoch"] + 1 for record in records]
+        # Seeds of a table's runs lie in folders above them.
+        label = "/".join(run.resolve().parts[-2:]) if is_ambiguous else run.resolve().name
         for axes, key in ((losses, "train_loss"), (accuracies, "test_acc1")):
-            axes.plot(epochs, [record[key] for record in records], marker=".", label=run.name)
+            axes.plot(epochs, [record[key] for record in records], marker=".", label=label)
     losses.set(xlabel="epoch", ylabel="training loss")
     accuracies.set(xlabel="epoch", ylabel="top-1 %")
     for axes in (losses, accuracies):
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
     accuracies.legend(fontsize="small")
     return figure

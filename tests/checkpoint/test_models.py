@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def b0_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "back": folder / "back.pth",
     }
     save_atomic(state, files["bare"])
-    save_atomic({"model": state, "epoch": 29}, files["training"])
+    arguments = argparse.Namespace(model="pvt_v2_b0", batch_size=32, lr=5e-5)
+    rest = {"optimizer": {}, "lr_scheduler": {}, "epoch": 29, "scaler": {}, "args": arguments}
+    save_atomic({"model": state, **rest}, files["training"])
     wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
     torch.save(wrapped, files["legacy"], _use_new_zipfile_serialization=False)
     convert(str(files["bare"]), files["safetensors"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,6 +122,10 @@ def test_curves_and_points_are_the_numbers_of_the_files(
     losses, accuracies = draw_curves(list(runs.values())).axes
     assert [points(line) for line in losses.lines] == [[[1, 2.0], [2, 1.0]]] * 2
     assert points(accuracies.lines[0]) == [[1, 50.0], [2, 51.0]]
+    assert [line.get_label() for line in losses.lines] == ["msa", "ecoformer"]
+    both = draw_curves([runs["msa"], shutil.copytree(runs["msa"], tmp_path / "seed1" / "msa")])
+    labels = [line.get_label() for line in both.axes[0].lines]
+    assert labels == [f"{tmp_path.name}/msa", "seed1/msa"]
     table = tmp_path / "table.json"
     rows = [{"name": "a", "energy_pj": 5e9, "top1": 80.0}, {"name": "b", "energy_pj": 1e9}]
     table.write_text(json.dumps({"rows": rows}))
