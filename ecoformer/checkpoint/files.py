@@ -11,6 +11,7 @@ import pickletools
 import re
 import secrets
 import sys
+import time
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -228,12 +229,24 @@ def save_atomic(obj: object, path: str | os.PathLike[str]) -> None:
         InputError: the disk refuses; what stood under ``path`` before is untouched.
     """
     path = Path(path)
-    # Left by a process that was killed in a save: one run writes to a folder at a time.
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            stale.unlink()
+    # One run writes to a folder at a time.
+    remove_stale(path)
     with open_atomic(path) as file:
         torch.save(obj, file)
+
+
+def remove_stale(path: Path, *, min_age_s: float = 0.0) -> None:
+    """Remove what processes left that were killed while they wrote a file.
+
+    Args:
+        path: the file's name.
+        min_age_s: how long nobody has written to it, where others may write the same file.
+    """
+    newest = time.time() - min_age_s
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if stale.stat().st_mtime <= newest:
+                stale.unlink()
 
 
 class _EagerFile(io.FileIO):

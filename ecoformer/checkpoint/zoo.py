@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from ecoformer.checkpoint.files import open_atomic, parse_checkpoint
+from ecoformer.checkpoint.files import open_atomic, parse_checkpoint, remove_stale
 from ecoformer.errors import InputError, suggest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -146,6 +146,8 @@ def _fetch(url: str, path: Path, expected: str | None) -> Path:
     """Download to a path unless a file is there, and verify it in either case."""
     if not path.exists():
         _logger.info("downloading %s to %s", url, path)
+        # Who waits longer for a piece has given up.
+        remove_stale(path, min_age_s=2 * _TIMEOUT_S)
         with open_atomic(path) as file:
             for chunk in _download(url, path):
                 file.write(chunk)

@@ -6,8 +6,10 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -137,6 +139,18 @@ def test_two_processes_at_once_leave_one_whole_file(server: str, cache: Path) ->
         paths = list(pool.map(resolve_source, [url] * 2))
     assert set(paths) == set(cache.iterdir())
     assert paths[0].read_bytes() == GOOD
+
+
+def test_what_a_killed_download_left_is_removed_by_the_next(server: str, cache: Path) -> None:
+    path = resolve_source(f"{server}/good.pth")
+    path.unlink()
+    dead, alive = (cache / f".{path.name}.{number}.tmp" for number in (1, 2))
+    for half in (dead, alive):
+        half.write_bytes(GOOD[:100])
+    long_ago = time.time() - 3600
+    os.utime(dead, (long_ago, long_ago))
+    assert resolve_source(f"{server}/good.pth") == path
+    assert set(cache.iterdir()) == {path, alive}
 
 
 def test_files_of_one_name_from_two_places_are_two(server: str, cache: Path) -> None:
