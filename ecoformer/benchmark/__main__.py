@@ -18,6 +18,7 @@ from ecoformer.benchmark.goals import judge_comparison, judge_slopes
 from ecoformer.benchmark.models import measure_model
 from ecoformer.benchmark.report import Report, Row
 from ecoformer.checkpoint.files import open_atomic
+from ecoformer.engine.distributed import choose_device
 from ecoformer.errors import EXIT_DONE, InputError, print_error
 from ecoformer.measure import PeakMemory, copy_bandwidth, describe_environment
 
@@ -83,9 +84,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device here; give --device cpu.")
+    device = choose_device(options.device)
+    if device.type == "cuda":
+        # Streams and events are of the current device.
+        torch.cuda.set_device(device)
     for name in ("rounds", "batch_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
@@ -96,11 +98,14 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     environment = describe_environment(command, device) | {"dtype": dtype}
     report = Report(environment, copy_bandwidth(device))
 
-    def tell(*paragraphs: str, findings: Iterable[str] = ()) -> None:
+    def tell(text: str = "", findings: Iterable[str] = ()) -> None:
         """Print and write what there is so far, which may be all that there will be."""
-        findings = list(findings)
-        report.findings.extend(findings)
-        print(*paragraphs, *findings, sep="\n", flush=True)
+        lines = [text] if text else []
+        for finding in findings:
+            report.findings.append(finding)
+            lines.append(finding)
+        if lines:
+            print(*lines, "", sep="\n", flush=True)
         if options.json:
             with open_atomic(options.json) as file:
                 file.write(report.to_json().encode())
@@ -109,12 +114,12 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     with PeakMemory(device) as memory:
         setup = Setup(device, _DTYPES[dtype], options.rounds, memory)
         checks = list(_check(setup, options))
-        tell("", findings=checks)
+        tell(findings=checks)
         for rows in _measure(setup, options):
             report.rows.extend(rows)
             goals = judge_comparison(report, rows, device.type)
-            tell("", report.describe_comparison(rows), findings=goals)
-    tell("", report.describe_slopes(), findings=judge_slopes(report))
+            tell(report.describe_comparison(rows), goals)
+    tell(report.describe_slopes(), judge_slopes(report))
     if options.plot:
         report.draw(options.plot)
     return EXIT_DONE if all(check.endswith(PASSED) for check in checks) else _EXIT_WRONG

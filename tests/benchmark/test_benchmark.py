@@ -303,9 +303,13 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_missing_cuda_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "--device cpu"), ("gpu", "cuda:N")])
+def test_missing_device_is_said(
+    device: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["--device", "cuda"]) == 2
-    assert "--device cpu" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["--device", device]) == 2
+    assert expected in capsys.readouterr().err
