@@ -253,13 +253,14 @@ def _start(
     state = TrainState.create(model, config, device=device, amp_dtype=amp_dtype)
     source = _find_last(config)
     if source is not None:
-        state.restore(read_checkpoint(resolve_source(source)), config, origin=source)
+        state.restore(read_checkpoint(_fetch(source)), config, origin=source)
         _logger.info("%s: going on at epoch %d, step %d", source, state.epoch, state.step)
         if state.epoch >= config.optim.epochs:
             _logger.info("nothing is left to do of %d epochs", config.optim.epochs)
         return state
     if config.run.finetune:
-        report = load_checkpoint(model, config.run.finetune, allow_missing=config.run.allow_missing)
+        weights = _fetch(config.run.finetune)
+        report = load_checkpoint(model, weights, allow_missing=config.run.allow_missing)
         _logger.info("%s", report)
     if config.run.start_epoch:
         state.epoch = config.run.start_epoch
@@ -274,7 +275,14 @@ def _load_for_evaluation(model: nn.Module, config: Config) -> None:
             f"--eval needs weights, and {config.run.output_dir} holds no {LAST_CHECKPOINT}; give "
             "--resume FILE, URL or zoo name."
         )
-    _logger.info("%s", load_checkpoint(model, source, strict=True))
+    _logger.info("%s", load_checkpoint(model, _fetch(source), strict=True))
+
+
+def _fetch(source: str) -> Path:
+    """The file of a path, URL or zoo name, which one rank downloads for all that share a disk."""
+    paths: list[Path] = []
+    run_on_main(lambda: paths.append(resolve_source(source)))
+    return paths[0] if paths else resolve_source(source)
 
 
 def _time(family: ModelFamily, config: Config, device: torch.device) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,43 @@ def test_two_ranks_train_and_one_evaluates(
     assert f"top-1 {accuracy:.2f} %" in capsys.readouterr().out
     assert run_main(FAMILY, flags) == 2
     assert "--allow-resume-change world-size" in capsys.readouterr().err
+
+
+class _Weights(BaseHTTPRequestHandler):
+    """Serves the same weights to all who ask, and counts them."""
+
+    content = b""
+    num_asked = 0
+
+    def do_GET(self) -> None:
+        """Answer one request."""
+        type(self).num_asked += 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+def _run_at_home(flags: list[str], home: Path) -> int:
+    os.environ.update(TORCH_HOME=str(home), no_proxy="127.0.0.1")
+    return run_main(FAMILY, flags)
+
+
+def test_one_rank_downloads_for_all(tiny_flags: list[str], tmp_path: Path) -> None:
+    save_atomic(
+        FAMILY.create_model("pvt_v2_b0", "msa", num_classes=2).state_dict(), tmp_path / "msa.pth"
+    )
+    _Weights.content = (tmp_path / "msa.pth").read_bytes()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Weights) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/msa.pth"
+        flags = [*tiny_flags, "--attn_type", "msa", "--batch-size", "4", "--eval", "--resume", url]
+        assert run_ranks(_run_at_home, 2, flags, tmp_path) == [0, 0]
+        server.shutdown()
+    assert _Weights.num_asked == 1
 
 
 def _run_and_listen(flags: list[str]) -> tuple[int, str]:
