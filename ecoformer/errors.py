@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
@@ -51,7 +52,7 @@ def print_error(message: object) -> None:
     print("error:", *str(message).split(), file=sys.stderr, flush=True)
 
 
-def suggest(name: str, choices: list[str] | tuple[str, ...]) -> str:
+def suggest(name: str, choices: Iterable[str]) -> str:
     """End a sentence about an unknown name with the closest one that exists.
 
     Args:
@@ -64,5 +65,5 @@ def suggest(name: str, choices: list[str] | tuple[str, ...]) -> str:
     # Imported here: only a failing command pays for it.
     import difflib
 
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else "."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +79,7 @@ class ModelFamily:
         self.check(variant, attention or implied)
         return variant, attention or implied
 
-    def _require_name(self, name: str, names: Iterable[str]) -> None:
-        names = list(names)
+    def _require_name(self, name: str, names: Collection[str]) -> None:
         if name in names:
             return
         for prefix, package in self.foreign_prefixes.items():

@@ -51,7 +51,7 @@ def build_attention(
     """
     if kind not in ATTENTION_KINDS:
         raise InputError(
-            f"unknown attention kind {kind!r}{suggest(kind, tuple(ATTENTION_KINDS))}"
+            f"unknown attention kind {kind!r}{suggest(kind, ATTENTION_KINDS)}"
             f" There are: {', '.join(ATTENTION_KINDS)}."
         )
     options: dict[str, object] = {}

@@ -283,8 +283,7 @@ class Config:
         sections: dict[str, dict[str, Any]] = {section.name: {} for section in fields(cls)}
         for name, value in values.items():
             if name not in types:
-                near = suggest(name, list(types))
-                raise InputError(f"there is no field {name!r}{near}")
+                raise InputError(f"there is no field {name!r}{suggest(name, types)}")
             if not _fits(value, types[name]):
                 raise InputError(f"{name} is {value!r}; expected {_spell(types[name])}.")
             sections[_field_sections()[name]][name] = (
