@@ -64,15 +64,6 @@ def test_an_error_inside_leaves_no_trace_either() -> None:
     assert draw() == expected
 
 
-def test_a_block_may_leave_its_trace() -> None:
-    with seeded(5):
-        draw()
-        after = draw()
-    with seeded(5, restore=False):
-        draw()
-    assert draw() == after
-
-
 def test_everything_is_seeded_alike_in_and_outside_a_block() -> None:
     seed_everything(derive_seed("step", 0))
     outside = draw()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ecoformer.data.datasets import LabelledImages, open_dataset
 from ecoformer.data.digits import SPLITS
@@ -73,8 +73,7 @@ class SampleReader(Dataset[_Sample]):
                 bad.append((index, describe_failure(error)))
                 index = (index + 1) % len(self.images)
                 continue
-            # A worker's generators serve nothing else.
-            with seeded(draw.seed, restore=get_worker_info() is None):
+            with seeded(draw.seed):
                 return _Sample((self.transform(image), label), bad)
         return _Sample(None, bad)
 
