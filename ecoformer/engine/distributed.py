@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ecoformer.config.released import is_main_process
 from ecoformer.errors import InputError, NonFiniteError, Preempted, suggest
 from ecoformer.hashing import hash_layers
 
@@ -139,7 +140,7 @@ def claim_error() -> bool:
         True on the first rank that fails, and on no other unless the ranks have lost each other.
     """
     if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        return is_main_process()
     # The store may have gone with its host; then better twice than not at all.
     with suppress(RuntimeError):
         return dist.distributed_c10d._get_default_store().add(_ERROR_KEY, 1) == 1
