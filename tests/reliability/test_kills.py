@@ -155,14 +155,14 @@ def watch(rank: int, *, file: Path) -> None:
     """Write down memory and open files of a process at the end of each epoch, and its zombies."""
     from ecoformer.engine.logs import RunLog
 
-    real = RunLog.write
+    real, folder = RunLog.write, os.path.realpath(file.parent)
 
     def write(self: RunLog, record: dict[str, float], **options: bool) -> None:
         real(self, record, **options)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        # Not those of a checkpoint that is just being written.
         names = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
-        num_files = sum(not name.endswith(".tmp") for name in names)
+        # Not those of a checkpoint that is just being written, nor its folder, flushed after it.
+        num_files = sum(not name.endswith(".tmp") and name != folder for name in names)
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][1] for pid in children]
         numbers = (os.getpid(), pages * os.sysconf("SC_PAGE_SIZE"), num_files, states.count("Z"))
