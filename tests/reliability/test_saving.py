@@ -97,5 +97,5 @@ def test_cost_of_a_save(tmp_path: Path) -> None:
     )
     assert size == pytest.approx(100e6, rel=0.02)
     # Loose: a test is no benchmark.
-    assert stop < 0.4 * plain
-    assert total < 2 * plain
+    assert stop < 0.7 * plain
+    assert total < 2.5 * plain
