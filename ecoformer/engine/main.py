@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,12 @@ from ecoformer.engine.logs import RunLog, format_seconds, print_log
 from ecoformer.engine.optim import scale_learning_rate
 from ecoformer.engine.precision import choose_amp_dtype
 from ecoformer.engine.signals import stop_signals
-from ecoformer.engine.state import LAST_CHECKPOINT, TrainState, save_checkpoint
+from ecoformer.engine.state import (
+    BEST_CHECKPOINT,
+    LAST_CHECKPOINT,
+    TrainState,
+    save_checkpoint,
+)
 from ecoformer.engine.throughput import NUM_BATCHES, measure_throughput
 from ecoformer.engine.train import parallelize, train_epoch
 from ecoformer.errors import (
@@ -251,7 +257,7 @@ def _start(
 ) -> TrainState:
     """Everything that training changes, where this run begins or goes on."""
     state = TrainState.create(model, config, device=device, amp_dtype=amp_dtype)
-    source = _find_last(config)
+    source = _find_source(config)
     if source is not None:
         state.restore(read_checkpoint(_fetch(source)), config, origin=source)
         _logger.info("%s: going on at epoch %d, step %d", source, state.epoch, state.step)
@@ -269,10 +275,10 @@ def _start(
 
 
 def _load_for_evaluation(model: nn.Module, config: Config) -> None:
-    source = _find_last(config)
+    source = _find_source(config)
     if source is None:
         raise InputError(
-            f"--eval needs weights, and {config.run.output_dir} holds no {LAST_CHECKPOINT}; give "
+            f"--eval needs weights, and {config.run.output_dir} holds no checkpoint; give "
             "--resume FILE, URL or zoo name."
         )
     _logger.info("%s", load_checkpoint(model, _fetch(source), strict=True))
@@ -323,12 +329,21 @@ def _create_model(
     return model.to(device)
 
 
-def _find_last(config: Config) -> str | None:
-    """What ``--resume`` names; for ``auto`` the folder's last checkpoint, if there is one."""
+def _find_source(config: Config) -> str | None:
+    """What ``--resume`` names; for ``auto`` the newest whole checkpoint of the folder, if any."""
     if config.run.resume != "auto":
         return config.run.resume
-    path = os.path.join(config.run.output_dir, LAST_CHECKPOINT)
-    return broadcast_object(path if os.path.exists(path) else None)
+    return broadcast_object(_find_whole(config.run.output_dir) if is_main() else None)
+
+
+def _find_whole(folder: str) -> str | None:
+    paths = [os.path.join(folder, name) for name in (LAST_CHECKPOINT, BEST_CHECKPOINT)]
+    paths = [path for path in paths if os.path.exists(path)]
+    # Without its end, a file is no archive.
+    whole = [path for path in paths if zipfile.is_zipfile(path)]
+    if whole and whole[0] != paths[0]:
+        _logger.warning("%s is damaged, so %s takes its place", paths[0], whole[0])
+    return next(iter(whole or paths), None)
 
 
 def _write_config(config: Config, path: Path) -> None:

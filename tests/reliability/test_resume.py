@@ -25,7 +25,7 @@ from ecoformer.checkpoint import read_checkpoint
 from ecoformer.engine.evaluate import Batches, evaluate
 from ecoformer.hashing import HashConfig, fit_hash_functions, hash_layers
 from tests.engine.training import make_batches
-from tests.reliability.runs import LAST, Run, Strike, assert_same_run, run, start
+from tests.reliability.runs import BEST, LAST, Run, Strike, assert_same_run, run, start
 
 SETTINGS = [
     (["--batch-size", "4"], 1, "batch-size"),
@@ -53,6 +53,23 @@ def test_other_settings_are_refused(
     assert 2 in refused.wait()
     assert f"--allow-resume-change {permission}" in refused.said()
     assert (tmp_path / LAST).read_bytes() == before
+
+
+@pytest.mark.parametrize("last", ["missing", "cut", "empty"])
+def test_the_best_checkpoint_stands_in_for_a_damaged_last_one(
+    last: str, flags: list[str], whole: Run, tmp_path: Path
+) -> None:
+    stopped = start(flags, tmp_path, hook=Strike("step", 4, signal.SIGTERM))
+    assert stopped.wait() == [75], stopped.said()
+    path = tmp_path / LAST
+    if last == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if last == "cut" else 0])
+    ended = run(flags, tmp_path)
+    assert f"{tmp_path / BEST}: going on at epoch 1, step 0" in ended.said()
+    assert (f"{path} is damaged" in ended.said()) == (last != "missing")
+    assert_same_run(ended, whole)
 
 
 @pytest.mark.parametrize("number", [0, 2])
