@@ -5,6 +5,8 @@ Shapes: B batch, N tokens = height * width, C channels.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
@@ -46,6 +48,10 @@ class DepthwiseConv(nn.Module):
             [B, N, C].
         """
         return map_to_tokens(self.dwconv(tokens_to_map(x, size)))
+
+
+# What an MLP is made of, and what takes each value by itself.
+_PLAIN_LAYERS = {nn.Linear, nn.Conv2d, DepthwiseConv, nn.GELU, nn.ReLU, nn.Identity, nn.Dropout}
 
 
 class Mlp(nn.Module):
@@ -100,11 +106,10 @@ class Mlp(nn.Module):
         is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if x.device.type != "cpu" or torch.is_grad_enabled() or is_recorded:
             return False
-        conv = [] if self.dwconv is None else [self.dwconv.dwconv]
         return (
             x.shape[:-1].numel() * self.fc1.out_features > _MAX_WHOLE_MAP
             and not (self.training and self.drop.p)
-            and all(_is_plain(layer) for layer in (self.fc1, *conv, self.fc2))
+            and all(_is_plain(layer) for child in self.children() for layer in child.modules())
         )
 
     def _forward_in_blocks(self, x: Tensor, size: Size) -> Tensor:
@@ -118,11 +123,11 @@ class Mlp(nn.Module):
         num_images = max(1, num_values // (num_tokens * num_hidden))
         num_channels = max(1, num_values // (num_tokens * _CHANNEL_STEP)) * _CHANNEL_STEP
         parts = [slice(i, i + num_channels) for i in range(0, num_hidden, num_channels)]
-        # Hidden channels meet in fc2 alone, as terms of its sum.
-        blocks = [
-            sum((self._mix_part(images, size, part) for part in parts), start=self.fc2.bias)
-            for images in x.split(num_images)
-        ]
+        blocks = []
+        for images in x.split(num_images):
+            # Hidden channels meet in fc2 alone, as terms of its sum.
+            out = reduce(torch.add, (self._mix_part(images, size, part) for part in parts))
+            blocks.append(out.add_(self.fc2.bias.to(out.dtype)))
         return torch.cat(blocks)
 
     def _mix_part(self, x: Tensor, size: Size, part: slice) -> Tensor:
@@ -136,6 +141,9 @@ class Mlp(nn.Module):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether its weights say all: nothing replaces, wraps or watches the layer."""
-    is_watched = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) in (nn.Linear, nn.Conv2d) and not is_watched
+    """Whether a layer is what it was built as: nothing replaces, wraps or watches it."""
+    return (
+        type(layer) in _PLAIN_LAYERS
+        and getattr(layer, "bias", True) is not None
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    )

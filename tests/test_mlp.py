@@ -64,29 +64,58 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("way", ["hook", "replaced", "dropout", "gradient"])
-def test_blocks_leave_nothing_out(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def spy(layer: nn.Module, called: list[nn.Module]) -> None:
+    """Patch one layer's forward, as tools that move layers between devices do."""
+    forward = layer.forward
+    layer.forward = lambda *args: [called.append(layer), forward(*args)][1]  # type: ignore
+
+
+@pytest.mark.parametrize("name", ["fc1", "dwconv", "dwconv.dwconv", "act", "fc2"])
+@pytest.mark.parametrize("way", ["hook", "patch"])
+def test_watched_layers_are_called_once(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mlp_module, "_MAX_WHOLE_MAP", 0)
-    mlp, x = Mlp(8, 16, drop=0.5 if way == "dropout" else 0.0, has_dwconv=True), draw(2, 15, 8)
-    mlp, whole = mlp.double().eval(), []
+    mlp, called = Mlp(8, 96, has_dwconv=True), list[nn.Module]()
+    layer = mlp.get_submodule(name)
     if way == "hook":
-        mlp.fc2.register_forward_hook(lambda *_: whole.append(True))
-    elif way == "replaced":
-        mlp.fc1, old = Doubled(8, 16).double(), mlp.fc1
-        mlp.fc1.load_state_dict({name: weight / 2 for name, weight in old.state_dict().items()})
-    elif way == "dropout":
-        mlp.train()
-    with torch.set_grad_enabled(way == "gradient"):
-        out = mlp(x, SIZE)
-    if way == "hook":
-        assert whole
-    elif way == "replaced":
-        mlp.fc1 = old
-        torch.testing.assert_close(out, mlp(x, SIZE))
-    elif way == "dropout":
-        assert not torch.equal(out, mlp.eval()(x, SIZE))
+        layer.register_forward_hook(lambda *_: called.append(layer))
     else:
-        assert torch.autograd.grad(out.sum(), mlp.fc1.weight)[0].any()
+        spy(layer, called)
+    with torch.no_grad():
+        mlp(torch.randn(2, 15, 8), SIZE)
+    assert called == [layer]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("fc1", Doubled(8, 96)), ("fc2", nn.Linear(96, 8, bias=False)), ("act", nn.Softmax(-1))],
+)
+def test_replaced_layers_are_called(
+    name: str, layer: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp, x = Mlp(8, 96, has_dwconv=True).double(), draw(2, 15, 8)
+    setattr(mlp, name, layer.double())
+    expected = mlp(x, SIZE)
+    monkeypatch.setattr(mlp_module, "_MAX_WHOLE_MAP", 0)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x, SIZE), expected)
+
+
+def test_blocks_drop_values_and_keep_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp_module, "_MAX_WHOLE_MAP", 0)
+    mlp, x = Mlp(8, 16, drop=0.5).double(), draw(2, 15, 8)
+    with torch.no_grad():
+        assert not torch.equal(mlp(x, SIZE), mlp.eval()(x, SIZE))
+    assert torch.autograd.grad(mlp(x, SIZE).sum(), mlp.fc1.weight)[0].any()
+
+
+def test_autocast_gives_blocks_the_dtype_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, x = Mlp(8, 96, has_dwconv=True), torch.randn(2, 15, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        expected = mlp(x, SIZE)
+        monkeypatch.setattr(mlp_module, "_MAX_WHOLE_MAP", 0)
+        torch.testing.assert_close(mlp(x, SIZE), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_loading_weights_keeps_them_channels_last() -> None:
