@@ -1,4 +1,4 @@
-"""What the backbones are built from: patch embedding, MLP, block, stages, head.
+"""What the backbones are built from: patch embedding, block, stages, head.
 
 Shapes: B batch, N tokens = height * width, C channels.
 """
@@ -167,15 +167,19 @@ class Backbone(nn.Module):
             Tokens of the last stage, and maps of [B, C, height, width].
 
         Raises:
-            InputError: another ``output_fmt``.
+            InputError: another ``output_fmt``, or a stage that there is not.
         """
         if output_fmt != "NCHW":
             raise InputError(f"maps come as NCHW, not {output_fmt}; permute their axes.")
         stages = range(len(self.feature_info))
         if isinstance(indices, int):
-            chosen = list(stages[-indices:])
-        else:
-            chosen = [stages[index] for index in indices or stages]
+            indices = range(-indices, 0)
+        try:
+            chosen = [stages[index] for index in (stages if indices is None else indices)]
+        except IndexError:
+            chosen = []
+        if not chosen:
+            raise InputError(f"maps are those of {len(stages)} stages, counted from 0.")
         maps = []
         for stage in stages[: max(chosen) + 1] if intermediates_only else stages:
             x = self.forward_stage(x, stage)

@@ -1,9 +1,9 @@
 """Kernelized hash attention and its gradient in blocks that stay in the cache, without autograd.
 
 Rows are read where they lie; what is made of them (unit rows, features, codes) lives for one
-block, and the gradient recomputes it. So memory is that of the result, and no time goes into
-clearing pages for large temporaries. A block is some images, or for output without a gradient
-some tokens of a large one. On the CPU this is the fast form; any device can run it.
+block, and the gradient recomputes it. So memory beside the result does not grow with the batch,
+and no time goes into clearing pages for large temporaries. A block is some images, or in
+``forward`` some tokens of a large one. The form for the CPU; any device can run it.
 
 Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors; a block has b of the B
 images. As in ``codes``, features and codes have their tokens last.
@@ -251,7 +251,7 @@ def _per_head(x: Tensor) -> Tensor:
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors [B, H, N, ...] image by image, or as many images as a block takes."""
+    """Tensors [B, ...] image by image, or as many images as a block takes; rows come first."""
     _, num_heads, num_tokens, _ = tensors[0].shape
     # The same number for each thread, so that none waits.
     num_images = _ROWS_PER_THREAD // (num_heads * num_tokens) * torch.get_num_threads()

@@ -197,6 +197,13 @@ def test_maps_are_of_the_last_stages_where_a_number_is_given() -> None:
         model.forward_intermediates(images, output_fmt="NLC")
 
 
+@pytest.mark.parametrize("indices", [0, 5, [], [4], [-5]])
+def test_stages_that_there_are_not_are_refused(indices: int | list[int]) -> None:
+    model = pvt.create_model("pvt_v2_b0", "msa")
+    with pytest.raises(InputError, match="those of 4 stages"):
+        model.forward_intermediates(torch.zeros(1, 3, 32, 32), indices)
+
+
 def test_pretrained_weights_need_a_zoo_entry() -> None:
     with pytest.raises(InputError, match="ecoformer_pvt_v2_b5: no such file or zoo name, did you"):
         create("ecoformer_pvt_v2_b5", pretrained=True)
