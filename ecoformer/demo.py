@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecoformer.errors import InputError, print_error
+from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"expected softmax of at least {_LEAST_TOP1} % and EcoFormer at most {_LARGEST_LOSS} "
             "point below it; something is broken here."
         )
-        return 1
-    return 0
+        return EXIT_FAILED
+    return EXIT_DONE
 
 
 def _prepare(folder: Path) -> Path:

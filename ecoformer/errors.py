@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 
 EXIT_DONE = 0
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_PREEMPTED = 75

@@ -19,14 +19,13 @@ from ecoformer.benchmark.models import measure_model
 from ecoformer.benchmark.report import Report, Row
 from ecoformer.checkpoint.files import open_atomic
 from ecoformer.engine.distributed import choose_device
-from ecoformer.errors import EXIT_DONE, InputError, print_error
+from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
 from ecoformer.measure import PeakMemory, copy_bandwidth, describe_environment
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A token of the first stage for every 4 x 4 pixels.
 _PATCH = 4
 _WITH_CORES = ("readme", "attention", "gpu")
-_EXIT_WRONG = 1
 _SUMMARY = """\
 readme     attention cores, fit and evaluation at the sizes of the README (the default)
 attention  every core at the first resolution, forward and with backward; then cores over all
@@ -122,7 +121,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     tell(report.describe_slopes(), judge_slopes(report))
     if options.plot:
         report.draw(options.plot)
-    return EXIT_DONE if all(check.endswith(PASSED) for check in checks) else _EXIT_WRONG
+    return EXIT_DONE if all(check.endswith(PASSED) for check in checks) else EXIT_FAILED
 
 
 def _check(setup: Setup, options: argparse.Namespace) -> Iterator[str]:

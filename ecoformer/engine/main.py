@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -45,6 +46,7 @@ from ecoformer.engine.throughput import NUM_BATCHES, measure_throughput
 from ecoformer.engine.train import parallelize, train_epoch
 from ecoformer.errors import (
     EXIT_DONE,
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     InputError,
     NonFiniteError,
@@ -59,7 +61,8 @@ if TYPE_CHECKING:
 
 NON_FINITE_REPORT = "non_finite.json"
 
-EXIT_FAILED_ELSEWHERE = 1
+# More than closes an archive without a comment, which is how checkpoints are.
+_NUM_END_BYTES = 1024
 
 _logger = logging.getLogger(__name__)
 
@@ -72,8 +75,8 @@ def run_main(family: ModelFamily, argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; ``sys.argv`` if not given.
 
     Returns:
-        The process's exit code: 0 done, 2 bad input, 3 non-finite, 75 preempted and saved,
-        130 interrupted.
+        The process's exit code: 0 done, 1 another rank failed and says why, 2 bad input,
+        3 non-finite, 75 preempted and saved, 130 interrupted.
     """
     try:
         config = parse_config(family, argv)
@@ -88,7 +91,7 @@ def run_main(family: ModelFamily, argv: Sequence[str] | None = None) -> int:
     except RuntimeError:
         if not has_failed_elsewhere():
             raise
-        return EXIT_FAILED_ELSEWHERE
+        return EXIT_FAILED
     return EXIT_DONE
 
 
@@ -330,20 +333,37 @@ def _create_model(
 
 
 def _find_source(config: Config) -> str | None:
-    """What ``--resume`` names; for ``auto`` the newest whole checkpoint of the folder, if any."""
+    """What ``--resume`` names; for ``auto`` a checkpoint of the folder, if it holds one."""
     if config.run.resume != "auto":
         return config.run.resume
-    return broadcast_object(_find_whole(config.run.output_dir) if is_main() else None)
+    found: list[str | None] = [None]
+    run_on_main(lambda: found.append(_find_checkpoint(config.run.output_dir)))
+    return broadcast_object(found[-1])
 
 
-def _find_whole(folder: str) -> str | None:
+def _find_checkpoint(folder: str) -> str | None:
+    """The last one; the best one where the last is missing or was cut short."""
     paths = [os.path.join(folder, name) for name in (LAST_CHECKPOINT, BEST_CHECKPOINT)]
     paths = [path for path in paths if os.path.exists(path)]
-    # Without its end, a file is no archive.
-    whole = [path for path in paths if zipfile.is_zipfile(path)]
-    if whole and whole[0] != paths[0]:
-        _logger.warning("%s is damaged, so %s takes its place", paths[0], whole[0])
-    return next(iter(whole or paths), None)
+    chosen = next(filter(_is_archive, paths), None)
+    if chosen is not None and chosen != paths[0]:
+        _logger.warning("%s is damaged, so %s takes its place", paths[0], chosen)
+    return chosen or next(iter(paths), None)
+
+
+def _is_archive(path: str) -> bool:
+    """Whether a file has the end of an archive, without which it was cut short."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-min(_NUM_END_BYTES, os.path.getsize(path)), os.SEEK_END)
+            end = file.read()
+    # The library would call damaged what cannot be read, and the run would replace it.
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); get the right to read it, or "
+            "start anew with --resume none."
+        ) from error
+    return zipfile.is_zipfile(io.BytesIO(end))
 
 
 def _write_config(config: Config, path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import math
+import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -12,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -70,6 +74,29 @@ def test_the_best_checkpoint_stands_in_for_a_damaged_last_one(
     assert f"{tmp_path / BEST}: going on at epoch 1, step 0" in ended.said()
     assert (f"{path} is damaged" in ended.said()) == (last != "missing")
     assert_same_run(ended, whole)
+
+
+def refuse_to_read(rank: int) -> None:
+    """The disk gives nothing of the last checkpoint."""
+    real = builtins.open
+
+    def open_or_refuse(file: Any, *arguments: Any, **options: Any) -> Any:
+        if str(file).endswith(LAST):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(file, *arguments, **options)
+
+    builtins.open = open_or_refuse
+
+
+def test_a_last_checkpoint_that_cannot_be_read_is_kept(
+    flags: list[str], whole: Run, tmp_path: Path
+) -> None:
+    for name in (LAST, BEST):
+        shutil.copy(whole.folder / name, tmp_path)
+    refused = start(flags, tmp_path, hook=refuse_to_read)
+    assert refused.wait() == [2], refused.said()
+    assert f"{tmp_path / LAST}: cannot be read (Input/output error)" in refused.said()
+    assert (tmp_path / LAST).read_bytes() == (whole.folder / LAST).read_bytes()
 
 
 @pytest.mark.parametrize("number", [0, 2])
