@@ -13,8 +13,9 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -37,6 +38,8 @@ _LONG_CALL_SECONDS = 4.0
 _CAPTURED_SECONDS = 0.02
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 _LIBRARIES = ("torch", "triton", "timm")
+# Read by the C library and by MKL when a process starts.
+_RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "131072", "MKL_DISABLE_FAST_MM": "1"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,12 @@ class Stopwatch:
     """
 
     def __init__(self, call: Call, device: torch.device, *, is_captured: bool = True) -> None:
-        self._time_once = _cuda_timer(call) if device.type == "cuda" else _cpu_timer(call)
+        is_cuda = device.type == "cuda"
+        self._time_once = _cuda_timer(call, device) if is_cuda else _cpu_timer(call)
         # Compilers, autotuners and libraries do their first-time work here.
         self._time_once()
-        if device.type == "cuda" and is_captured and self._time_once() < _CAPTURED_SECONDS:
-            self._time_once = _cuda_timer(_capture(call))
+        if is_cuda and is_captured and self._time_once() < _CAPTURED_SECONDS:
+            self._time_once = _cuda_timer(_capture(call, device), device)
             self._time_once()
         once = self._time_once()
         is_long = once > _LONG_CALL_SECONDS
@@ -144,35 +148,39 @@ def _cpu_timer(call: Call) -> Callable[[], float]:
     return timer
 
 
-def _cuda_timer(call: Call) -> Callable[[], float]:
+def _cuda_timer(call: Call, device: torch.device) -> Callable[[], float]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def timer() -> float:
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        # Streams, and the events on them, are of the current device.
+        with torch.cuda.device(device):
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
 
     return timer
 
 
-def _capture(call: Call) -> Call:
+def _capture(call: Call, device: torch.device) -> Call:
     """A replay of the call's kernels, or the call itself where it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # On the stream of the capture, as PyTorch asks for.
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return call
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # On the stream of the capture, as PyTorch asks for.
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # By default it takes one of the device that the first capture was on.
+            with torch.cuda.graph(graph, stream=stream):
+                call()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return call
     return graph.replay
 
 
@@ -226,20 +234,37 @@ class PeakMemory:
             Bytes, or None where they cannot be told.
         """
         if self._device.type == "cuda":
-            return _cuda_peak(call or build())
+            with torch.cuda.device(self._device):
+                return _cuda_peak(call or build())
         if not Path("/proc/self/clear_refs").exists():
             return None
         if self._pool is None:
-            # Read by the C library and by MKL when the process starts.
-            os.environ.update(MALLOC_MMAP_THRESHOLD_="131072", MKL_DISABLE_FAST_MM="1")
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(1, mp_context=context)
         try:
-            return self._pool.submit(_resident_peak, build, torch.get_num_threads()).result()
+            # The process starts with its first task.
+            with _environment(_RETURNS_MEMORY):
+                peak = self._pool.submit(_resident_peak, build, torch.get_num_threads())
+            return peak.result()
         except BrokenExecutor:
             # The process took too much and was killed; the next call has another one.
             self._pool = None
             raise
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for what starts in a block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _cuda_peak(call: Call) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -59,3 +62,57 @@ def test_memory_is_that_of_the_call_alone() -> None:
             for has_temporary in (False, True)
         ]
     assert [peak / 2**20 for peak in peaks if peak] == pytest.approx([8, 8, 64, 64], rel=0.1)
+
+
+def test_a_gpu_is_timed_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = "cuda:0"
+    seen: list[str] = []
+
+    @contextmanager
+    def select(device: torch.device) -> Iterator[None]:
+        nonlocal current
+        before, current = current, str(device)
+        yield
+        current = before
+
+    class Event:
+        """One that notes the device of the stream that it is recorded on."""
+
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            seen.append(current)
+
+        def synchronize(self) -> None:
+            """Nothing runs."""
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000.0
+
+    monkeypatch.setattr(torch.cuda, "device", select)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timings = time_interleaved(
+        # So long that nothing is captured.
+        {"a": lambda: seen.append(current)},
+        num_rounds=1,
+        device=torch.device("cuda", 1),
+    )
+    assert timings["a"].median_ms == 1000
+    assert set(seen) == {"cuda:1"}
+    assert current == "cuda:0"
+
+
+def build_variables() -> Call:
+    """Fail where the process was not started with the settings."""
+    assert measure._RETURNS_MEMORY.items() <= os.environ.items()
+    return int
+
+
+def test_settings_of_the_other_process_do_not_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MKL_DISABLE_FAST_MM", "0")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    before = dict(os.environ)
+    with PeakMemory(CPU) as memory:
+        memory.measure(build_variables)
+        assert dict(os.environ) == before
