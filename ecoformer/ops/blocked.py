@@ -81,8 +81,8 @@ def forward(
         for rows_chunk, v_chunk in zip(rows.split(chunk), values.split(chunk, -2), strict=True):
             features = rows_chunk.exponents(functions.anchors, scale_block).exp_()
             features -= functions.kernel_mean.unsqueeze(-1)  # [b, H, M, chunk]
-            h = binarize(functions.weight @ features)  # [b, H, K, chunk]
-            context += h @ v_chunk
+            h = binarize(_project(functions.weight, features))  # [b, H, K, chunk]
+            context += _multiply(h, v_chunk)
             code_sum += h.sum(-1, keepdim=True)
             # Those of a large image are kept as bytes.
             codes.append(h if chunk >= num_tokens else h.to(torch.int8))
@@ -95,7 +95,7 @@ def forward(
             numerator = h.transpose(-1, -2) @ context
             numerator.add_(value_sum if is_normalized else v_chunk, alpha=c)
             denominator = (code_sum.transpose(-1, -2) @ h).add_(c * num_tokens)
-            torch.div(numerator, denominator.transpose(-1, -2), out=out_chunk)
+            torch.mul(numerator, denominator.reciprocal_().transpose(-1, -2), out=out_chunk)
     return out, sums, scale
 
 
@@ -151,7 +151,7 @@ def _backward_block(
     context, code_sum, value_sum = _parts(sums)
     exponents = rows.exponents(anchors, scale)
     features = exponents.exp().sub_(kernel_mean.unsqueeze(-1))  # [b, H, M, N]
-    y = weight @ features
+    y = _project(weight, features)
     h = binarize(y)  # [b, H, K, N]
     # As numbers: with booleans the product below takes five times as long.
     passes = torch.lt(y.abs_(), 1, out=y)
@@ -163,7 +163,7 @@ def _backward_block(
     e += c * _row_sums(g * (value_sum if is_normalized else values))
     e.div_(denominator).neg_()  # [b, H, 1, N]
 
-    grad_context = h @ g  # [b, H, K, D]
+    grad_context = _multiply(h, g)  # [b, H, K, D]
     grad_bias = g.sum(-2, keepdim=True) if is_normalized else g
     torch.add(h.transpose(-1, -2) @ grad_context, grad_bias, alpha=c, out=grad_v)
 
@@ -212,7 +212,7 @@ class _Rows(NamedTuple):
 
     def measure_scale(self, anchors: Tensor) -> Tensor:
         """[b, H], these being all the rows of their images."""
-        x_mean = (self.inverse_norms.transpose(-1, -2) @ self.q) / self.q.shape[-2]
+        x_mean = _multiply(self.inverse_norms.transpose(-1, -2), self.q) / self.q.shape[-2]
         scale = kernel_scale(x_mean, self.x_squared.mean(-1, keepdim=True), anchors)
         return scale.flatten(1)
 
@@ -233,6 +233,16 @@ class _Rows(NamedTuple):
         radial = (along * self.x_squared - _row_sums(x * toward)) * is_unit
         x *= (along - radial).transpose(-1, -2)
         torch.mul(x.sub_(toward), 2 * self.inverse_norms, out=out)
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix products [b, H, ., .]; of four axes, ``@`` copies more than of three."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def _project(weight: Tensor, features: Tensor) -> Tensor:
+    """[H, K, M] and [b, H, M, n] to [b, H, K, n]."""
+    return _multiply(weight.expand(len(features), -1, -1, -1), features)
 
 
 def _row_sums(x: Tensor) -> Tensor:
