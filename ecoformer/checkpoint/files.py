@@ -258,10 +258,11 @@ class _EagerFile(io.FileIO):
         num_bytes = super().write(data)
         end = self.tell()
         if sys.platform == "linux" and end - self._num_sent > _BYTES_TO_SEND:
-            # Nobody reads it soon: memory is better spent on images.
-            os.posix_fadvise(
-                self.fileno(), self._num_sent, end - self._num_sent, os.POSIX_FADV_DONTNEED
-            )
+            # Advice only, which some file systems do not take.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(
+                    self.fileno(), self._num_sent, end - self._num_sent, os.POSIX_FADV_DONTNEED
+                )
             self._num_sent = end
         return num_bytes
 

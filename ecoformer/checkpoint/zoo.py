@@ -112,9 +112,22 @@ def resolve_source(
         A path, at which there need not be a file if ``source`` is one.
 
     Raises:
-        InputError: there is no such zoo name, the download fails, or a checksum is wrong.
+        InputError: there is no such zoo name, no such home or address, the download fails, the
+            file in the cache cannot be read, or a checksum is wrong.
     """
     text = os.fspath(source)
+    try:
+        return _resolve(text, cache_dir)
+    except InputError:
+        raise
+    # Of a bad address, a home of nobody, or a disk.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{text}: cannot be had ({error}); check how it is written, and the cache folder."
+        ) from error
+
+
+def _resolve(text: str, cache_dir: str | os.PathLike[str] | None) -> Path:
     if "://" not in text:
         path = Path(text).expanduser()
         # A bare word that is no file can only be meant as a name.

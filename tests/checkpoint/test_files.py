@@ -151,6 +151,20 @@ def test_broken_file_is_one_line(name: str, tmp_path: Path) -> None:
     assert all(tensor.eq(-7).all() for tensor in model.state_dict().values() if tensor.ndim)
 
 
+def test_a_save_needs_no_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(*arguments: object) -> None:
+        asked.append(arguments)
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    weight = torch.zeros(3, 2**20)
+    save_atomic({"w": weight}, tmp_path / "weights.pth")
+    assert asked
+    assert torch.equal(read_checkpoint(tmp_path / "weights.pth")["model"]["w"], weight)
+
+
 def test_commands_end_with_the_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ import pvt
 import twins
 from ecoformer.checkpoint import resolve_source, zoo
 from ecoformer.errors import InputError
+from tests.privileges import without_privileges
 
 BUFFER = io.BytesIO()
 torch.save({"w": torch.arange(5000.0)}, BUFFER)
@@ -195,6 +196,24 @@ def test_a_url_of_the_zoo_is_the_same_file_as_its_name(cache: Path, tmp_path: Pa
 def test_other_addresses_are_refused(url: str) -> None:
     with pytest.raises(InputError, match=f"{url}: .* by its path"):
         resolve_source(url)
+
+
+@pytest.mark.parametrize("source", ["http://[bad/x.pth", "~no-such-user/x.pth"])
+def test_addresses_and_homes_that_cannot_be(source: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(source)}: cannot be had"):
+        resolve_source(source)
+
+
+@pytest.mark.parametrize("kind", ["folder", "unreadable"])
+def test_a_cached_file_that_cannot_be_read(kind: str, cache: Path) -> None:
+    path = cache / "pvtv2_b0_ecoformer.pth"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(GOOD)
+        path.chmod(0)
+    with without_privileges(), pytest.raises(InputError, match=f"cannot be had .*{path.name}"):
+        resolve_source("ecoformer_pvt_v2_b0")
 
 
 def test_unknown_zoo_name_shows_the_nearest(cache: Path) -> None:
