@@ -21,8 +21,8 @@ class ModelFamily:
 
     Args:
         name: package name, e.g. ``"pvt"``.
-        create_model: ``create_model(variant, attention, *, num_classes, hashing, drop_rate,
-            drop_path_rate)``.
+        create_model: ``create_model(variant, attention, *, num_classes, hashing, in_chans,
+            drop_rate, drop_path_rate)``.
         variants: variant name to the attention kinds that it has, its default first.
         default_model: variant or released model name that a command takes when none is named.
         recipe: configuration fields whose default differs from the shared one.
@@ -164,13 +164,13 @@ def _load_pretrained(model: nn.Module, config: PretrainedCfg, cache_dir: str | N
 
     from ecoformer.checkpoint import load_checkpoint, read_checkpoint, resolve_source
 
-    if config.hf_hub_id:
-        raise InputError(
-            f"{config.hf_hub_id}: weights of the Hugging Face hub are not fetched here; download "
-            "them and pass pretrained_cfg_overlay={'file': FILE}."
-        )
     origin, state = "the state dict", config.state_dict
     if state is None:
+        if config.hf_hub_id and not config.file:
+            raise InputError(
+                f"{config.hf_hub_id}: weights of the Hugging Face hub are not fetched here; "
+                "download them and pass pretrained_cfg_overlay={'file': FILE}."
+            )
         # The architecture's name has no weights then, which is what the zoo says of it.
         origin = str(config.file or config.url or config.architecture)
         state = read_checkpoint(resolve_source(origin, cache_dir))["model"]

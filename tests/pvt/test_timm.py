@@ -127,6 +127,8 @@ def test_weights_come_from_where_timm_is_told(cached_weights: Path, tmp_path: Pa
         {"pretrained_cfg_overlay": {"file": str(moved)}},
         {"pretrained_cfg": {"file": str(moved), "num_classes": 1000}},
         {"pretrained_cfg_overlay": {"state_dict": state}},
+        {"pretrained_cfg_overlay": {"file": str(moved), "hf_hub_id": "someone/model"}},
+        {"pretrained_cfg_overlay": {"state_dict": state, "hf_hub_id": "someone/model"}},
     ]
     for where in wheres:
         assert torch.equal(stem_of(create(pretrained=True, **where)), state[STEM])
