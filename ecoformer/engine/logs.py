@@ -51,7 +51,7 @@ def format_seconds(seconds: float) -> str:
         seconds: a duration.
 
     Returns:
-        ``h:mm:ss``, rounded to seconds.
+        ``h:mm:ss``, rounded to seconds, after ``1 day,`` and the like where it lasts so long.
     """
     return str(timedelta(seconds=round(seconds)))
 
@@ -104,19 +104,34 @@ def read_log(folder: Path) -> list[dict[str, float]]:
         folder: of the run.
 
     Returns:
-        The records of its ``log.txt``, one an epoch.
+        The records of its ``log.txt``, one an epoch; a line that a crash has cut is none.
 
     Raises:
-        InputError: it holds no such file, or a broken one.
+        InputError: it holds no such file, or another one of that name.
     """
     path = folder / "log.txt"
     try:
-        records: list[dict[str, float]] = [json.loads(line) for line in path.open()]
+        lines = _read_lines(path)
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}); give a run's folder.") from None
-    except ValueError:
-        raise InputError(f"{path} is no log of a run; give a run's folder.") from None
+    records = [record for _, record in _parse(lines)]
+    if lines and not records:
+        raise InputError(f"{path} is no log of a run; give a run's folder.")
     return records
+
+
+def _read_lines(path: Path) -> list[str]:
+    # What a crash left at the end may be any bytes.
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _parse(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """The lines that are whole, each with its record."""
+    for line in lines:
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+                yield line, record
 
 
 class RunLog:
@@ -218,15 +233,10 @@ def _append(path: Path, text: str) -> None:
 
 
 def _drop_epochs(path: Path, first_epoch: int) -> None:
-    """Keep the whole lines of earlier epochs only; a crash may have cut the last one."""
+    """Keep the whole lines of earlier epochs only."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["epoch"] < first_epoch:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+    records = _parse(_read_lines(path))
+    kept = [line + "\n" for line, record in records if record["epoch"] < first_epoch]
     with open_atomic(path) as file:
         file.write("".join(kept).encode())

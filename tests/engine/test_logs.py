@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ecoformer.engine import logs
-from ecoformer.engine.logs import RunLog, format_seconds, print_log, track
+from ecoformer.engine.logs import RunLog, format_seconds, print_log, read_log, track
 from ecoformer.errors import InputError
 
 
@@ -62,11 +62,19 @@ def test_log_is_printed_inside_the_block_only(capsys: pytest.CaptureFixture[str]
 def test_lines_of_epochs_to_come_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "log.txt"
     lines = [json.dumps({"epoch": epoch, "train_loss": 0.5}) for epoch in range(4)]
-    path.write_text("\n".join([*lines, "null", '{"epoch": 1, "tra']))
+    path.write_bytes("\n".join([*lines, "null", "3", '{"epoch": 1, "tra']).encode() + b"\xff\0")
+    assert [record["epoch"] for record in read_log(tmp_path)] == [0, 1, 2, 3]
     with RunLog(tmp_path, first_epoch=2) as log:
         assert path.read_text() == f"{lines[0]}\n{lines[1]}\n"
         log.write({"epoch": 2, "train_loss": 0.25})
     assert json.loads(path.read_text().splitlines()[-1]) == {"epoch": 2, "train_loss": 0.25}
+
+
+@pytest.mark.parametrize("content", [b"3\n", b"\xff\n", b"{}\n", b'{"epoch": 1, "tra'])
+def test_what_is_no_log(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"log\.txt is no log of a run"):
+        read_log(tmp_path)
 
 
 def epochs_of(path: Path) -> list[int]:
