@@ -266,6 +266,22 @@ def docstring_faults(node: ast.FunctionDef | ast.AsyncFunctionDef, doc: str) -> 
 
 def rule_docstrings(tree: Tree) -> Iterator[str]:
     """Each module and public class says what it is for, and each public function all of it."""
+    nodes = [node for module in tree.values() for node in ast.walk(module.body)]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+
+    def is_told_by_base(owner: ast.Module | ast.ClassDef, name: str) -> bool:
+        bases = owner.bases if isinstance(owner, ast.ClassDef) else []
+        found = [classes.get(dotted_name(base).rpartition(".")[2]) for base in bases]
+        return any(
+            any(
+                isinstance(node, ast.FunctionDef) and node.name == name and ast.get_docstring(node)
+                for node in base.body
+            )
+            or is_told_by_base(base, name)
+            for base in found
+            # One that is called like its base, of another package.
+            if base is not None and base is not owner
+        )
 
     def visit(owner: ast.Module | ast.ClassDef, path: str) -> Iterator[str]:
         for node in owner.body:
@@ -279,7 +295,7 @@ def rule_docstrings(tree: Tree) -> Iterator[str]:
             if node.name.startswith("_") or is_repeat:
                 continue
             doc = ast.get_docstring(node)
-            if doc is None:
+            if doc is None and not is_told_by_base(owner, node.name):
                 yield f"{path}:{node.lineno}: {node.name} has no docstring"
             if isinstance(node, ast.ClassDef):
                 yield from visit(node, path)
@@ -354,6 +370,7 @@ VIOLATIONS: Sequence[tuple[Rule, str, str, int]] = [
     (rule_docstrings, "twins/a.py", "'''Doc.'''\ndef f(): pass", 2),
     (rule_docstrings, "twins/a.py", "'''Doc.'''\nclass _A: pass\nclass B: pass", 3),
     (rule_docstrings, "twins/a.py", "'''Doc.'''\nclass A:\n  '''Doc.'''\n  def f(self): pass", 4),
+    (rule_docstrings, "twins/a.py", "'D.'\nclass A(nn.Module):\n 'D.'\n def f(self): 1", 4),
     (rule_docstrings, "twins/a.py", "'''Doc.'''\ndef f(x): '''Doc.'''", 2),
     (rule_docstrings, "twins/a.py", "'''Doc.'''\ndef f(*, x): '''Doc.\nArgs:\n    y: 1.'''", 2),
     (rule_docstrings, "twins/a.py", "'''Doc.'''\ndef f(): '''Doc.\nArgs:\n    x: 1.'''", 2),
@@ -403,6 +420,8 @@ def test_rules_pass_what_comes_close(tmp_path: Path) -> None:
         "twins/model.py": (
             '"""Model."""\n\n\nclass A:\n    """Doc."""\n    @property\n    def x(self):\n'
             '        """Doc."""\n    @x.setter\n    def x(self, value): pass\n'
+            '    def f(self):\n        """Doc."""\n\n\nclass B(A):\n    """Doc."""\n\n\n'
+            'class C(B):\n    """Doc."""\n    def f(self): pass\n'
         ),
         "twins/told.py": (
             '"""Told."""\n\n\nclass A:\n    """Doc."""\n    @property\n    def x(self) -> int:\n'

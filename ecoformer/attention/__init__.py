@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
 
+from ecoformer.attention.base import MultiHeadAttention
 from ecoformer.attention.ecoformer import EcoFormerAttention
 from ecoformer.attention.performer import PerformerAttention
 from ecoformer.attention.softmax import SharedQKAttention, SoftmaxAttention
@@ -12,7 +13,7 @@ from ecoformer.attention.window import WindowAttention
 from ecoformer.errors import InputError, suggest
 from ecoformer.hashing import HashConfig
 
-ATTENTION_KINDS: dict[str, type[nn.Module]] = {
+ATTENTION_KINDS: dict[str, type[MultiHeadAttention]] = {
     "ecoformer": EcoFormerAttention,
     "msa": SoftmaxAttention,
     "msa_share_qk": SharedQKAttention,
@@ -31,7 +32,7 @@ def build_attention(
     hashing: HashConfig | None = None,
     sr_ratio: int = 1,
     is_linear: bool = False,
-) -> nn.Module:
+) -> MultiHeadAttention:
     """Build a kind of attention, giving it those settings that concern it.
 
     Args:
@@ -54,12 +55,13 @@ def build_attention(
             f"unknown attention kind {kind!r}{suggest(kind, ATTENTION_KINDS)}"
             f" There are: {', '.join(ATTENTION_KINDS)}."
         )
+    attention: Callable[..., MultiHeadAttention] = ATTENTION_KINDS[kind]
     options: dict[str, object] = {}
     if kind == "ecoformer":
         options = {"hashing": hashing}
     elif kind == "sra":
         options = {"sr_ratio": sr_ratio, "is_linear": is_linear}
-    return ATTENTION_KINDS[kind](dim, num_heads, proj_drop=proj_drop, **options)
+    return attention(dim, num_heads, proj_drop=proj_drop, **options)
 
 
 __all__ = [

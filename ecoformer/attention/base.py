@@ -54,6 +54,7 @@ class MultiHeadAttention(nn.Module, ABC):
         """
         return self.proj_drop(self.proj(self._attend(x, size)))
 
+    @abstractmethod
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         """Multiplications and additions of the attention of one image, projections aside.
 
@@ -67,12 +68,7 @@ class MultiHeadAttention(nn.Module, ABC):
         Raises:
             InputError: ``size`` is missing.
         """
-        return self._count(num_tokens, size)
 
     @abstractmethod
     def _attend(self, x: Tensor, size: Size | None) -> Tensor:
         """[B, N, C] to [B, N, C], the heads merged."""
-
-    @abstractmethod
-    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
-        """As ``count_attention``."""

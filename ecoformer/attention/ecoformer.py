@@ -47,7 +47,7 @@ class EcoFormerAttention(MultiHeadAttention):
     def _attend(self, x: Tensor, size: Size | None) -> Tensor:
         return merge_heads(self.hash(*self._split(self.to_qk(x), self.to_v(x))))
 
-    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
+    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         # As in the released counter.
         _, num_bits, num_anchors = self.hash.weight.shape
         head_dim, tokens = self.head_dim, self.num_heads * num_tokens

@@ -123,7 +123,7 @@ class PerformerAttention(MultiHeadAttention):
     def _attend(self, x: Tensor, size: Size | None) -> Tensor:
         return merge_heads(self.fast_attention(*self._split(*self.qkv(x).chunk(3, dim=-1))))
 
-    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
+    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         num_features, head_dim = self.fast_attention.projection_matrix.shape
         # Queries and keys to features, keys to context and its sum, queries to the output
         # and its divisor; equally many additions.

@@ -56,7 +56,7 @@ class SoftmaxAttention(MultiHeadAttention):
         q, k, v = self._split(*self.qkv(x).chunk(3, dim=-1))
         return merge_heads(scaled_dot_product_attention(q, k, v))
 
-    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
+    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)
 
 
@@ -88,5 +88,5 @@ class SharedQKAttention(MultiHeadAttention):
         q, v = self._split(self.to_qk(x), self.to_v(x))
         return merge_heads(scaled_dot_product_attention(q, q, v))
 
-    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
+    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)

@@ -81,7 +81,7 @@ class SpatialReductionAttention(MultiHeadAttention):
         reduced = self.norm(map_to_tokens(self.sr(image)))  # [B, N', C]
         return gelu(reduced) if self.is_linear else reduced
 
-    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
+    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         num_keys = num_tokens
         if self.is_linear:
             num_keys = _POOLED_SIZE**2

@@ -82,7 +82,7 @@ class WindowAttention(SoftmaxAttention):
         inside = self._tile(torch.ones(1, *size, 1, dtype=torch.bool, device=x.device))
         return inside.repeat(x.shape[0], 1, 1).transpose(1, 2).unsqueeze(1)
 
-    def _count(self, num_tokens: int, size: Size | None) -> tuple[int, int]:
+    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         num_pairs = 1
         # A window of h x w tokens has h^2 w^2 pairs: the sum over windows is one over each axis.
         # Padding does not count.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ecoformer.attention import ATTENTION_KINDS
+from ecoformer.attention.base import MultiHeadAttention
 from ecoformer.hashing import hash_layers
 
 MUL_ENERGY_PJ = 3.7
@@ -113,8 +114,8 @@ class Cost:
 def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cost:
     """Count the operations of one image.
 
-    Any model works whose attention layers have ``count_attention(num_tokens, size)``, as those
-    of ``ecoformer.attention`` do. It needs no fit, is not touched, and computes nothing.
+    Any model works whose attention layers are ``MultiHeadAttention``, of kinds that may be its
+    own. It needs no fit, is not touched, and computes nothing.
 
     Args:
         model: on any device, in any mode.
@@ -125,8 +126,7 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
 
     Source: EcoFormer and its released counter.
     """
-    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-    shadow = without_data(model).eval()
+    shadow, image = without_data(model, input_size)
     layers: list[LayerCost] = []
 
     def watch(name: str, kind: str, count: _Count) -> Callable[..., None]:
@@ -138,25 +138,27 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
         return hook
 
     for name, module in shadow.named_modules():
-        for kind, (matches, count) in _COUNTERS.items():
-            if matches(module):
+        for kind, (counted, count) in _COUNTERS.items():
+            if isinstance(module, counted):
                 if kind == "attention":
                     kind = f"{_name_attention(module)} attention"
                 module.register_forward_hook(watch(name, kind, count), with_kwargs=True)
-    in_chans = next((m.in_channels for m in shadow.modules() if isinstance(m, nn.Conv2d)), 3)
-    shadow(torch.empty(1, in_chans, height, width, device="meta"))
+    shadow(image)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    height, width = image.shape[-2:]
     return Cost(tuple(layers), num_parameters, (height, width))
 
 
-def without_data(model: nn.Module) -> nn.Module:
-    """Copy a model without the data of its tensors.
+def without_data(model: nn.Module, input_size: int | tuple[int, int]) -> tuple[nn.Module, Tensor]:
+    """Copy a model without the data of its tensors, and make an image to run through it.
 
     Args:
-        model: on any device; not touched.
+        model: on any device, in any mode; not touched.
+        input_size: pixels, a side or (height, width).
 
     Returns:
-        The copy, on the meta device; its hash functions count as fitted.
+        The copy, on the meta device, to be evaluated: its hash functions count as fitted. An
+        image there, [1, channels of the first convolution, height, width].
     """
     # deepcopy asks this table first, so no weight is ever copied.
     memo: dict[int, object] = {}
@@ -164,17 +166,19 @@ def without_data(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
-    shadow = copy.deepcopy(model, memo)
+    shadow = copy.deepcopy(model, memo).eval()
     for layer in hash_layers(shadow).values():
         layer.set_functions(
             weight=layer.weight, kernel_mean=layer.kernel_mean, anchors=layer.anchors
         )
-    return shadow
+    in_chans = next((m.in_channels for m in shadow.modules() if isinstance(m, nn.Conv2d)), 3)
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    return shadow, torch.empty(1, in_chans, height, width, device="meta")
 
 
 def _name_attention(layer: nn.Module) -> str:
     """The kind of one of our layers; the class of somebody's own."""
-    names = {known: kind for kind, known in ATTENTION_KINDS.items()}
+    names: dict[type[nn.Module], str] = {known: kind for kind, known in ATTENTION_KINDS.items()}
     return names.get(type(layer), type(layer).__name__)
 
 
@@ -197,15 +201,16 @@ def _count_norm(module: nn.Module, args: Any, keywords: Any, out: Tensor) -> tup
 
 def _count_attention(module: nn.Module, args: Any, keywords: Any, out: Tensor) -> tuple[int, int]:
     size = args[1] if len(args) > 1 else keywords.get("size")
-    mul, add = module.count_attention(out.shape[1], size)  # type: ignore[operator]
+    assert isinstance(module, MultiHeadAttention)
+    mul, add = module.count_attention(out.shape[1], size)
     # One image runs through: further rows are what a model has folded into the batch.
     return out.shape[0] * mul, out.shape[0] * add
 
 
 _Count = Callable[[nn.Module, Any, Any, Tensor], tuple[int, int]]
-_COUNTERS: dict[str, tuple[Callable[[nn.Module], bool], _Count]] = {
-    "convolution": (lambda module: isinstance(module, nn.Conv2d), _count_convolution),
-    "linear": (lambda module: isinstance(module, nn.Linear), _count_linear),
-    "normalisation": (lambda module: isinstance(module, nn.LayerNorm), _count_norm),
-    "attention": (lambda module: hasattr(module, "count_attention"), _count_attention),
+_COUNTERS: dict[str, tuple[type[nn.Module], _Count]] = {
+    "convolution": (nn.Conv2d, _count_convolution),
+    "linear": (nn.Linear, _count_linear),
+    "normalisation": (nn.LayerNorm, _count_norm),
+    "attention": (MultiHeadAttention, _count_attention),
 }

@@ -12,7 +12,7 @@ _Shape = tuple[int, ...]
 
 
 @torch.no_grad()
-def count_executed(model: nn.Module, input_size: int = 224) -> int:
+def count_executed(model: nn.Module, input_size: int | tuple[int, int] = 224) -> int:
     """Count the multiply-adds of matrix products and convolutions of one image, as they run.
 
     A processor of today multiplies and adds in one instruction. A product with a code of +1 and
@@ -20,16 +20,16 @@ def count_executed(model: nn.Module, input_size: int = 224) -> int:
 
     Args:
         model: on any device, in any mode; it needs no fit, is not touched, and computes nothing.
-        input_size: image side, pixels.
+        input_size: pixels, a side or (height, width).
 
     Returns:
         Multiply-adds; normalisation, activations and other work by value are not among them.
     """
-    shadow = without_data(model).eval()
+    shadow, image = without_data(model, input_size)
     # PyTorch's counter cannot look inside an operator of our own.
     ours = {torch.ops.ecoformer.kernelized_hash_attention: _count_hash_attention}
     with FlopCounterMode(display=False, custom_mapping=ours) as counter:
-        shadow(torch.empty(1, 3, input_size, input_size, device="meta"))
+        shadow(image)
     # The counter takes a multiply-add for two operations.
     return int(counter.get_total_flops()) // 2
 

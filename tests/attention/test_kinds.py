@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -94,7 +95,8 @@ def test_autocast_gives_half_precision_near_the_truth(options: dict[str, Any]) -
 
 def test_projections_may_lack_a_bias_but_the_last_one_has_it(options: dict[str, Any]) -> None:
     kind, settings = options["kind"], {k: v for k, v in options.items() if k != "kind"}
-    bare = ATTENTION_KINDS[kind](12, 3, qkv_bias=False, **settings)
+    attention: Callable[..., nn.Module] = ATTENTION_KINDS[kind]
+    bare = attention(12, 3, qkv_bias=False, **settings)
     layer = with_random_hash_functions(bare).eval()
     biased = {
         name for name, m in layer.named_modules() if isinstance(m, nn.Linear) and m.bias is not None

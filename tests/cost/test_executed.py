@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -28,6 +29,12 @@ def test_executed_products_are_those_of_the_shapes() -> None:
     num_tokens, width = 3 * 8 * 8 // 12, 12
     softmax = Tokens(SoftmaxAttention(width, 2))
     assert count_executed(softmax, 8) == 4 * num_tokens * width**2 + 2 * num_tokens**2 * width
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_the_image_has_the_channels_that_the_model_takes(in_chans: int) -> None:
+    convolution = nn.Conv2d(in_chans, 6, kernel_size=3, padding=1)
+    assert count_executed(convolution, (4, 8)) == in_chans * 3 * 3 * 6 * 4 * 8
 
 
 def test_products_with_codes_are_executed_too() -> None:

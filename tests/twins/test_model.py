@@ -31,7 +31,7 @@ from twins import FAMILY, Twins
 
 def kinds_of_stage(model: nn.Module, stage: int) -> list[str]:
     """The attention kind of each block."""
-    names = {kind: name for name, kind in ATTENTION_KINDS.items()}
+    names: dict[type[nn.Module], str] = {kind: name for name, kind in ATTENTION_KINDS.items()}
     blocks = model.get_submodule(f"blocks.{stage}").children()
     return [names[type(block.get_submodule("attn"))] for block in blocks]
 
