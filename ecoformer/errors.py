@@ -24,7 +24,7 @@ class NonFiniteError(ArithmeticError):
 
     Args:
         message: one line.
-        step: of the epoch, where it is not the one that comes next.
+        step: of the epoch, where it is not the last one that was done.
         loss_scale: that the step had.
     """
 

@@ -8,7 +8,8 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,7 +152,8 @@ def _train(
         save_checkpoint(state, config, folder, writer, is_best=is_best, is_last=is_last)
 
     began, first_epoch = time.monotonic(), state.epoch
-    with RunLog(folder, first_epoch=first_epoch) as log, stop_signals(), writer:
+    report = _report_non_finite(state, loaders, config, folder / NON_FINITE_REPORT)
+    with RunLog(folder, first_epoch=first_epoch) as log, stop_signals(), writer, report:
         try:
             while state.epoch < num_epochs:
                 train_epoch(
@@ -184,17 +186,19 @@ def _train(
                 left = (time.monotonic() - began) / num_done * (num_epochs - state.epoch)
                 _logger.info(
                     "epoch %d, %d of %d done: train loss %.4f, %s, best top-1 %.2f %%, %s left",
-                    *(record["epoch"], state.epoch, num_epochs, record["train_loss"], result),
-                    *(state.best_acc1, format_seconds(left)),
+                    record["epoch"],
+                    state.epoch,
+                    num_epochs,
+                    record["train_loss"],
+                    result,
+                    state.best_acc1,
+                    format_seconds(left),
                 )
         except Preempted as stop:
             save(is_last=True)
             end_workers()
             where = f"epoch {state.epoch}, step {state.step}"
             raise Preempted(f"{stop}, saved at {where}; the same command goes on.") from None
-        except NonFiniteError as error:
-            _write_report(error, state, loaders, config, folder / NON_FINITE_REPORT)
-            raise
 
 
 def _log_start(
@@ -210,38 +214,65 @@ def _log_start(
     model, data, optim = config.model, config.data, config.optim
     _logger.info(
         "%s/%s, %.2f M parameters, %d px, %s on %d x %s, %s mode, into %s",
-        *(model.model, model.attn_type, num_parameters / 1e6, model.input_size),
-        *(str(amp_dtype).removeprefix("torch."), world_size(), device.type),
-        *("train" if config.run.is_train_mode else "eval", folder),
+        model.model,
+        model.attn_type,
+        num_parameters / 1e6,
+        model.input_size,
+        str(amp_dtype).removeprefix("torch."),
+        world_size(),
+        device.type,
+        "train" if config.run.is_train_mode else "eval",
+        folder,
     )
     peak_lr = scale_learning_rate(optim, batch_size=data.batch_size, world_size=world_size())
     _logger.info(
         "%s: %d training and %d validation images of %d classes; %d epochs of %d steps of %d "
         "images, peak learning rate %.3g",
-        *(data.data_set, len(loaders.train.images), len(loaders.eval.images)),
-        *(loaders.num_classes, optim.epochs, len(loaders.train)),
-        *(data.batch_size * world_size(), peak_lr),
+        data.data_set,
+        len(loaders.train.images),
+        len(loaders.eval.images),
+        loaders.num_classes,
+        optim.epochs,
+        len(loaders.train),
+        data.batch_size * world_size(),
+        peak_lr,
     )
     if optim.warmup_epochs >= optim.epochs:
         _logger.warning(
             "all %d epochs are warm-up (--warmup-epochs %d), so the peak is never reached",
-            *(optim.epochs, optim.warmup_epochs),
+            optim.epochs,
+            optim.warmup_epochs,
         )
+
+
+@contextmanager
+def _report_non_finite(
+    state: TrainState, loaders: Loaders, config: Config, path: Path
+) -> Iterator[None]:
+    """Write what it takes to repeat the step that failed in a block, on all ranks together."""
+    try:
+        yield
+    except NonFiniteError as error:
+        _write_report(error, state, loaders, config, path)
+        raise
 
 
 def _write_report(
     error: NonFiniteError, state: TrainState, loaders: Loaders, config: Config, path: Path
 ) -> None:
-    """What it takes to do a step again that was not finite; all ranks come here together."""
     assert loaders.train is not None
-    step = state.step if error.step is None else error.step
-    loaders.train.set_epoch(state.epoch, start_step=step)
-    draws = next(iter(loaders.train.batches), [])
+    epoch, step = state.epoch, error.step
+    # Evaluations and saves find what the last step left, which may be that of the epoch before.
+    if step is None:
+        epoch = max(0, epoch - (state.step == 0))
+        step = (state.step or len(loaders.train)) - 1
+    loaders.train.set_epoch(epoch, start_step=step)
+    draws = next(iter(loaders.train.batches))
     report = {
         "error": str(error),
-        "epoch": state.epoch,
+        "epoch": epoch,
         "step": step,
-        "learning_rate": state.learning_rate,
+        "learning_rate": state.learning_rate if epoch == state.epoch else None,
         "loss_scale": error.loss_scale or state.scaler.get_scale(),
         "seed": config.run.seed,
         # By rank: a step draws its augmentation, too, from seed, epoch, step and place in here.
@@ -310,9 +341,13 @@ def _time(family: ModelFamily, config: Config, device: torch.device) -> None:
     )
     _logger.info(
         "%s/%s, batch %d of %d px, %s on %s: %s",
-        *(config.model.model, config.model.attn_type),
-        *(config.data.batch_size, config.model.input_size),
-        *(str(amp_dtype).removeprefix("torch."), device, result),
+        config.model.model,
+        config.model.attn_type,
+        config.data.batch_size,
+        config.model.input_size,
+        str(amp_dtype).removeprefix("torch."),
+        device,
+        result,
     )
 
 

@@ -36,23 +36,25 @@ BEST_CHECKPOINT = "best_checkpoint.pth"
 
 # Settings that may differ when a run goes on: where things are and how they are computed, not
 # what is computed.
-_FREE_FIELDS = frozenset(
-    {
-        *(
-            "config",
-            "finetune",
-            "allow_missing",
-            "resume",
-            "eval",
-            "throughput",
-            "output_dir",
-            "device",
-            "compile",
-        ),
-        *("data_path", "num_workers", "pin_mem", "max_bad_images", "start_epoch"),
-        *("checkpoint_every", "allow_resume_change", "train_msa"),
-    }
-)
+_FREE_FIELDS = {
+    "allow_missing",
+    "allow_resume_change",
+    "checkpoint_every",
+    "compile",
+    "config",
+    "data_path",
+    "device",
+    "eval",
+    "finetune",
+    "max_bad_images",
+    "num_workers",
+    "output_dir",
+    "pin_mem",
+    "resume",
+    "start_epoch",
+    "throughput",
+    "train_msa",
+}
 # Settings with a permission of their own; that of the rest is "config".
 _PERMISSIONS = {"batch_size": "batch-size", "world_size": "world-size"}
 

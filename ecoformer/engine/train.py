@@ -192,7 +192,12 @@ def _refit(model: nn.Module, images: Tensor, *, seed: int) -> None:
     began = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
     before = {layer: deepcopy(layer.state_dict()) for layer in hash_layers(model).values()}
-    run_on_main(lambda: leave_at_signal(lambda: fit_hash_functions(model, images, generator)))
+    try:
+        run_on_main(lambda: leave_at_signal(lambda: fit_hash_functions(model, images, generator)))
+    except NonFiniteError as error:
+        # The images are those of the step to come.
+        error.step = 0
+        raise
     if agree() is Request.STOP:
         for layer, functions in before.items():
             layer.load_state_dict(functions)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,53 @@ def test_all_ranks_stop_at_one_step(
     last = torch.load(tmp_path / "last_checkpoint.pth", weights_only=True)
     assert all(value.isfinite().all() for value in last["model"].values())
     assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
+
+
+def poison_the_end(rank: int, *, kind: str) -> None:
+    """A weight becomes NaN in a last step: of the second epoch, of the run, before a stop."""
+    from ecoformer.engine import train
+    from ecoformer.engine.state import TrainState
+
+    real_update, real_finish, count = train._update, TrainState.finish_epoch, 0
+
+    def update(state: TrainState, clip_grad: float | None) -> Any:
+        nonlocal count
+        count += 1
+        is_it = count == 2 * NUM_STEPS - (kind == "stop")
+        if is_it and kind == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        norm = real_update(state, clip_grad)
+        if is_it and kind in ("stop", "evaluation"):
+            next(state.model.parameters()).data.fill_(math.nan)
+        return norm
+
+    def finish(self: TrainState, acc1: float) -> None:
+        real_finish(self, acc1)
+        if (self.epoch, kind) in ((2, "save"), (3, "last save")):
+            next(self.model.parameters()).data.fill_(math.nan)
+
+    setattr(train, "_update", update)  # noqa: B010 - private
+    TrainState.finish_epoch = finish  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("kind", "epoch", "step"),
+    [("evaluation", 1, 2), ("save", 1, 2), ("last save", 2, 2), ("stop", 1, 1)],
+)
+def test_report_of_what_the_last_step_left(
+    kind: str, epoch: int, step: int, flags: list[str], tmp_path: Path
+) -> None:
+    # Without saves in between, the stop's finds it first.
+    flags = [*flags, "--amp-dtype", "none", *(["--checkpoint-every", "0"] * (kind == "stop"))]
+    stopped = start(flags, tmp_path, hook=functools.partial(poison_the_end, kind=kind))
+    assert stopped.wait() == [3], stopped.said()
+    report = json.loads((tmp_path / "non_finite.json").read_text())
+    assert (report["epoch"], report["step"]) == (epoch, step)
+    assert len(set(report["image_indices"][0])) == 8
+    # Of an epoch that is over, the rate is gone.
+    assert (report["learning_rate"] is None) == ("save" in kind)
+    last = torch.load(tmp_path / "last_checkpoint.pth", weights_only=True)
+    assert all(value.isfinite().all() for value in last["model"].values())
 
 
 def test_report_names_the_images_that_the_step_had(flags: list[str], tmp_path: Path) -> None:
