@@ -85,17 +85,21 @@ def load_checkpoint(
             released one.
         strict: model and file must hold the same entries, head and hash functions included, with
             nothing converted and nothing left fresh: for evaluation, and to go on with a run.
-        allow_missing: backbone weights that have no source may keep their present values.
+        allow_missing: backbone weights that have no source may keep their present values; not
+            with ``strict``.
         origin: what messages call a ``source`` that is a dictionary.
 
     Returns:
         What was loaded, derived, dropped by rule, is missing, and went unused.
 
     Raises:
-        InputError: the source cannot be read, does not fit, or holds NaN or infinity.
+        InputError: the source cannot be read, does not fit, or holds NaN or infinity; or
+            ``strict`` and ``allow_missing`` are both given.
 
     Source: EcoFormer and the file layout of the released implementation.
     """
+    if strict and allow_missing:
+        raise InputError("strict lets nothing be missing; give strict or allow_missing, not both.")
     if isinstance(source, Mapping):
         raw = unwrap_state(source, origin)["model"]
     else:
