@@ -77,7 +77,7 @@ LAYERS = {
     "twins commands": Layer(("twins.main", "twins.get_energy"), (*METHOD, *STACK, "twins")),
     "commands": Layer(
         tuple(f"ecoformer.{name}" for name in ("benchmark", "demo", "doctor", "plots", "tables")),
-        (*METHOD, *STACK, "figures"),
+        (*METHOD, *STACK, "figures", "kernel choice"),
         ("package", "pvt", "twins"),
     ),
 }

@@ -11,6 +11,9 @@ from ecoformer.benchmark.report import Row
 from ecoformer.errors import InputError
 from ecoformer.measure import Build, Call, PeakMemory, Stopwatch, free_bytes, take_turns
 
+# The dense reference: floats that it holds at once for each pair of tokens.
+REFERENCE_FLOATS = 8
+
 
 @dataclass(frozen=True)
 class Setup:

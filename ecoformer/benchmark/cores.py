@@ -8,20 +8,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isqrt
+from math import ceil, isqrt
+from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ecoformer import ops
 from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.performer import RandomFeatureAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
-from ecoformer.benchmark.compare import Contender, Setup, compare, lack_of_memory
+from ecoformer.benchmark.compare import (
+    REFERENCE_FLOATS,
+    Contender,
+    Setup,
+    compare,
+    lack_of_memory,
+)
 from ecoformer.benchmark.report import Row
 from ecoformer.measure import Call
-from ecoformer.ops import encode, hash_attention, kernelized_hash_attention, reference
+from ecoformer.ops import kernelized_hash_attention, reference
+from ecoformer.ops import triton as triton_ops
 
 EVALUATION = "attention core, evaluation"
 TRAINING = "attention core, forward and backward"
@@ -35,25 +45,36 @@ _SWEPT = ("ecoformer", "performer", "spatial reduction", "sdpa")
 _SLOW_MS = 2000.0
 
 
+def count_tokens(side: int) -> int:
+    """Tell how many tokens the first stage of PVTv2 has: one for every 4 pixels, each way.
+
+    Args:
+        side: of the image, pixels.
+
+    Returns:
+        N.
+    """
+    # Its convolution pads: what is left of 4 pixels makes a token too.
+    return ceil(side / 4) ** 2
+
+
 @dataclass(frozen=True)
 class CoreInputs:
-    """Random rows and hash functions of an attention core.
+    """Random rows and hash functions of an attention core in the first stage of PVTv2-B0.
 
     Args:
         batch_size: B.
-        num_tokens: N, a square.
-        num_heads: H.
-        head_dim: D.
+        num_tokens: N; a square for spatial reduction.
         device: where they are.
         dtype: of the rows.
     """
 
     batch_size: int
     num_tokens: int
-    num_heads: int
-    head_dim: int
     device: torch.device
     dtype: torch.dtype
+    num_heads: ClassVar[int] = 1
+    head_dim: ClassVar[int] = 32
 
     @property
     def num_bytes(self) -> int:
@@ -105,22 +126,19 @@ def _shipped(inputs: CoreInputs) -> Core:
     )
 
 
-def _eager_halves(inputs: CoreInputs) -> Core:
-    return _halves(inputs, encode, hash_attention)
-
-
-def _reference(inputs: CoreInputs) -> Core:
-    return _halves(inputs, reference.encode, reference.hash_attention)
-
-
-def _halves(
-    inputs: CoreInputs, encode: Callable[..., Tensor], attend: Callable[..., Tensor]
-) -> Core:
-    """On unit rows, in float32."""
+def _halves(inputs: CoreInputs, operations: ModuleType) -> Core:
+    """Codes, then attention, in float32; from raw rows, as the shipped core."""
     q, _, v = inputs.draw_rows()
     anchors, weight, kernel_mean = inputs.draw_hash_functions(q)
-    encode = partial(encode, anchors=anchors, weight=weight, kernel_mean=kernel_mean)
-    return (reference.normalize_rows(q.float()), v.float()), lambda x, v: attend(encode(x), v)
+
+    def attend(q: Tensor, v: Tensor) -> Tensor:
+        unit_rows = operations.normalize_rows(q.float())
+        codes = operations.encode(
+            unit_rows, anchors=anchors, weight=weight, kernel_mean=kernel_mean
+        )
+        return operations.hash_attention(codes, v.float()).to(v.dtype)
+
+    return (q, v), attend
 
 
 def _softmax(inputs: CoreInputs, backend: str | None = None) -> Core:
@@ -153,8 +171,8 @@ def _spatial_reduction(inputs: CoreInputs) -> Core:
 
 _CORES: dict[str, Callable[[CoreInputs], Core]] = {
     "ecoformer": _shipped,
-    "ecoformer, eager halves": _eager_halves,
-    "reference": _reference,
+    "ecoformer, eager halves": partial(_halves, operations=ops),
+    "reference": partial(_halves, operations=reference),
     "sdpa": _softmax,
     "sdpa, flash": partial(_softmax, backend="FLASH_ATTENTION"),
     "sdpa, efficient": partial(_softmax, backend="EFFICIENT_ATTENTION"),
@@ -164,7 +182,7 @@ _CORES: dict[str, Callable[[CoreInputs], Core]] = {
     "spatial reduction": _spatial_reduction,
 }
 # Scores or differences in memory: these grow with N^2, and need so many floats a score.
-_FLOATS_A_SCORE = {"reference": 8, "sdpa, math": 6}
+_FLOATS_A_SCORE = {"reference": REFERENCE_FLOATS, "sdpa, math": 6}
 
 
 def build_core(kind: str, inputs: CoreInputs, *, has_backward: bool) -> Call:
@@ -203,8 +221,11 @@ def core_contenders(
         Contenders in the order of ``kinds``.
     """
     scores = inputs.batch_size * inputs.num_heads * inputs.num_tokens**2
+    # Elsewhere nobody knows what is moved: what fits into caches is not.
+    row = torch.empty(1, inputs.num_heads, 1, inputs.head_dim).to(inputs.device, inputs.dtype)
+    has_kernels = triton_ops.can_run(row, row, torch.empty(inputs.num_heads, NUM_BITS, NUM_ANCHORS))
     for kind in kinds:
-        is_kernel = kind == "ecoformer" and inputs.device.type == "cuda"
+        is_kernel = kind == "ecoformer" and has_kernels
         yield Contender(
             kind,
             partial(build_core, kind, inputs, has_backward=has_backward),
@@ -224,7 +245,7 @@ def _pass_bytes(inputs: CoreInputs, *, has_backward: bool) -> int:
 
 
 def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> Iterator[list[Row]]:
-    """Compare all cores at H=1 D=32, as in the first stage of PVTv2-B0.
+    """Compare all cores.
 
     Args:
         setup: where and how often.
@@ -234,7 +255,7 @@ def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> Iter
     Yields:
         A row a core: forward, then with backward.
     """
-    inputs = CoreInputs(batch_size, num_tokens, 1, 32, setup.device, setup.dtype)
+    inputs = CoreInputs(batch_size, num_tokens, setup.device, setup.dtype)
     for task, has_backward in ((EVALUATION, False), (TRAINING, True)):
         yield compare(
             setup,
@@ -263,7 +284,7 @@ def measure_attention_sweep(
     too_slow: dict[str, str] = {}
     for num_tokens in token_counts:
         batch_size = max(1, _SWEEP_TOKENS // num_tokens)
-        inputs = CoreInputs(batch_size, num_tokens, 1, 32, setup.device, setup.dtype)
+        inputs = CoreInputs(batch_size, num_tokens, setup.device, setup.dtype)
         rows = compare(
             setup,
             SWEEP,

@@ -9,7 +9,13 @@ from functools import partial
 
 import torch
 
-from ecoformer.benchmark.compare import Contender, Setup, compare, lack_of_memory
+from ecoformer.benchmark.compare import (
+    REFERENCE_FLOATS,
+    Contender,
+    Setup,
+    compare,
+    lack_of_memory,
+)
 from ecoformer.benchmark.cores import CoreInputs
 from ecoformer.benchmark.report import Row
 from ecoformer.hashing import fit_hash
@@ -19,8 +25,6 @@ from ecoformer.ops import reference
 NUM_STEPS = 100
 TASK = f"hash fit, {NUM_STEPS} steps"
 _FITS = {"ecoformer": fit_hash, "reference": reference.fit_hash}
-# N x N matrices that the reference holds at once, in floats.
-_DENSE_MATRICES = 8
 # Pairs of tokens, over all images, from which on the reference takes minutes.
 _MAX_PAIRS = {"cpu": 2**25, "cuda": 2**30}
 
@@ -52,9 +56,9 @@ def measure_fit(setup: Setup, *, batch_size: int, num_tokens: int) -> list[Row]:
     Returns:
         A row of the shipped fit, and one of the reference.
     """
-    inputs = CoreInputs(batch_size, num_tokens, 1, 32, setup.device, torch.float32)
+    inputs = CoreInputs(batch_size, num_tokens, setup.device, torch.float32)
     num_pairs = batch_size * num_tokens**2
-    why_not = lack_of_memory(4 * _DENSE_MATRICES * num_pairs, setup.device)
+    why_not = lack_of_memory(4 * REFERENCE_FLOATS * num_pairs, setup.device)
     if num_pairs > _MAX_PAIRS[setup.device.type]:
         why_not = "takes minutes"
     return compare(

@@ -47,7 +47,7 @@ def judge_comparison(report: Report, rows: Sequence[Row], device: str) -> Iterat
         goal = _FASTER.get((device, row.task, row.num_tokens, row.name))
         if goal and row.timing:
             yield _at_least(goal, row.image_ms / first.image_ms, f"x faster than {row.name}")
-    if device == "cuda" and first.task == cores.EVALUATION:
+    if device == "cuda" and first.task == cores.EVALUATION and first.pass_bytes is not None:
         yield _at_least(_CUDA_PASS_SHARE, report.pass_share(first), "of a copy, by its passes")
     if device == "cuda" and first.task == fits.TASK and first.num_tokens == 3136:
         yield _at_most(_CUDA_FIT_MS, first.timing.median_ms, "ms")

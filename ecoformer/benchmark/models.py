@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ecoformer.benchmark.compare import Contender, Setup, compare, lack_of_memory
+from ecoformer.benchmark.compare import (
+    REFERENCE_FLOATS,
+    Contender,
+    Setup,
+    compare,
+    lack_of_memory,
+)
+from ecoformer.benchmark.cores import count_tokens
 from ecoformer.benchmark.report import Row
 from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.precision import autocast
@@ -22,9 +29,6 @@ from ecoformer.ops import reference
 _REFERENCE = "ecoformer, reference ops"
 _TIMM = "timm"
 _KINDS = ("ecoformer", _REFERENCE, "msa", "sra", "performer", _TIMM)
-# First-stage scores that the reference holds at once, in floats: it is dense.
-_FLOATS_A_SCORE = 8
-_PATCH = 4
 
 
 def create_model(kind: str, variant: str) -> nn.Module:
@@ -165,8 +169,8 @@ def measure_model(
     Returns:
         A row each; the reference is not compiled.
     """
-    num_tokens = (resolution // _PATCH) ** 2
-    why_not = lack_of_memory(4 * _FLOATS_A_SCORE * batch_size * num_tokens**2, setup.device)
+    num_tokens = count_tokens(resolution)
+    why_not = lack_of_memory(4 * REFERENCE_FLOATS * batch_size * num_tokens**2, setup.device)
     if is_compiled:
         # What an earlier comparison compiled would make this one's sizes dynamic.
         torch.compiler.reset()

@@ -13,7 +13,7 @@ from ecoformer.figures import make_figure, save_figure
 from ecoformer.measure import Timing
 
 # Fewer points than this make no slope and no curve.
-_MIN_POINTS = 3
+MIN_POINTS = 3
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Report:
         for row in sorted(self.rows, key=lambda row: row.num_tokens):
             if row.timing:
                 curves.setdefault((row.task, row.name), []).append(row)
-        return {key: rows for key, rows in curves.items() if len(rows) >= _MIN_POINTS}
+        return {key: rows for key, rows in curves.items() if len(rows) >= MIN_POINTS}
 
     def slopes(self) -> list[Slope]:
         """Fit how time and memory of an image grow with N.
@@ -104,7 +104,7 @@ class Report:
                 task,
                 name,
                 _exponent([(row.num_tokens, row.image_ms) for row in rows]),
-                _exponent(points) if len(points := _memory_points(rows)) >= _MIN_POINTS else None,
+                _exponent(points) if len(points := _memory_points(rows)) >= MIN_POINTS else None,
             )
             for (task, name), rows in self.curves().items()
         ]
@@ -170,7 +170,7 @@ class Report:
                 times = (
                     f"{timing.median_ms:.4g}",
                     f"{timing.low_ms:.4g}-{timing.high_ms:.4g}" if timing.num_calls > 1 else "-",
-                    f"{row.image_ms / first.image_ms:.2f}",
+                    f"{row.image_ms / first.image_ms:.2f}" if first.timing else "-",
                     f"{1e3 / row.image_ms:.4g}",
                 )
             cells.append(

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+import pvt
 from ecoformer import measure
 from ecoformer.benchmark import __main__ as benchmark
 from ecoformer.benchmark import checks, cores, fits
 from ecoformer.benchmark.__main__ import main
-from ecoformer.benchmark.checks import Check, check_core
+from ecoformer.benchmark.checks import check_core
 from ecoformer.benchmark.compare import Contender, Setup, compare
 from ecoformer.benchmark.goals import judge_comparison, judge_slopes
 from ecoformer.benchmark.report import Report, Row, format_table
@@ -27,7 +29,7 @@ from ecoformer.measure import Call, PeakMemory, Timing
 from ecoformer.ops import kernelized_hash_attention
 
 CPU = torch.device("cpu")
-CORE = cores.CoreInputs(4, 1024, 1, 32, CPU, torch.float32)
+CORE = cores.CoreInputs(4, 1024, CPU, torch.float32)
 
 
 def make_row(name: str, num_tokens: int, ms: float, peak_bytes: int | None = None) -> Row:
@@ -63,9 +65,12 @@ def test_report_compares_and_fits_slopes(tmp_path: Path) -> None:
 def test_a_contender_that_did_not_run_has_no_figure() -> None:
     rows = [make_row("fast", 100, 1.0), Row("task", "slow", 2, 100, None, note="not run: slow")]
     for order in (rows, rows[::-1]):
-        lines = Report({}, 1e9).describe_comparison(order).splitlines()
-        (line,) = [line for line in lines if line.startswith("slow")]
-        assert line.split() == ["slow", *["-"] * 6, "not", "run:", "slow"]
+        cells = [line.split() for line in Report({}, 1e9).describe_comparison(order).splitlines()]
+        (slow,) = [line for line in cells if line[0] == "slow"]
+        (fast,) = [line for line in cells if line[0] == "fast"]
+        assert slow == ["slow", *["-"] * 6, "not", "run:", "slow"]
+        # With what did not run nothing can be compared.
+        assert fast == ["fast", "1", "-", "1.00" if order is rows else "-", "2000", "-", "-"]
 
 
 def test_bandwidth_is_a_share_of_the_copy() -> None:
@@ -137,14 +142,35 @@ def test_a_slow_core_leaves_the_sweep(setup: Setup, monkeypatch: pytest.MonkeyPa
     assert [row.batch_size for row in (*small, *large)] == [4, 4, 1, 1]
 
 
-def test_the_bytes_of_passes_are_those_of_the_kernels() -> None:
-    inputs = replace(CORE, device=torch.device("cuda"), dtype=torch.bfloat16)
+@pytest.mark.parametrize("kind", ["ecoformer, eager halves", "reference"])
+def test_cores_of_hashes_do_the_same_from_raw_rows(kind: str) -> None:
+    inputs = replace(CORE, batch_size=2, num_tokens=64)
+    for has_backward in (False, True):
+        shipped, other = (
+            cores.build_core(name, inputs, has_backward=has_backward)()
+            for name in ("ecoformer", kind)
+        )
+        torch.testing.assert_close(other, shipped, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(224, 56**2), (225, 57**2), (32, 64)])
+def test_tokens_are_those_of_the_first_stage(side: int, tokens: int) -> None:
+    assert cores.count_tokens(side) == tokens
+    stage = pvt.create_model("pvt_v2_b0", "msa").get_submodule("patch_embed1")
+    assert stage(torch.zeros(1, 3, side, side))[0].shape[1] == tokens
+
+
+def test_the_bytes_of_passes_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = replace(CORE, dtype=torch.bfloat16)
     # Rows of 64 bytes, 4096 of them; five passes and two of 4 bytes, then eight more passes.
     assert cores._pass_bytes(inputs, has_backward=False) == 4096 * (5 * 64 + 8)
     assert cores._pass_bytes(inputs, has_backward=True) == 4096 * (13 * 64 + 8)
-    # On a CPU nobody knows: what fits into its caches is not moved.
-    (contender,) = cores.core_contenders(CORE, has_backward=False, kinds=["ecoformer"])
-    assert contender.pass_bytes is None
+    # Without kernels nobody knows: what fits into caches is not moved.
+    for runs, expected in ((False, None), (True, 4096 * (5 * 64 + 8))):
+        monkeypatch.setattr(cores.triton_ops, "can_run", lambda q, v, weight, runs=runs: runs)
+        kinds = ["ecoformer", "reference"]
+        contenders = cores.core_contenders(inputs, has_backward=False, kinds=kinds)
+        assert [contender.pass_bytes for contender in contenders] == [expected, None]
 
 
 def test_goals_are_judged() -> None:
@@ -160,6 +186,11 @@ def test_goals_are_judged() -> None:
     ]
     assert list(judge_comparison(report, core, "cpu")) == [
         "goal: 9 x faster than sdpa, at least 25: missed"
+    ]
+    # A GPU that the kernels do not run on.
+    blocked = [make(cores.EVALUATION, "ecoformer", 1.0), *core[1:]]
+    assert list(judge_comparison(report, blocked, "cuda")) == [
+        "goal: 9 x faster than sdpa, flash, at least 10: missed"
     ]
     fit = [make(fits.TASK, "ecoformer", 400.0)]
     assert list(judge_comparison(report, fit, "cuda")) == ["goal: 400 ms, at most 500: met"]
@@ -235,10 +266,10 @@ def test_what_is_measured_is_written_before_the_next(
 def test_a_wrong_core_is_said_and_measured_all_the_same(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail_check(*_: object, **__: object) -> Check:
+    def fail_core(*_: object, **__: object) -> Tensor:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(benchmark, "check_core", fail_check)
+    monkeypatch.setattr(checks, "kernelized_hash_attention", fail_core)
     words = ["--device", "cpu", "--resolutions", "32", "--batch-size", "1", "--rounds", "1"]
     assert main(["attention", *words]) == 1
     said = capsys.readouterr().out
@@ -291,6 +322,10 @@ def test_gpu_preset_runs_in_the_interpreter_without_what_a_gpu_machine_may_lack(
         (["--resolutions", "16"], "32 pixels"),
         (["--rounds", "0"], "--rounds"),
         (["--model", "pvt_v2_b9", "model"], "pvt_v2_b0"),
+        (["--plot", "curves.pdf"], "curves.pdf: the picture is a PNG"),
+        (["--plot", "no_such_folder/curves.png"], "no folder no_such_folder"),
+        (["--plot", "a.png", "fit"], "3 image sides or more, not 2"),
+        (["--plot", "a.png", "--resolutions", "224", "448", "224"], "not 2"),
     ],
 )
 def test_bad_input_is_one_line(
