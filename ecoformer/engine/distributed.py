@@ -21,9 +21,12 @@ from ecoformer.hashing import hash_layers
 
 T = TypeVar("T")
 
-# How long a rank waits for the others: longer than a fit or a save on a slow disk takes.
+# How long a rank waits in a collective: longer than a fit or a save on a slow disk takes.
 _TIMEOUT = timedelta(minutes=10)
+# How long it waits for a download, which no collective is to limit.
+_DOWNLOAD_TIMEOUT = timedelta(days=1)
 _ERROR_KEY = "ecoformer/error"
+_DOWNLOAD_KEY = "ecoformer/download"
 
 
 def rank() -> int:
@@ -143,7 +146,7 @@ def claim_error() -> bool:
         return is_main_process()
     # The store may have gone with its host; then better twice than not at all.
     with suppress(RuntimeError):
-        return dist.distributed_c10d._get_default_store().add(_ERROR_KEY, 1) == 1
+        return _store().add(_ERROR_KEY, 1) == 1
     return True
 
 
@@ -156,7 +159,7 @@ def has_failed_elsewhere() -> bool:
     if not dist.is_initialized():
         return False
     with suppress(RuntimeError):
-        return dist.distributed_c10d._get_default_store().check([_ERROR_KEY])
+        return _store().check([_ERROR_KEY])
     return True
 
 
@@ -238,6 +241,32 @@ def run_on_main(action: Callable[[], object]) -> None:
     error = broadcast_object(error)
     if error is not None:
         raise error
+
+
+def download_on_main(action: Callable[[], object]) -> None:
+    """As ``run_on_main``, for what may take hours; once in a process group.
+
+    Args:
+        action: what rank 0 does.
+
+    Raises:
+        Exception: what the action raised, on every rank.
+    """
+
+    def download() -> None:
+        try:
+            action()
+        finally:
+            if dist.is_initialized():
+                _store().set(_DOWNLOAD_KEY, "done")
+
+    if not is_main():
+        _store().wait([_DOWNLOAD_KEY], _DOWNLOAD_TIMEOUT)
+    run_on_main(download)
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def broadcast_hash_functions(model: nn.Module) -> None:

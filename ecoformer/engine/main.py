@@ -24,6 +24,7 @@ from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.distributed import (
     broadcast_object,
     claim_error,
+    download_on_main,
     gather_objects,
     has_failed_elsewhere,
     is_main,
@@ -321,8 +322,15 @@ def _load_for_evaluation(model: nn.Module, config: Config) -> None:
 def _fetch(source: str) -> Path:
     """The file of a path, URL or zoo name, which one rank downloads for all that share a disk."""
     paths: list[Path] = []
-    run_on_main(lambda: paths.append(resolve_source(source)))
-    return paths[0] if paths else resolve_source(source)
+    download_on_main(lambda: paths.append(resolve_source(source)))
+    if paths:
+        return paths[0]
+    # What there is to say of it, rank 0 has said.
+    logging.disable(logging.WARNING)
+    try:
+        return resolve_source(source)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _time(family: ModelFamily, config: Config, device: torch.device) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 
 import pvt
+from ecoformer.engine import distributed
 from ecoformer.engine.distributed import (
     broadcast_hash_functions,
     broadcast_object,
     choose_device,
     claim_error,
+    download_on_main,
     is_main,
     max_over_ranks,
     process_group,
@@ -80,6 +83,28 @@ def test_two_ranks_agree() -> None:
         "object": "from rank 0",
         "error": "only rank 0 saw it",
     }
+
+
+def _download(seconds: float) -> str:
+    distributed._TIMEOUT = timedelta(seconds=5)
+    with process_group("cpu"):
+        done = []
+
+        def download() -> None:
+            time.sleep(seconds)
+            done.append(rank())
+
+        download_on_main(download)
+        try:
+            download_on_main(_fail)
+        except NonFiniteError as error:
+            return f"{done} {broadcast_object('after that')}: {error}"
+        return "no error"
+
+
+def test_a_download_may_last_longer_than_a_collective() -> None:
+    said = run_ranks(_download, 2, 7.0)
+    assert said == [f"{done} after that: only rank 0 saw it" for done in ([0], [])]
 
 
 def _fit_and_share() -> tuple[dict[str, torch.Tensor], bool]:

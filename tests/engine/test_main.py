@@ -171,12 +171,15 @@ class _Weights(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def _run_at_home(flags: list[str], home: Path) -> int:
+def _run_at_home(flags: list[str], home: Path) -> tuple[int, int]:
+    """The exit code, and how often it was said that nobody has verified the weights."""
     os.environ.update(TORCH_HOME=str(home), no_proxy="127.0.0.1")
-    return run_main(FAMILY, flags)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = run_main(FAMILY, flags)
+    return code, said.getvalue().count("not verified")
 
 
-def test_one_rank_downloads_for_all(tiny_flags: list[str], tmp_path: Path) -> None:
+def test_one_rank_downloads_and_warns_for_all(tiny_flags: list[str], tmp_path: Path) -> None:
     save_atomic(
         FAMILY.create_model("pvt_v2_b0", "msa", num_classes=2).state_dict(), tmp_path / "msa.pth"
     )
@@ -185,7 +188,7 @@ def test_one_rank_downloads_for_all(tiny_flags: list[str], tmp_path: Path) -> No
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/msa.pth"
         flags = [*tiny_flags, "--attn_type", "msa", "--batch-size", "4", "--eval", "--resume", url]
-        assert run_ranks(_run_at_home, 2, flags, tmp_path) == [0, 0]
+        assert run_ranks(_run_at_home, 2, flags, tmp_path) == [(0, 1), (0, 0)]
         server.shutdown()
     assert _Weights.num_asked == 1
 
