@@ -7,9 +7,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from ecoformer.config.schema import field_types
 from ecoformer.engine.distributed import choose_device
 from ecoformer.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, NonFiniteError, print_error
 from ecoformer.measure import describe_environment
@@ -147,7 +149,7 @@ def _add_data(table: argparse.ArgumentParser, default: str) -> None:
     table.add_argument("--data-path", help="folder of the data; DIGITS needs none")
     table.add_argument(
         "--data-set",
-        choices=("IMNET", "CIFAR", "FMNIST", "DIGITS"),
+        choices=get_args(field_types()["data_set"]),
         default=default,
         help="(%(default)s)",
     )

@@ -227,6 +227,7 @@ def add_throughput(
         batch_size: images a batch.
         device: where the models run.
     """
+    sizes = {entry.model: entry.input_size for entry in ZOO.values()}
     for row in rows:
         variant, attention = str(row["name"]).split("/")
         model = find_family(variant).create_model(variant, attention)
@@ -234,7 +235,7 @@ def add_throughput(
             model.to(device),
             protocol="median",
             batch_size=batch_size,
-            input_size=224,
+            input_size=sizes[variant],
             device=device,
         )
         print(f"{row['name']}: {result}", flush=True)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from ecoformer.checkpoint.zoo import ZOO
+from ecoformer.engine.throughput import Throughput
+from ecoformer.tables import models
 from ecoformer.tables.__main__ import main
 from ecoformer.tables.models import MAIN_COLUMNS, MAIN_NOTES, describe_models
 from ecoformer.tables.report import Column, Table, Value
@@ -74,6 +80,28 @@ def test_the_command_writes_three_forms_of_the_same_rows(
         lines = list(csv.DictReader(file))
     assert [line["name"] for line in lines] == [row["name"] for row in rows]
     assert [float(line["energy_pj"]) for line in lines] == [row["energy_pj"] for row in rows]
+
+
+def test_a_model_is_timed_at_the_size_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(ZOO["ecoformer_pvt_v2_b0"], input_size=96)
+    monkeypatch.setitem(ZOO, "ecoformer_pvt_v2_b0", small)
+    sizes = []
+
+    def note(model: nn.Module, *, input_size: int, **_: object) -> Throughput:
+        sizes.append(input_size)
+        return Throughput(7.0, 6.0, 8.0)
+
+    monkeypatch.setattr(models, "measure_throughput", note)
+    rows: list[dict[str, Value]] = [{"name": "pvt_v2_b0/msa"}, {"name": "pvt_v2_b1/ecoformer"}]
+    models.add_throughput(rows, batch_size=1, device=torch.device("cpu"))
+    assert sizes == [96, 224]
+    assert [row["images_per_s"] for row in rows] == [7.0, 7.0]
+
+
+def test_all_data_sets_of_a_run_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["main", "--help"])
+    assert "{IMNET,CIFAR,FMNIST,DIGITS,INAT,INAT19}" in capsys.readouterr().out
 
 
 def test_an_interrupted_command_says_so(
