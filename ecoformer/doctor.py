@@ -27,12 +27,12 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ecoformer.checkpoint.files import open_atomic
 from ecoformer.config.schema import field_types
 from ecoformer.engine.distributed import choose_device
 from ecoformer.engine.logs import track
 from ecoformer.engine.precision import autocast, choose_amp_dtype, create_scaler
 from ecoformer.errors import EXIT_BAD_INPUT, EXIT_DONE, InputError
+from ecoformer.files import open_atomic
 from ecoformer.hashing import HashConfig, fit_hash_functions
 
 if TYPE_CHECKING:

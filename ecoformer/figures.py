@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecoformer.checkpoint.files import open_atomic
+from ecoformer.files import open_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

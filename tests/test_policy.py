@@ -46,7 +46,7 @@ METHOD = ("base", "ops", "hashing", "attention", "layers", "family")
 STACK = ("config", "data", "checkpoint", "cost", "engine")
 LAYERS = {
     "base": Layer(
-        (VERSION, "ecoformer.errors", "ecoformer.measure", "ecoformer.seeding"),
+        (VERSION, *(f"ecoformer.{name}" for name in ("errors", "files", "measure", "seeding"))),
         libraries=TORCH | {"numpy"},
     ),
     "ops": Layer(("ecoformer.ops",), ("base", "kernel choice"), ("kernels",), libraries=TORCH),
@@ -71,7 +71,7 @@ LAYERS = {
     "checkpoint": Layer(("ecoformer.checkpoint",), METHOD),
     "cost": Layer(("ecoformer.cost",), (*METHOD, "config", "checkpoint")),
     "engine": Layer(("ecoformer.engine",), (*METHOD, "config", "data", "checkpoint", "cost")),
-    "figures": Layer(("ecoformer.figures",), ("checkpoint",)),
+    "figures": Layer(("ecoformer.figures",), ("base",)),
     "package": Layer(("ecoformer",), (*METHOD, *STACK)),
     "pvt commands": Layer(("pvt.main", "pvt.get_energy"), (*METHOD, *STACK, "pvt")),
     "twins commands": Layer(("twins.main", "twins.get_energy"), (*METHOD, *STACK, "twins")),

@@ -17,9 +17,9 @@ from ecoformer.benchmark.fits import measure_fit
 from ecoformer.benchmark.goals import judge_comparison, judge_slopes
 from ecoformer.benchmark.models import measure_model
 from ecoformer.benchmark.report import MIN_POINTS, Report, Row
-from ecoformer.checkpoint.files import open_atomic
 from ecoformer.engine.distributed import choose_device
 from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
+from ecoformer.files import write_text
 from ecoformer.measure import PeakMemory, copy_bandwidth, describe_environment
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,8 +117,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
         if lines:
             print(*lines, "", sep="\n", flush=True)
         if options.json:
-            with open_atomic(options.json) as file:
-                file.write(report.to_json().encode())
+            write_text(options.json, report.to_json())
 
     tell(report.describe_environment())
     with PeakMemory(device) as memory:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from ecoformer import __version__
-from ecoformer.checkpoint.files import open_atomic, read_checkpoint, save_atomic
+from ecoformer.checkpoint.files import read_checkpoint, save_atomic
 from ecoformer.checkpoint.layout import to_ours, to_released
 from ecoformer.checkpoint.load import require_finite
 from ecoformer.checkpoint.zoo import ZOO, resolve_source
 from ecoformer.errors import EXIT_DONE, InputError, print_error
+from ecoformer.files import open_atomic
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 

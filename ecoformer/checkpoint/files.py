@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
-import io
 import os
 import pickletools
 import re
-import secrets
-import sys
-import time
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -23,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ecoformer.errors import InputError
+from ecoformer.files import open_atomic, remove_stale
 
 
 class _ConfigDict:
@@ -47,7 +43,6 @@ _IMPOSTORS = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file: run `git lfs pull`"),
     (rb"(\xef\xbb\xbf)?\s*<", "a web page, not weights: download the file itself"),
 )
-_BYTES_TO_SEND = 8 * 2**20
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 
@@ -233,77 +228,3 @@ def save_atomic(obj: object, path: str | os.PathLike[str]) -> None:
     remove_stale(path)
     with open_atomic(path) as file:
         torch.save(obj, file)
-
-
-def remove_stale(path: Path, *, min_age_s: float = 0.0) -> None:
-    """Remove what processes left that were killed while they wrote a file.
-
-    Args:
-        path: the file's name.
-        min_age_s: how long nobody has written to it, where others may write the same file.
-    """
-    newest = time.time() - min_age_s
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if stale.stat().st_mtime <= newest:
-                stale.unlink()
-
-
-class _EagerFile(io.FileIO):
-    """Has the disk begin while there is more to come, so that the flush at the end waits less."""
-
-    _num_sent = 0
-
-    def write(self, data: Any) -> int:
-        num_bytes = super().write(data)
-        end = self.tell()
-        if sys.platform == "linux" and end - self._num_sent > _BYTES_TO_SEND:
-            # Advice only, which some file systems do not take.
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(
-                    self.fileno(), self._num_sent, end - self._num_sent, os.POSIX_FADV_DONTNEED
-                )
-            self._num_sent = end
-        return num_bytes
-
-
-@contextlib.contextmanager
-def open_atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name when the block ends well, and vanishes otherwise.
-
-    Args:
-        path: the name; its folder is made if need be.
-
-    Yields:
-        The file, to be written and read.
-
-    Raises:
-        InputError: the disk refuses; what stood under ``path`` before is untouched.
-    """
-    # In the same folder, since only within one file system is a rename a single step.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with io.BufferedRandom(_EagerFile(temporary, "x+b")) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        # torch.save wraps what the disk said into an error of its own.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            raise InputError(
-                f"{path}: cannot be written ({cause.strerror or cause}), nothing was changed; "
-                "free space or get the right to write there, or choose another folder."
-            ) from error
-        raise
-    # Flushes the new name. Some file systems refuse; either name leads to a whole file.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

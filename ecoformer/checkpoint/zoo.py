@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 
 import torch
 
-from ecoformer.checkpoint.files import open_atomic, parse_checkpoint, remove_stale
+from ecoformer.checkpoint.files import parse_checkpoint
 from ecoformer.errors import InputError, suggest
+from ecoformer.files import open_atomic, remove_stale
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -23,6 +23,7 @@ from ecoformer.cost.count import (
 )
 from ecoformer.errors import EXIT_DONE, InputError, print_error
 from ecoformer.family import ModelFamily
+from ecoformer.files import write_text
 
 _SCOPE = f"""\
 Counted are the float32 multiplications and additions of one image, priced in 45 nm silicon:
@@ -139,10 +140,5 @@ def _write(text: str, file: str) -> None:
     if file == "-":
         print(text)
         return
-    try:
-        Path(file).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"--json {file} cannot be written ({error.strerror}); choose another."
-        ) from None
+    write_text(Path(file), text + "\n")
     print(f"\nwrote {file}")

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from ecoformer.checkpoint.files import open_atomic
 from ecoformer.engine.distributed import is_main, run_on_main
 from ecoformer.errors import InputError
+from ecoformer.files import write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -238,5 +238,4 @@ def _drop_epochs(path: Path, first_epoch: int) -> None:
         return
     records = _parse(_read_lines(path))
     kept = [line + "\n" for line, record in records if record["epoch"] < first_epoch]
-    with open_atomic(path) as file:
-        file.write("".join(kept).encode())
+    write_text(path, "".join(kept))

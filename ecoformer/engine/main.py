@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from ecoformer.checkpoint import load_checkpoint, read_checkpoint, resolve_source
-from ecoformer.checkpoint.files import open_atomic
 from ecoformer.config import Config, parse_config, to_yaml
 from ecoformer.engine.background import BackgroundWriter
 from ecoformer.engine.compiling import compile_model
@@ -56,6 +55,7 @@ from ecoformer.errors import (
     print_error,
 )
 from ecoformer.family import ModelFamily
+from ecoformer.files import write_text
 from ecoformer.seeding import derive_seed, seed_everything
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _train(
 
     state = _start(model, config, device, amp_dtype)
     folder, num_epochs = Path(config.run.output_dir), config.optim.epochs
-    run_on_main(lambda: _write_config(config, folder / "config.yaml"))
+    run_on_main(lambda: write_text(folder / "config.yaml", to_yaml(config)))
     network = compile_model(model) if config.run.compile else model
     parallel = parallelize(network, device)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -281,10 +281,10 @@ def _write_report(
     }
     if is_main():
         try:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+            write_text(path, json.dumps(report, indent=1) + "\n")
             _logger.info("what it takes to repeat the step is in %s", path)
-        except OSError as failure:
-            _logger.warning("%s: cannot be written (%s)", path, failure.strerror)
+        except InputError as failure:
+            _logger.warning("%s", failure)
 
 
 def _start(
@@ -407,8 +407,3 @@ def _is_archive(path: str) -> bool:
             "start anew with --resume none."
         ) from error
     return zipfile.is_zipfile(io.BytesIO(end))
-
-
-def _write_config(config: Config, path: Path) -> None:
-    with open_atomic(path) as file:
-        file.write(to_yaml(config).encode())

@@ -15,8 +15,9 @@ from ecoformer.config import Config
 from ecoformer.engine.evaluate import evaluate
 from ecoformer.engine.precision import choose_amp_dtype
 from ecoformer.errors import InputError
+from ecoformer.files import write_text
 from ecoformer.tables.models import find_family
-from ecoformer.tables.report import Value, format_csv, write_text
+from ecoformer.tables.report import Value, format_csv
 
 # What two evaluations share that must give the same accuracy.
 _IDENTITY = ("name", "sha256", "data_set", "data_path", "input_size")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from ecoformer.checkpoint.files import open_atomic
+from ecoformer.files import write_text
 
 # What a cell holds: a number, words, or nothing.
 Value = float | str | None
@@ -176,20 +176,6 @@ def format_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, and its folder if it is missing.
-
-    Args:
-        path: of the file.
-        text: its content.
-
-    Raises:
-        InputError: the disk refuses.
-    """
-    with open_atomic(path) as file:
-        file.write(text.encode())
 
 
 def _is_number(value: object) -> TypeGuard[float]:

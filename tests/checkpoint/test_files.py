@@ -342,7 +342,7 @@ def break_disk(call: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
             return super().write(data)
 
     if call == "write":
-        monkeypatch.setattr("ecoformer.checkpoint.files._EagerFile", FullFile)
+        monkeypatch.setattr("ecoformer.files._EagerFile", FullFile)
     else:
         monkeypatch.setattr(os, "replace" if call == "rename" else call, fail)
 
