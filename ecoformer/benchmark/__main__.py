@@ -20,7 +20,7 @@ from ecoformer.benchmark.report import MIN_POINTS, Report, Row
 from ecoformer.engine.distributed import choose_device
 from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
 from ecoformer.files import write_text
-from ecoformer.measure import PeakMemory, copy_bandwidth, describe_environment
+from ecoformer.measure import PeakMemory, copy_bandwidth, describe_environment, settle_allocator
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What each task measures, in the order in which it matters: a machine may be lent for minutes only.
@@ -106,6 +106,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     dtype = options.dtype or ("bfloat16" if options.task == "gpu" else "float32")
     command = shlex.join(["python", "-m", "ecoformer.benchmark", *words])
     environment = describe_environment(command, device) | {"dtype": dtype}
+    settle_allocator()
     report = Report(environment, copy_bandwidth(device))
 
     def tell(text: str = "", findings: Iterable[str] = ()) -> None:
