@@ -20,8 +20,9 @@ from torch import Tensor
 from ecoformer.ops.codes import MIN_NORM, binarize, kernel_exponents, kernel_scale
 
 # Rows in a block, of all its images and heads, for each thread: what is made of a row takes a
-# few hundred bytes, which together should stay in the cache of a core. Other devices take the same.
-_ROWS_PER_THREAD = 8192
+# few hundred bytes, which together should stay in the cache that cores share, and a block has
+# some hundred microseconds of small operations. Other devices take the same.
+_ROWS_PER_THREAD = 16384
 
 
 class HashFunctions(NamedTuple):
@@ -78,7 +79,7 @@ def forward(
         scale_block.copy_(rows.measure_scale(functions.anchors))
         context, code_sum, value_sum = _parts(sums_block)
         codes = []
-        for rows_chunk, v_chunk in zip(rows.split(chunk), values.split(chunk, -2), strict=True):
+        for rows_chunk, v_chunk in zip(rows.split(chunk), _split(values, chunk, -2), strict=True):
             features = rows_chunk.exponents(functions.anchors, scale_block).exp_()
             features -= functions.kernel_mean.unsqueeze(-1)  # [b, H, M, chunk]
             h = binarize(_project(functions.weight, features))  # [b, H, K, chunk]
@@ -89,7 +90,7 @@ def forward(
         if is_normalized:
             value_sum += values.sum(-2, keepdim=True)
         for h, v_chunk, out_chunk in zip(
-            codes, values.split(chunk, -2), out_block.split(chunk, -2), strict=True
+            codes, _split(values, chunk, -2), _split(out_block, chunk, -2), strict=True
         ):
             h = h.to(dtype)
             numerator = h.transpose(-1, -2) @ context
@@ -203,9 +204,9 @@ class _Rows(NamedTuple):
 
     def split(self, num_tokens: int) -> Iterator[_Rows]:
         for q, inverse_norms, x_squared in zip(
-            self.q.split(num_tokens, -2),
-            self.inverse_norms.split(num_tokens, -2),
-            self.x_squared.split(num_tokens, -1),
+            _split(self.q, num_tokens, -2),
+            _split(self.inverse_norms, num_tokens, -2),
+            _split(self.x_squared, num_tokens, -1),
             strict=True,
         ):
             yield _Rows(q, inverse_norms, x_squared)
@@ -233,6 +234,11 @@ class _Rows(NamedTuple):
         radial = (along * self.x_squared - _row_sums(x * toward)) * is_unit
         x *= (along - radial).transpose(-1, -2)
         torch.mul(x.sub_(toward), 2 * self.inverse_norms, out=out)
+
+
+def _split(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
+    """``x.split``, which takes longer than a small product, where there is something to split."""
+    return x.split(size, dim) if x.shape[dim] > size else (x,)
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

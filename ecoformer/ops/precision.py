@@ -45,6 +45,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     Returns:
         The context; enter it once.
     """
-    if not torch.amp.is_autocast_available(x.device.type):
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(device, enabled=False)
