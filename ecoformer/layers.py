@@ -122,7 +122,7 @@ class Backbone(nn.Module):
         self.reset_classifier(num_classes)
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
-        """Embed a map, and run the blocks of a stage.
+        """Embed a map, and run the blocks of a stage, and the norm where it ends in one.
 
         Args:
             x: [B, C', height', width'], float; images, or the map of the stage before.

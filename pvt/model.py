@@ -69,15 +69,6 @@ class PyramidVisionTransformerV2(Backbone):
         self.init_weights()
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
-        """Embed a map, and run the blocks and the norm of a stage.
-
-        Args:
-            x: [B, C', height', width'], float; images, or the map of the stage before.
-            stage: number of the stage, from 0.
-
-        Returns:
-            [B, C, height, width].
-        """
         number = stage + 1
         tokens, size = getattr(self, f"patch_embed{number}")(x)
         for block in getattr(self, f"block{number}"):

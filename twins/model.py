@@ -98,15 +98,6 @@ class Twins(Backbone):
         self.init_weights()
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
-        """Embed a map, and run the blocks of a stage; the last one ends in the norm.
-
-        Args:
-            x: [B, C', height', width'], float; images, or the map of the stage before.
-            stage: number of the stage, from 0.
-
-        Returns:
-            [B, C, height, width].
-        """
         tokens, size = self.patch_embeds[stage](x)
         for index, block in enumerate(self.blocks[stage].children()):
             tokens = block(tokens, size)

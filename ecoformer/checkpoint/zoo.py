@@ -136,7 +136,7 @@ def _resolve(text: str, cache_dir: str | os.PathLike[str] | None) -> Path:
             return path
         if text not in ZOO:
             raise InputError(
-                f"{text}: no such file or zoo name{suggest(text, list(ZOO))}"
+                f"{text}: no such file or zoo name{suggest(text, ZOO)}"
                 f" The zoo has: {', '.join(ZOO)}."
             )
         text = ZOO[text].url

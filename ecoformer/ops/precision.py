@@ -18,7 +18,7 @@ def as_full_precision(x: Tensor) -> Tensor:
     Returns:
         ``x`` in float32, or float64 where it is.
     """
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(compute_dtype(x))
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
