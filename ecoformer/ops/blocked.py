@@ -6,18 +6,19 @@ and no time goes into clearing pages for large temporaries. A block is some imag
 ``forward`` some tokens of a large one. The form for the CPU; any device can run it.
 
 Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors; a block has b of the B
-images. As in ``codes``, features and codes have their tokens last.
+images, and G = b H. As in ``codes``, features and codes have their tokens last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ecoformer.ops.codes import MIN_NORM, binarize, kernel_exponents, kernel_scale
+from ecoformer.ops.codes import MIN_NORM, binarize, kernel_scale
 
 # Rows in a block, of all its images and heads, for each thread: what is made of a row takes a
 # few hundred bytes, which together should stay in the cache that cores share, and a block has
@@ -67,37 +68,57 @@ def forward(
         [B, H, K + 1, D + 1], that of ``v_j`` only where it is the bias, the corner 0; and the
         scale of the kernel [B, H], see ``kernel_scale``.
     """
+    out, num_bits = empty_rows(v), functions.weight.shape[-2]
+    sums = functions.weight.new_zeros(*q.shape[:2], num_bits + 1, v.shape[-1] + 1)
+    scale = sums.new_empty(q.shape[:2])
+    for block in _blocks(q, v, out, sums, scale):
+        _forward_block(*block, functions=functions, is_normalized=is_normalized)
+    return out, sums, scale
+
+
+def _forward_block(
+    q: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    scale: Tensor,
+    *,
+    functions: HashFunctions,
+    is_normalized: bool,
+) -> None:
     dtype, num_bits, num_tokens = functions.weight.dtype, functions.weight.shape[-2], q.shape[-2]
     c = num_bits + 1
-    out = empty_rows(v)
-    sums = functions.weight.new_zeros(*q.shape[:2], c, v.shape[-1] + 1)
-    scale = sums.new_empty(q.shape[:2])
     # An image with more rows than a block takes is read in chunks of its tokens.
     chunk = max(1, _ROWS_PER_THREAD * torch.get_num_threads() // q.shape[1])
-    for q_block, v_block, out_block, sums_block, scale_block in _blocks(q, v, out, sums, scale):
-        rows, values = _Rows.of(q_block.to(dtype)), v_block.to(dtype)
-        scale_block.copy_(rows.measure_scale(functions.anchors))
-        context, code_sum, value_sum = _parts(sums_block)
-        codes = []
-        for rows_chunk, v_chunk in zip(rows.split(chunk), _split(values, chunk, -2), strict=True):
-            features = rows_chunk.exponents(functions.anchors, scale_block).exp_()
-            features -= functions.kernel_mean.unsqueeze(-1)  # [b, H, M, chunk]
-            h = binarize(_project(functions.weight, features))  # [b, H, K, chunk]
-            context += _multiply(h, v_chunk)
-            code_sum += h.sum(-1, keepdim=True)
-            # Those of a large image are kept as bytes.
-            codes.append(h if chunk >= num_tokens else h.to(torch.int8))
-        if is_normalized:
-            value_sum += values.sum(-2, keepdim=True)
-        for h, v_chunk, out_chunk in zip(
-            codes, _split(values, chunk, -2), _split(out_block, chunk, -2), strict=True
-        ):
-            h = h.to(dtype)
-            numerator = h.transpose(-1, -2) @ context
-            numerator.add_(value_sum if is_normalized else v_chunk, alpha=c)
-            denominator = (code_sum.transpose(-1, -2) @ h).add_(c * num_tokens)
-            torch.mul(numerator, denominator.reciprocal_().transpose(-1, -2), out=out_chunk)
-    return out, sums, scale
+    rows, values = _Rows.of(_flatten(q, dtype)), _flatten(v, dtype)
+    rows.measure_scale(functions.anchors, out=scale)
+    anchors, weight, kernel_mean = _repeat(functions, len(q))
+    context, code_sum, value_sum = _parts(sums)
+    codes = []
+    for rows_chunk, v_chunk in zip(rows.split(chunk), _split(values, chunk, -2), strict=True):
+        features = rows_chunk.exponents(anchors, scale).exp2_()  # [G, M, chunk]
+        features -= kernel_mean.unsqueeze(-1)
+        y = torch.bmm(weight, features)
+        h = binarize(y, out=y)  # [G, K, chunk]
+        context += torch.bmm(h, v_chunk)
+        code_sum += h.sum(-1, keepdim=True)
+        # Those of a large image are kept as bytes.
+        codes.append(h if chunk >= num_tokens else h.to(torch.int8))
+    if is_normalized:
+        value_sum += values.sum(-2, keepdim=True)
+    for h, v_chunk, out_chunk in zip(
+        codes, _split(values, chunk, -2), _split(out, chunk, -2), strict=True
+    ):
+        h = h.to(dtype)
+        # Where the output lies as the product does, nothing is copied.
+        is_direct = out_chunk.is_contiguous() and out_chunk.dtype == dtype
+        place = out_chunk.flatten(0, 1) if is_direct else None
+        numerator = torch.bmm(h.transpose(-1, -2), context, out=place)
+        numerator.add_(value_sum if is_normalized else v_chunk, alpha=c)
+        denominator = torch.bmm(code_sum.transpose(-1, -2), h).add_(c * num_tokens)
+        numerator *= denominator.reciprocal_().transpose(-1, -2)
+        if not is_direct:
+            out_chunk.copy_(numerator.view(out_chunk.shape))
 
 
 def backward(
@@ -145,51 +166,52 @@ def _backward_block(
     functions: HashFunctions,
     is_normalized: bool,
 ) -> None:
-    anchors, weight, kernel_mean = functions
-    dtype, num_bits, num_anchors = weight.dtype, *weight.shape[-2:]
-    c, num_tokens = num_bits + 1, q.shape[-2]
-    rows, values = _Rows.of(q.to(dtype)), v.to(dtype)
+    num_bits, num_anchors = functions.weight.shape[-2:]
+    dtype, c, num_tokens = functions.weight.dtype, num_bits + 1, q.shape[-2]
+    rows, values = _Rows.of(_flatten(q, dtype)), _flatten(v, dtype)
+    anchors, weight, kernel_mean = _repeat(functions, len(q))
     context, code_sum, value_sum = _parts(sums)
     exponents = rows.exponents(anchors, scale)
-    features = exponents.exp().sub_(kernel_mean.unsqueeze(-1))  # [b, H, M, N]
-    y = _project(weight, features)
-    h = binarize(y)  # [b, H, K, N]
+    features = exponents.exp2()  # [G, M, N]
+    y = torch.bmm(weight, features - kernel_mean.unsqueeze(-1))
+    h = binarize(y)  # [G, K, N]
     # As numbers: with booleans the product below takes five times as long.
     passes = torch.lt(y.abs_(), 1, out=y)
 
-    denominator = (code_sum.transpose(-1, -2) @ h).add_(c * num_tokens)  # [b, H, 1, N]
-    g = grad.to(dtype) / denominator.transpose(-1, -2)  # [b, H, N, D]
-    g_context = context @ g.transpose(-1, -2)  # [b, H, K, N]
+    denominator = torch.bmm(code_sum.transpose(-1, -2), h).add_(c * num_tokens)  # [G, 1, N]
+    g = _flatten(grad, dtype) / denominator.transpose(-1, -2)  # [G, N, D]
+    g_context = torch.bmm(context, g.transpose(-1, -2))  # [G, K, N]
     e = (h * g_context).sum(-2, keepdim=True)
     e += c * _row_sums(g * (value_sum if is_normalized else values))
-    e.div_(denominator).neg_()  # [b, H, 1, N]
+    e.div_(denominator).neg_()  # [G, 1, N]
 
-    grad_context = _multiply(h, g)  # [b, H, K, D]
+    grad_context = torch.bmm(h, g)  # [G, K, D]
     grad_bias = g.sum(-2, keepdim=True) if is_normalized else g
-    torch.add(h.transpose(-1, -2) @ grad_context, grad_bias, alpha=c, out=grad_v)
+    grad_v.copy_(
+        torch.bmm(h.transpose(-1, -2), grad_context).add_(grad_bias, alpha=c).view(v.shape)
+    )
 
     # A code is in its own numerator and denominator, and in the sums that all share.
     grad_h = g_context.addcmul_(code_sum, e)
-    grad_h += grad_context @ values.transpose(-1, -2)
-    grad_h += h @ e.transpose(-1, -2)
+    grad_h.baddbmm_(grad_context, values.transpose(-1, -2))
+    grad_h.add_(torch.bmm(h, e.transpose(-1, -2)))
     grad_y = grad_h.mul_(passes)
 
-    kernel = features.add_(kernel_mean.unsqueeze(-1))
-    grad_exponents = (weight.transpose(-1, -2) @ grad_y).mul_(kernel)  # [b, H, M, N]
+    grad_exponents = torch.bmm(weight.transpose(-1, -2), grad_y).mul_(features)  # of base e
     # The scale is -1 / (2 s), and every distance has the same share in s.
-    grad_scale = torch.einsum("bhmn,bhmn->bh", grad_exponents, exponents)
-    share = 2 * scale * grad_scale / (num_tokens * num_anchors)
-    grad_distances = grad_exponents.mul_(_per_head(scale)).add_(_per_head(share))
-    rows.backward(grad_distances, anchors, out=grad_q)
+    grad_scale = log(2) * torch.linalg.vecdot(grad_exponents.flatten(1), exponents.flatten(1))
+    share = 2 * scale.flatten() * grad_scale / (num_tokens * num_anchors)
+    grad_distances = grad_exponents.mul_(_per_group(scale)).add_(_per_group(share))
+    grad_q.copy_(rows.backward(grad_distances, anchors).view(q.shape))
 
 
 class _Rows(NamedTuple):
     """Raw rows, and what makes unit rows of them.
 
     Args:
-        q: [b, H, n, D].
-        inverse_norms: [b, H, n, 1], what the rows are multiplied with.
-        x_squared: [b, H, 1, n], squared norms of the unit rows.
+        q: [G, n, D].
+        inverse_norms: [G, 1, n], what the rows are multiplied with.
+        x_squared: [G, 1, n], squared norms of the unit rows.
     """
 
     q: Tensor
@@ -198,42 +220,61 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor) -> _Rows:
-        norms = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+        norms = torch.linalg.vector_norm(q, dim=-1).unsqueeze(-2)
         inverse_norms = norms.clamp_min(MIN_NORM).reciprocal_()
-        return cls(q, inverse_norms, norms.mul_(inverse_norms).square_().transpose(-1, -2))
+        return cls(q, inverse_norms, norms.mul_(inverse_norms).square_())
 
     def split(self, num_tokens: int) -> Iterator[_Rows]:
         for q, inverse_norms, x_squared in zip(
             _split(self.q, num_tokens, -2),
-            _split(self.inverse_norms, num_tokens, -2),
+            _split(self.inverse_norms, num_tokens, -1),
             _split(self.x_squared, num_tokens, -1),
             strict=True,
         ):
             yield _Rows(q, inverse_norms, x_squared)
 
-    def measure_scale(self, anchors: Tensor) -> Tensor:
-        """[b, H], these being all the rows of their images."""
-        x_mean = _multiply(self.inverse_norms.transpose(-1, -2), self.q) / self.q.shape[-2]
-        scale = kernel_scale(x_mean, self.x_squared.mean(-1, keepdim=True), anchors)
-        return scale.flatten(1)
+    def measure_scale(self, anchors: Tensor, *, out: Tensor) -> None:
+        """[b, H], these being all the rows of their images; anchors [H, M, D]."""
+        x_mean = torch.bmm(self.inverse_norms, self.q) / self.q.shape[-2]
+        x_squared_mean = self.x_squared.mean(-1, keepdim=True)
+        shape = (*out.shape, 1, -1)
+        scale = kernel_scale(x_mean.view(shape), x_squared_mean.view(shape), anchors)
+        out.copy_(scale.view(out.shape))
 
     def exponents(self, anchors: Tensor, scale: Tensor) -> Tensor:
-        """[b, H, M, n]."""
-        return kernel_exponents(
-            self.q * self.inverse_norms, self.x_squared, anchors, _per_head(scale)
-        )
+        """[G, M, n], of base 2, which a CPU raises three times as fast; scale [b, H]."""
+        scale = _per_group(scale) / log(2)
+        products = torch.bmm(anchors * (-2 * scale), self.q.transpose(-1, -2))
+        squares = self.x_squared * scale + anchors.square().sum(-1, keepdim=True) * scale
+        return torch.addcmul(squares, products, self.inverse_norms, out=products)
 
-    def backward(self, grad_distances: Tensor, anchors: Tensor, *, out: Tensor) -> None:
-        """Gradient of the raw rows from that of their distances [b, H, M, n]."""
-        x = self.q * self.inverse_norms
-        toward = grad_distances.transpose(-1, -2) @ anchors  # [b, H, n, D]
-        along = grad_distances.sum(-2, keepdim=True)  # [b, H, 1, n]
+    def backward(self, grad_distances: Tensor, anchors: Tensor) -> Tensor:
+        """Gradient of the raw rows from that of their distances [G, M, n]."""
+        inverse_norms = self.inverse_norms.transpose(-1, -2)
+        x = self.q * inverse_norms
+        toward = torch.bmm(grad_distances.transpose(-1, -2), anchors)  # [G, n, D]
+        along = grad_distances.sum(-2, keepdim=True)  # [G, 1, n]
         # dx / 2 = along x - toward; a row that was normalised loses its part along x, which
         # one too short for it keeps.
-        is_unit = self.inverse_norms.transpose(-1, -2) * MIN_NORM < 1
+        is_unit = self.inverse_norms * MIN_NORM < 1
         radial = (along * self.x_squared - _row_sums(x * toward)) * is_unit
         x *= (along - radial).transpose(-1, -2)
-        torch.mul(x.sub_(toward), 2 * self.inverse_norms, out=out)
+        return x.sub_(toward).mul_(2 * inverse_norms)
+
+
+def _repeat(functions: HashFunctions, num_images: int) -> HashFunctions:
+    """The same for each image: [G, M, D], [G, K, M] and [G, M]."""
+    return HashFunctions(*(x.expand(num_images, *x.shape).flatten(0, 1) for x in functions))
+
+
+def _per_group(x: Tensor) -> Tensor:
+    """[b, H] or [G] to [G, 1, 1]."""
+    return x.flatten()[:, None, None]
+
+
+def _flatten(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[b, H, N, D] to [G, N, D]; a copy where heads lie between tokens."""
+    return x.flatten(0, 1).to(dtype)
 
 
 def _split(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
@@ -241,29 +282,15 @@ def _split(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
     return x.split(size, dim) if x.shape[dim] > size else (x,)
 
 
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix products [b, H, ., .]; of four axes, ``@`` copies more than of three."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
-
-
-def _project(weight: Tensor, features: Tensor) -> Tensor:
-    """[H, K, M] and [b, H, M, n] to [b, H, K, n]."""
-    return _multiply(weight.expand(len(features), -1, -1, -1), features)
-
-
 def _row_sums(x: Tensor) -> Tensor:
-    """[b, H, n, D] to [b, H, 1, n]; as a product, which is faster than a sum so short."""
+    """[G, n, D] to [G, 1, n]; as a product, which is faster than a sum so short."""
     return (x @ x.new_ones(x.shape[-1])).unsqueeze(-2)
 
 
 def _parts(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views: sums of h^T v [b, H, K, D], of h^T [b, H, K, 1] and of v [b, H, 1, D]."""
-    return sums[..., :-1, :-1], sums[..., :-1, -1:], sums[..., -1:, :-1]
-
-
-def _per_head(x: Tensor) -> Tensor:
-    """[b, H] to [b, H, 1, 1]."""
-    return x[..., None, None]
+    """Views: sums of h^T v [G, K, D], of h^T [G, K, 1] and of v [G, 1, D]."""
+    sums = sums.flatten(0, 1)
+    return sums[:, :-1, :-1], sums[:, :-1, -1:], sums[:, -1:, :-1]
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -271,4 +298,4 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     _, num_heads, num_tokens, _ = tensors[0].shape
     # The same number for each thread, so that none waits.
     num_images = _ROWS_PER_THREAD // (num_heads * num_tokens) * torch.get_num_threads()
-    return zip(*(tensor.split(max(1, num_images)) for tensor in tensors), strict=True)
+    return zip(*(_split(tensor, max(1, num_images), 0) for tensor in tensors), strict=True)

@@ -51,8 +51,14 @@ def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
     Source: EcoFormer; bandwidth from the released implementation.
     """
     x_squared = x.square().sum(-1).unsqueeze(-2)  # [B, H, 1, N]
+    anchors_squared = anchors.square().sum(-1, keepdim=True)  # [H, M, 1]
     scale = kernel_scale(x.mean(-2, keepdim=True), x_squared.mean(-1, keepdim=True), anchors)
-    return kernel_exponents(x, x_squared, anchors, scale).exp_()
+    # Accumulated in place; the scale is folded into the smaller factor of the product.
+    exponents = x_squared * scale + anchors_squared * scale
+    exponents.flatten(0, 1).baddbmm_(
+        (anchors * (-2 * scale)).flatten(0, 1), x.transpose(-1, -2).flatten(0, 1)
+    )
+    return exponents.exp_()
 
 
 def kernel_scale(x_mean: Tensor, x_squared_mean: Tensor, anchors: Tensor) -> Tensor:
@@ -72,38 +78,19 @@ def kernel_scale(x_mean: Tensor, x_squared_mean: Tensor, anchors: Tensor) -> Ten
     return -0.5 / (x_squared_mean + anchors_squared_mean - 2 * cross)
 
 
-def kernel_exponents(x: Tensor, x_squared: Tensor, anchors: Tensor, scale: Tensor) -> Tensor:
-    """Squared distances between rows and anchors, times ``scale``.
-
-    Args:
-        x: [B, H, N, D], float.
-        x_squared: [B, H, 1, N], float, ``|x|^2``.
-        anchors: [H, M, D], float.
-        scale: [B, H, 1, 1], float.
-
-    Returns:
-        [B, H, M, N], tokens last.
-    """
-    anchors_squared = anchors.square().sum(-1, keepdim=True)  # [H, M, 1]
-    # Accumulated in place; the scale is folded into the smaller factor of the product.
-    exponents = x_squared * scale + anchors_squared * scale
-    exponents.flatten(0, 1).baddbmm_(
-        (anchors * (-2 * scale)).flatten(0, 1), x.transpose(-1, -2).flatten(0, 1)
-    )
-    return exponents
-
-
-def binarize(y: Tensor) -> Tensor:
+def binarize(y: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return +1 where y > 0, else -1, without a gradient.
 
     Args:
         y: any shape, float.
+        out: takes the result; may be ``y`` itself.
 
     Returns:
         The shape and dtype of ``y``, in {-1, +1}, never 0.
     """
     # Arithmetic in y's own dtype: torch.where takes ten times as long on a CPU.
-    return torch.rsub(torch.gt(y, 0, out=torch.empty_like(y)), -1, alpha=-2)
+    out = torch.gt(y, 0, out=torch.empty_like(y) if out is None else out)
+    return torch.add(out.new_full((), -1), out, alpha=2, out=out)
 
 
 class _SignStraightThrough(torch.autograd.Function):
