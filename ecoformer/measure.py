@@ -85,6 +85,9 @@ class Stopwatch:
         is_captured: on CUDA, capture a short call as a graph and replay it, so that what is timed
             is the device's work and not the host's; a call that cannot be captured is timed as it
             is.
+
+    Attributes:
+        once: seconds that the call took when it had warmed up.
     """
 
     def __init__(self, call: Call, device: torch.device, *, is_captured: bool = True) -> None:
@@ -95,10 +98,10 @@ class Stopwatch:
         if is_cuda and is_captured and self._time_once() < _CAPTURED_SECONDS:
             self._time_once = _cuda_timer(_capture(call, device), device)
             self._time_once()
-        once = self._time_once()
-        is_long = once > _LONG_CALL_SECONDS
-        self._seconds = [once] if is_long else []
-        self._num_repeats = 0 if is_long else max(1, min(20, int(_TURN_SECONDS / once)))
+        self.once = self._time_once()
+        is_long = self.once > _LONG_CALL_SECONDS
+        self._seconds = [self.once] if is_long else []
+        self._num_repeats = 0 if is_long else max(1, min(20, int(_TURN_SECONDS / self.once)))
 
     def take_turn(self) -> None:
         """Time the call again, unless it takes so long that once has to do."""

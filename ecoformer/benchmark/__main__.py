@@ -176,10 +176,10 @@ def _measure(setup: Setup, options: argparse.Namespace) -> Iterator[list[Row]]:
         elif part == "fit":
             fit_batch_size = options.batch_size or (32 if is_gpu else 2)
             for num_tokens in token_counts:
-                yield measure_fit(setup, batch_size=fit_batch_size, num_tokens=num_tokens)
+                yield from measure_fit(setup, batch_size=fit_batch_size, num_tokens=num_tokens)
         else:
             for side in sides:
-                yield measure_model(
+                yield from measure_model(
                     setup,
                     options.model,
                     batch_size=batch_size,

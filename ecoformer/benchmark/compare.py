@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -62,17 +63,8 @@ def lack_of_memory(num_bytes: int, device: torch.device) -> str:
     return f"needs {num_bytes / 1e9:.3g} GB" if num_bytes > free_bytes(device) else ""
 
 
-def compare(
-    setup: Setup,
-    task: str,
-    contenders: Sequence[Contender],
-    *,
-    batch_size: int,
-    num_tokens: int,
-    least_bytes: int | None = None,
-    is_captured: bool = True,
-) -> list[Row]:
-    """Time contenders in turns, and measure the memory of each; one that fails is left out.
+class Comparison:
+    """Contenders for one task at one size, built and warmed up; one that fails is left out.
 
     Args:
         setup: where and how often.
@@ -83,54 +75,90 @@ def compare(
         least_bytes: what any of them must read and write.
         is_captured: as for ``Stopwatch``.
 
-    Returns:
-        A row each; that of a contender which did not run tells why.
+    Attributes:
+        watches: of the contenders that run, by name.
 
     Raises:
         InputError: a contender cannot be what the user asked for.
     """
-    calls: dict[str, Call] = {}
-    watches: dict[str, Stopwatch] = {}
-    notes = {c.name: f"not run: {c.why_not}" for c in contenders if c.why_not}
-    for contender in contenders:
-        if contender.why_not:
-            continue
-        try:
-            call = contender.build()
-            watches[contender.name] = Stopwatch(call, setup.device, is_captured=is_captured)
-            calls[contender.name] = call
-        except InputError:
-            raise
-        except Exception as error:
-            notes[contender.name] = f"failed: {_describe(error)}"
-    take_turns(watches.values(), setup.num_rounds)
-    timings = {name: watch.timing for name, watch in watches.items()}
-    # Captured graphs hold memory of their own.
-    watches.clear()
-    peaks: dict[str, int | None] = {}
-    for contender in contenders:
-        if contender.name in calls:
-            try:
-                call = calls.pop(contender.name)
-                peaks[contender.name] = setup.memory.measure(contender.build, call)
-            except Exception as error:
-                notes[contender.name] = f"memory not measured: {_describe(error)}"
-    if setup.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return [
-        Row(
-            task,
-            contender.name,
-            batch_size,
-            num_tokens,
-            timings.get(contender.name),
-            peaks.get(contender.name),
-            least_bytes,
-            contender.pass_bytes,
-            notes.get(contender.name, ""),
+
+    def __init__(
+        self,
+        setup: Setup,
+        task: str,
+        contenders: Sequence[Contender],
+        *,
+        batch_size: int,
+        num_tokens: int,
+        least_bytes: int | None = None,
+        is_captured: bool = True,
+    ) -> None:
+        self._setup = setup
+        self._contenders = contenders
+        self._make_row = partial(
+            Row, task, batch_size=batch_size, num_tokens=num_tokens, least_bytes=least_bytes
         )
-        for contender in contenders
-    ]
+        self._notes = {c.name: f"not run: {c.why_not}" for c in contenders if c.why_not}
+        self._calls: dict[str, Call] = {}
+        self.watches: dict[str, Stopwatch] = {}
+        for contender in contenders:
+            if contender.why_not:
+                continue
+            try:
+                call = contender.build()
+                watch = Stopwatch(call, setup.device, is_captured=is_captured)
+            except InputError:
+                raise
+            except Exception as error:
+                self._notes[contender.name] = f"failed: {_describe(error)}"
+            else:
+                self._calls[contender.name], self.watches[contender.name] = call, watch
+
+    def finish(self) -> list[Row]:
+        """Measure the memory of each contender, once they have taken their turns.
+
+        Returns:
+            A row each; that of a contender which did not run tells why.
+        """
+        timings = {name: watch.timing for name, watch in self.watches.items()}
+        # Captured graphs hold memory of their own.
+        self.watches.clear()
+        peaks: dict[str, int | None] = {}
+        for contender in self._contenders:
+            if contender.name in self._calls:
+                try:
+                    call = self._calls.pop(contender.name)
+                    peaks[contender.name] = self._setup.memory.measure(contender.build, call)
+                except Exception as error:
+                    self._notes[contender.name] = f"memory not measured: {_describe(error)}"
+        if self._setup.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [
+            self._make_row(
+                contender.name,
+                timing=timings.get(contender.name),
+                peak_bytes=peaks.get(contender.name),
+                pass_bytes=contender.pass_bytes,
+                note=self._notes.get(contender.name, ""),
+            )
+            for contender in self._contenders
+        ]
+
+
+def compare(setup: Setup, *comparisons: Comparison) -> Iterator[list[Row]]:
+    """Time the contenders of all comparisons in turns.
+
+    Args:
+        setup: how often.
+        comparisons: what to time.
+
+    Yields:
+        The rows of each comparison.
+    """
+    watches = [watch for comparison in comparisons for watch in comparison.watches.values()]
+    take_turns(watches, setup.num_rounds)
+    for comparison in comparisons:
+        yield comparison.finish()
 
 
 def _describe(error: Exception) -> str:

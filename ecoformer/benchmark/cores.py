@@ -23,6 +23,7 @@ from ecoformer.attention.performer import RandomFeatureAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
 from ecoformer.benchmark.compare import (
     REFERENCE_FLOATS,
+    Comparison,
     Contender,
     Setup,
     compare,
@@ -42,7 +43,7 @@ NUM_BITS, NUM_ANCHORS = 16, 25
 _SWEEP_TOKENS = 131_072
 _SWEPT = ("ecoformer", "performer", "spatial reduction", "sdpa")
 # A call of the sweep that takes longer is its contender's last.
-_SLOW_MS = 2000.0
+_SLOW_SECONDS = 2.0
 
 
 def count_tokens(side: int) -> int:
@@ -257,7 +258,7 @@ def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> Iter
     """
     inputs = CoreInputs(batch_size, num_tokens, setup.device, setup.dtype)
     for task, has_backward in ((EVALUATION, False), (TRAINING, True)):
-        yield compare(
+        comparison = Comparison(
             setup,
             task,
             list(core_contenders(inputs, has_backward=has_backward)),
@@ -266,12 +267,15 @@ def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> Iter
             # q, v and the output; then its gradient and those of q and v beside q and v.
             least_bytes=(3 + 5 * has_backward) * inputs.num_bytes,
         )
+        yield from compare(setup, comparison)
 
 
 def measure_attention_sweep(
     setup: Setup, *, token_counts: Sequence[int], kinds: Sequence[str] = _SWEPT
 ) -> Iterator[list[Row]]:
     """Compare cores over a range of N, with as many images as make B * N about 131,072.
+
+    All sizes take turns, so that none has the machine at its best alone.
 
     Args:
         setup: where and how often.
@@ -282,21 +286,21 @@ def measure_attention_sweep(
         A row a core, for each N; a core that became slow is not run at larger N.
     """
     too_slow: dict[str, str] = {}
+    comparisons = []
     for num_tokens in token_counts:
         batch_size = max(1, _SWEEP_TOKENS // num_tokens)
         inputs = CoreInputs(batch_size, num_tokens, setup.device, setup.dtype)
-        rows = compare(
+        contenders = core_contenders(inputs, has_backward=False, kinds=kinds)
+        comparison = Comparison(
             setup,
             SWEEP,
-            [
-                replace(contender, why_not=too_slow.get(contender.name, contender.why_not))
-                for contender in core_contenders(inputs, has_backward=False, kinds=kinds)
-            ],
+            [replace(c, why_not=too_slow.get(c.name, c.why_not)) for c in contenders],
             batch_size=batch_size,
             num_tokens=num_tokens,
             least_bytes=3 * inputs.num_bytes,
         )
-        for row in rows:
-            if row.timing and row.timing.median_ms > _SLOW_MS:
-                too_slow[row.name] = f"slower than {_SLOW_MS / 1e3:g} s at N={num_tokens}"
-        yield rows
+        for name, watch in comparison.watches.items():
+            if watch.once > _SLOW_SECONDS:
+                too_slow[name] = f"slower than {_SLOW_SECONDS:g} s at N={num_tokens}"
+        comparisons.append(comparison)
+    yield from compare(setup, *comparisons)

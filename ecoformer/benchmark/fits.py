@@ -5,12 +5,14 @@ Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from ecoformer.benchmark.compare import (
     REFERENCE_FLOATS,
+    Comparison,
     Contender,
     Setup,
     compare,
@@ -45,7 +47,7 @@ def build_fit(name: str, inputs: CoreInputs) -> Call:
     return partial(_FITS[name], x, anchors=anchors, weight=weight, num_steps=NUM_STEPS)
 
 
-def measure_fit(setup: Setup, *, batch_size: int, num_tokens: int) -> list[Row]:
+def measure_fit(setup: Setup, *, batch_size: int, num_tokens: int) -> Iterator[list[Row]]:
     """One layer's fit, H=1 D=32 K=16 M=25, 100 steps a bit.
 
     Args:
@@ -53,7 +55,7 @@ def measure_fit(setup: Setup, *, batch_size: int, num_tokens: int) -> list[Row]:
         batch_size: B.
         num_tokens: N.
 
-    Returns:
+    Yields:
         A row of the shipped fit, and one of the reference.
     """
     inputs = CoreInputs(batch_size, num_tokens, setup.device, torch.float32)
@@ -61,7 +63,7 @@ def measure_fit(setup: Setup, *, batch_size: int, num_tokens: int) -> list[Row]:
     why_not = lack_of_memory(4 * REFERENCE_FLOATS * num_pairs, setup.device)
     if num_pairs > _MAX_PAIRS[setup.device.type]:
         why_not = "takes minutes"
-    return compare(
+    comparison = Comparison(
         setup,
         TASK,
         [
@@ -73,3 +75,4 @@ def measure_fit(setup: Setup, *, batch_size: int, num_tokens: int) -> list[Row]:
         # Both look at their results on the host, which no graph can hold.
         is_captured=False,
     )
+    yield from compare(setup, comparison)

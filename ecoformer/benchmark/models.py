@@ -5,6 +5,7 @@ The backbone's packages are imported inside functions: the benchmark's modules k
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ecoformer.benchmark.compare import (
     REFERENCE_FLOATS,
+    Comparison,
     Contender,
     Setup,
     compare,
@@ -155,7 +157,7 @@ def measure_model(
     resolution: int,
     is_training: bool = False,
     is_compiled: bool = False,
-) -> list[Row]:
+) -> Iterator[list[Row]]:
     """A backbone with each kind of attention.
 
     Args:
@@ -166,7 +168,7 @@ def measure_model(
         is_training: time steps of training, not evaluation.
         is_compiled: by ``torch.compile``.
 
-    Returns:
+    Yields:
         A row each; the reference is not compiled.
     """
     num_tokens = count_tokens(resolution)
@@ -184,7 +186,7 @@ def measure_model(
         is_training=is_training,
         is_compiled=is_compiled,
     )
-    return compare(
+    comparison = Comparison(
         setup,
         name_task(variant, is_training=is_training, is_compiled=is_compiled),
         [
@@ -196,3 +198,4 @@ def measure_model(
         batch_size=batch_size,
         num_tokens=num_tokens,
     )
+    yield from compare(setup, comparison)

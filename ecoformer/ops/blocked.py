@@ -92,23 +92,20 @@ def _forward_block(
     chunk = max(1, _ROWS_PER_THREAD * torch.get_num_threads() // q.shape[1])
     rows, values = _Rows.of(_flatten(q, dtype)), _flatten(v, dtype)
     rows.measure_scale(functions.anchors, out=scale)
-    anchors, weight, kernel_mean = _repeat(functions, len(q))
     context, code_sum, value_sum = _parts(sums)
+    functions = _repeat(functions, len(q))
     codes = []
     for rows_chunk, v_chunk in zip(rows.split(chunk), _split(values, chunk, -2), strict=True):
-        features = rows_chunk.exponents(anchors, scale).exp2_()  # [G, M, chunk]
-        features -= kernel_mean.unsqueeze(-1)
-        y = torch.bmm(weight, features)
-        h = binarize(y, out=y)  # [G, K, chunk]
+        h = _encode(rows_chunk, functions, scale)  # [G, K, chunk]
         context += torch.bmm(h, v_chunk)
         code_sum += h.sum(-1, keepdim=True)
         # Those of a large image are kept as bytes.
         codes.append(h if chunk >= num_tokens else h.to(torch.int8))
     if is_normalized:
         value_sum += values.sum(-2, keepdim=True)
-    for h, v_chunk, out_chunk in zip(
-        codes, _split(values, chunk, -2), _split(out, chunk, -2), strict=True
-    ):
+    chunks = list(zip(codes, _split(values, chunk, -2), _split(out, chunk, -2), strict=True))
+    # Backwards: what was read last may still be in the cache.
+    for h, v_chunk, out_chunk in reversed(chunks):
         h = h.to(dtype)
         # Where the output lies as the product does, nothing is copied.
         is_direct = out_chunk.is_contiguous() and out_chunk.dtype == dtype
@@ -119,6 +116,14 @@ def _forward_block(
         numerator *= denominator.reciprocal_().transpose(-1, -2)
         if not is_direct:
             out_chunk.copy_(numerator.view(out_chunk.shape))
+
+
+def _encode(rows: _Rows, functions: HashFunctions, scale: Tensor) -> Tensor:
+    anchors, weight, kernel_mean = functions
+    features = rows.exponents(anchors, scale).exp2_()
+    features -= kernel_mean.unsqueeze(-1)
+    y = torch.bmm(weight, features)
+    return binarize(y, out=y)
 
 
 def backward(

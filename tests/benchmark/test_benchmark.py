@@ -21,7 +21,7 @@ from ecoformer.benchmark import __main__ as benchmark
 from ecoformer.benchmark import checks, cores, fits
 from ecoformer.benchmark.__main__ import main
 from ecoformer.benchmark.checks import check_core
-from ecoformer.benchmark.compare import Contender, Setup, compare
+from ecoformer.benchmark.compare import Comparison, Contender, Setup, compare
 from ecoformer.benchmark.goals import judge_comparison, judge_slopes
 from ecoformer.benchmark.report import Report, Row, format_table
 from ecoformer.errors import InputError
@@ -103,7 +103,8 @@ def test_one_that_fails_does_not_stop_the_others(setup: Setup) -> None:
         Contender("late", partial(partial, fail)),
         Contender("large", fail, why_not="needs 900 GB"),
     ]
-    good, *others = compare(setup, "task", contenders, batch_size=1, num_tokens=1)
+    comparison = Comparison(setup, "task", contenders, batch_size=1, num_tokens=1)
+    ((good, *others),) = compare(setup, comparison)
     assert good.timing is not None and good.timing.median_ms > 0
     assert [row.timing for row in others] == [None] * 3
     failure = "failed: RuntimeError: no such kernel"
@@ -115,24 +116,24 @@ def test_what_the_user_got_wrong_stops_the_benchmark(setup: Setup) -> None:
         raise InputError("no such model.")
 
     with pytest.raises(InputError, match="no such model"):
-        compare(setup, "task", [Contender("bad", refuse)], batch_size=1, num_tokens=1)
+        Comparison(setup, "task", [Contender("bad", refuse)], batch_size=1, num_tokens=1)
 
 
 def test_dense_fit_is_left_out_where_it_takes_minutes(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fits, "NUM_STEPS", 2)
-    shipped, dense = fits.measure_fit(setup, batch_size=2, num_tokens=32)
+    ((shipped, dense),) = fits.measure_fit(setup, batch_size=2, num_tokens=32)
     assert shipped.timing is not None and dense.timing is not None
     monkeypatch.setitem(fits._MAX_PAIRS, "cpu", 2 * 32**2 - 1)
-    shipped, dense = fits.measure_fit(setup, batch_size=2, num_tokens=32)
+    ((shipped, dense),) = fits.measure_fit(setup, batch_size=2, num_tokens=32)
     assert shipped.timing is not None and dense.timing is None
     assert dense.note == "not run: takes minutes"
 
 
 def test_a_slow_core_leaves_the_sweep(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "_SWEEP_TOKENS", 256)
-    monkeypatch.setattr(cores, "_SLOW_MS", 0.0)
+    monkeypatch.setattr(cores, "_SLOW_SECONDS", 0.0)
     kinds = ("ecoformer", "sdpa")
     sweep = cores.measure_attention_sweep(setup, token_counts=(64, 256), kinds=kinds)
     small, large = sweep
