@@ -1,18 +1,19 @@
 """Kernelized hash attention and its gradient in blocks that stay in the cache, without autograd.
 
-Rows are read where they lie; what is made of them (unit rows, features, codes) lives for one
-block, and the gradient recomputes it. So memory beside the result does not grow with the batch,
+What is made of rows (features, codes; copies, where the heads of a token lie together) lives for
+one block, and the gradient recomputes it. So memory beside the result does not grow with the batch,
 and no time goes into clearing pages for large temporaries. A block is some images, or in
 ``forward`` some tokens of a large one. The form for the CPU; any device can run it.
 
 Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors; a block has b of the B
-images, and G = b H. As in ``codes``, features and codes have their tokens last.
+images, a large one cut into P parts of n tokens, and G = b H P. As in ``codes``, features and codes
+have their tokens last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import log
+from math import gcd, log
 from typing import NamedTuple
 
 import torch
@@ -86,30 +87,31 @@ def _forward_block(
     functions: HashFunctions,
     is_normalized: bool,
 ) -> None:
-    dtype, num_bits, num_tokens = functions.weight.dtype, functions.weight.shape[-2], q.shape[-2]
-    c = num_bits + 1
-    # An image with more rows than a block takes is read in chunks of its tokens.
-    chunk = max(1, _ROWS_PER_THREAD * torch.get_num_threads() // q.shape[1])
-    rows, values = _Rows.of(_flatten(q, dtype)), _flatten(v, dtype)
-    rows.measure_scale(functions.anchors, out=scale)
-    context, code_sum, value_sum = _parts(sums)
-    functions = _repeat(functions, len(q))
+    dtype, c, num_tokens = functions.weight.dtype, functions.weight.shape[-2] + 1, q.shape[-2]
+    num_parts, chunk = _cut(q)
+    rows, values = _Rows.of(_flatten(q, dtype, num_parts)), _flatten(v, dtype, num_parts)
+    rows.measure_scale(functions.anchors, num_parts, out=scale)
+    scale = _share(scale.flatten(), num_parts)
+    functions = HashFunctions(*(_share(x, num_parts) for x in _repeat(functions, len(q))))
+    totals = context, code_sum, value_sum = _parts(sums)
     codes = []
     for rows_chunk, v_chunk in zip(rows.split(chunk), _split(values, chunk, -2), strict=True):
         h = _encode(rows_chunk, functions, scale)  # [G, K, chunk]
-        context += torch.bmm(h, v_chunk)
-        code_sum += h.sum(-1, keepdim=True)
+        context += _gather(torch.bmm(h, v_chunk), num_parts)
+        code_sum += _gather(h.sum(-1, keepdim=True), num_parts)
         # Those of a large image are kept as bytes.
-        codes.append(h if chunk >= num_tokens else h.to(torch.int8))
+        codes.append(h if chunk == num_tokens else h.to(torch.int8))
     if is_normalized:
-        value_sum += values.sum(-2, keepdim=True)
+        value_sum += _gather(values.sum(-2, keepdim=True), num_parts)
+    context, code_sum, value_sum = (_share(x, num_parts) for x in totals)
+    out = out.view(*q.shape[:2], num_parts, *values.shape[1:])
     chunks = list(zip(codes, _split(values, chunk, -2), _split(out, chunk, -2), strict=True))
     # Backwards: what was read last may still be in the cache.
     for h, v_chunk, out_chunk in reversed(chunks):
         h = h.to(dtype)
-        # Where the output lies as the product does, nothing is copied.
-        is_direct = out_chunk.is_contiguous() and out_chunk.dtype == dtype
-        place = out_chunk.flatten(0, 1) if is_direct else None
+        # Where the heads of a token do not lie between others, nothing is copied.
+        is_direct = out_chunk.shape[1] == 1 and out_chunk.dtype == dtype
+        place = out_chunk.flatten(0, 2) if is_direct else None
         numerator = torch.bmm(h.transpose(-1, -2), context, out=place)
         numerator.add_(value_sum if is_normalized else v_chunk, alpha=c)
         denominator = torch.bmm(code_sum.transpose(-1, -2), h).add_(c * num_tokens)
@@ -238,10 +240,11 @@ class _Rows(NamedTuple):
         ):
             yield _Rows(q, inverse_norms, x_squared)
 
-    def measure_scale(self, anchors: Tensor, *, out: Tensor) -> None:
+    def measure_scale(self, anchors: Tensor, num_parts: int, *, out: Tensor) -> None:
         """[b, H], these being all the rows of their images; anchors [H, M, D]."""
-        x_mean = torch.bmm(self.inverse_norms, self.q) / self.q.shape[-2]
-        x_squared_mean = self.x_squared.mean(-1, keepdim=True)
+        num_tokens = self.q.shape[-2] * num_parts
+        x_mean = _gather(torch.bmm(self.inverse_norms, self.q), num_parts) / num_tokens
+        x_squared_mean = _gather(self.x_squared.sum(-1, keepdim=True), num_parts) / num_tokens
         shape = (*out.shape, 1, -1)
         scale = kernel_scale(x_mean.view(shape), x_squared_mean.view(shape), anchors)
         out.copy_(scale.view(out.shape))
@@ -277,9 +280,34 @@ def _per_group(x: Tensor) -> Tensor:
     return x.flatten()[:, None, None]
 
 
-def _flatten(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[b, H, N, D] to [G, N, D]; a copy where heads lie between tokens."""
-    return x.flatten(0, 1).to(dtype)
+def _flatten(x: Tensor, dtype: torch.dtype, num_parts: int = 1) -> Tensor:
+    """[b, H, P n, D] to [G, n, D]; a copy where heads lie between tokens."""
+    return x.reshape(-1, x.shape[2] // num_parts, x.shape[3]).to(dtype)
+
+
+def _cut(x: Tensor) -> tuple[int, int]:
+    """How many parts each image [b, H, N, D] has, and how many tokens of a part are read at once.
+
+    What fits into a block is whole. In a larger image, parts give each thread as many products:
+    all threads take longer for one large product. Half a block at once leaves room for the codes.
+    """
+    _, num_heads, num_tokens, _ = x.shape
+    num_threads = torch.get_num_threads()
+    num_rows = _ROWS_PER_THREAD * num_threads
+    if num_heads * num_tokens <= num_rows:
+        return 1, num_tokens
+    num_parts = gcd(num_tokens, num_threads // gcd(num_threads, num_heads))
+    return num_parts, max(1, num_rows // (2 * num_heads * num_parts))
+
+
+def _share(x: Tensor, num_parts: int) -> Tensor:
+    """[G / P, ...] to [G, ...]: what an image has, for each of its parts."""
+    return x if num_parts == 1 else x.repeat_interleave(num_parts, 0)
+
+
+def _gather(x: Tensor, num_parts: int) -> Tensor:
+    """[G, ...] to [G / P, ...]: the sum over the parts of an image."""
+    return x if num_parts == 1 else x.unflatten(0, (-1, num_parts)).sum(1)
 
 
 def _split(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:

@@ -16,13 +16,22 @@ from tests.problems import Problem, draw_problem, solve
 VALUE_BIASES = ["released", "normalized"]
 
 
-# Ten rows are a part of an image; a hundred are two images and leave one over.
-@pytest.mark.parametrize("rows", [10, 100])
+@pytest.mark.parametrize(
+    ("rows", "threads", "heads"),
+    [
+        pytest.param(100, 1, 2, id="two images, and one left over"),
+        pytest.param(10, 1, 2, id="chunks of an image"),
+        pytest.param(7, 3, 2, id="parts of an image"),
+        pytest.param(7, 3, 1, id="parts of one head, in uneven chunks"),
+    ],
+)
 @pytest.mark.parametrize("value_bias", VALUE_BIASES)
-def test_blocks_do_not_show(rows: int, value_bias: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_show(
+    rows: int, threads: int, heads: int, value_bias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blocked, "_ROWS_PER_THREAD", rows)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    problem = draw_problem(images=3, heads=2, tokens=23)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    problem = draw_problem(images=3, heads=heads, tokens=24)
     expected = solve(reference.kernelized_hash_attention, problem, value_bias=value_bias)
     assert_close(solve(kernelized_hash_attention, problem, value_bias=value_bias), expected)
 
