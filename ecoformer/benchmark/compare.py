@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 
 import torch
 
@@ -155,8 +156,10 @@ def compare(setup: Setup, *comparisons: Comparison) -> Iterator[list[Row]]:
     Yields:
         The rows of each comparison.
     """
-    watches = [watch for comparison in comparisons for watch in comparison.watches.values()]
-    take_turns(watches, setup.num_rounds)
+    watches = [item for comparison in comparisons for item in comparison.watches.items()]
+    # Those of one contender follow each other, so that its sizes meet the same machine.
+    watches.sort(key=itemgetter(0))
+    take_turns([watch for _, watch in watches], setup.num_rounds)
     for comparison in comparisons:
         yield comparison.finish()
 
