@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 
 import torch
 
@@ -77,6 +76,7 @@ class Comparison:
         is_captured: as for ``Stopwatch``.
 
     Attributes:
+        setup: as given.
         watches: of the contenders that run, by name.
 
     Raises:
@@ -94,7 +94,7 @@ class Comparison:
         least_bytes: int | None = None,
         is_captured: bool = True,
     ) -> None:
-        self._setup = setup
+        self.setup = setup
         self._contenders = contenders
         self._make_row = partial(
             Row, task, batch_size=batch_size, num_tokens=num_tokens, least_bytes=least_bytes
@@ -116,7 +116,7 @@ class Comparison:
                 self._calls[contender.name], self.watches[contender.name] = call, watch
 
     def finish(self) -> list[Row]:
-        """Measure the memory of each contender, once they have taken their turns.
+        """Measure the memory of each contender, and let go of it; they have taken their turns.
 
         Returns:
             A row each; that of a contender which did not run tells why.
@@ -129,10 +129,10 @@ class Comparison:
             if contender.name in self._calls:
                 try:
                     call = self._calls.pop(contender.name)
-                    peaks[contender.name] = self._setup.memory.measure(contender.build, call)
+                    peaks[contender.name] = self.setup.memory.measure(contender.build, call)
                 except Exception as error:
                     self._notes[contender.name] = f"memory not measured: {_describe(error)}"
-        if self._setup.device.type == "cuda":
+        if self.setup.device.type == "cuda":
             torch.cuda.empty_cache()
         return [
             self._make_row(
@@ -146,20 +146,19 @@ class Comparison:
         ]
 
 
-def compare(setup: Setup, *comparisons: Comparison) -> Iterator[list[Row]]:
+def compare(*comparisons: Comparison) -> Iterator[list[Row]]:
     """Time the contenders of all comparisons in turns.
 
     Args:
-        setup: how often.
-        comparisons: what to time.
+        comparisons: what to time, all with the same setup.
 
     Yields:
         The rows of each comparison.
     """
-    watches = [item for comparison in comparisons for item in comparison.watches.items()]
-    # Those of one contender follow each other, so that its sizes meet the same machine.
-    watches.sort(key=itemgetter(0))
-    take_turns([watch for _, watch in watches], setup.num_rounds)
+    names = dict.fromkeys(name for comparison in comparisons for name in comparison.watches)
+    # The sizes of one contender follow each other, and so meet the same machine.
+    watches = [c.watches[name] for name in names for c in comparisons if name in c.watches]
+    take_turns(watches, comparisons[0].setup.num_rounds)
     for comparison in comparisons:
         yield comparison.finish()
 

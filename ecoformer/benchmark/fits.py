@@ -75,4 +75,4 @@ def measure_fit(setup: Setup, *, batch_size: int, num_tokens: int) -> Iterator[l
         # Both look at their results on the host, which no graph can hold.
         is_captured=False,
     )
-    yield from compare(setup, comparison)
+    yield from compare(comparison)

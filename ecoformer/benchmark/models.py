@@ -198,4 +198,4 @@ def measure_model(
         batch_size=batch_size,
         num_tokens=num_tokens,
     )
-    yield from compare(setup, comparison)
+    yield from compare(comparison)

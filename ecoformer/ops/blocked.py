@@ -1,13 +1,14 @@
 """Kernelized hash attention and its gradient in blocks that stay in the cache, without autograd.
 
-What is made of rows (features, codes; copies, where the heads of a token lie together) lives for
-one block, and the gradient recomputes it. So memory beside the result does not grow with the batch,
-and no time goes into clearing pages for large temporaries. A block is some images, or in
-``forward`` some tokens of a large one. The form for the CPU; any device can run it.
+What is made of rows (features, codes, copies where they are of several heads or of half
+precision) lives for one block, and the gradient recomputes it. So memory beside the result does
+not grow with the batch, and no time goes into clearing pages for large temporaries. A block is
+some images, or a larger one alone, which ``forward`` reads in parts and chunks. The form for the
+CPU; any device can run it.
 
 Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors; a block has b of the B
-images, a large one cut into P parts of n tokens, and G = b H P. As in ``codes``, features and codes
-have their tokens last.
+images, each cut into P parts of n tokens, and G = b H P. As in ``codes``, features and codes have
+their tokens last.
 """
 
 from __future__ import annotations
@@ -91,21 +92,21 @@ def _forward_block(
     num_parts, chunk = _cut(q)
     rows, values = _Rows.of(_flatten(q, dtype, num_parts)), _flatten(v, dtype, num_parts)
     rows.measure_scale(functions.anchors, num_parts, out=scale)
-    scale = _share(scale.flatten(), num_parts)
-    functions = HashFunctions(*(_share(x, num_parts) for x in _repeat(functions, len(q))))
-    totals = context, code_sum, value_sum = _parts(sums)
+    encoder = _Encoder.of(functions, scale, num_parts)
+    totals = _split_sums(sums)
+    context, code_sum, value_sum = totals
     codes = []
     for rows_chunk, v_chunk in zip(rows.split(chunk), _split(values, chunk, -2), strict=True):
-        h = _encode(rows_chunk, functions, scale)  # [G, K, chunk]
+        h = encoder.encode(rows_chunk)  # [G, K, chunk]
         context += _gather(torch.bmm(h, v_chunk), num_parts)
         code_sum += _gather(h.sum(-1, keepdim=True), num_parts)
         # Those of a large image are kept as bytes.
-        codes.append(h if chunk == num_tokens else h.to(torch.int8))
+        codes.append(h.to(torch.int8) if chunk < values.shape[-2] else h)
     if is_normalized:
         value_sum += _gather(values.sum(-2, keepdim=True), num_parts)
-    context, code_sum, value_sum = (_share(x, num_parts) for x in totals)
-    out = out.view(*q.shape[:2], num_parts, *values.shape[1:])
-    chunks = list(zip(codes, _split(values, chunk, -2), _split(out, chunk, -2), strict=True))
+    context, code_sum, value_sum = (_share(total, num_parts) for total in totals)
+    out_parts = out.view(*q.shape[:2], num_parts, *values.shape[1:])
+    chunks = list(zip(codes, _split(values, chunk, -2), _split(out_parts, chunk, -2), strict=True))
     # Backwards: what was read last may still be in the cache.
     for h, v_chunk, out_chunk in reversed(chunks):
         h = h.to(dtype)
@@ -118,14 +119,6 @@ def _forward_block(
         numerator *= denominator.reciprocal_().transpose(-1, -2)
         if not is_direct:
             out_chunk.copy_(numerator.view(out_chunk.shape))
-
-
-def _encode(rows: _Rows, functions: HashFunctions, scale: Tensor) -> Tensor:
-    anchors, weight, kernel_mean = functions
-    features = rows.exponents(anchors, scale).exp2_()
-    features -= kernel_mean.unsqueeze(-1)
-    y = torch.bmm(weight, features)
-    return binarize(y, out=y)
 
 
 def backward(
@@ -176,11 +169,11 @@ def _backward_block(
     num_bits, num_anchors = functions.weight.shape[-2:]
     dtype, c, num_tokens = functions.weight.dtype, num_bits + 1, q.shape[-2]
     rows, values = _Rows.of(_flatten(q, dtype)), _flatten(v, dtype)
-    anchors, weight, kernel_mean = _repeat(functions, len(q))
-    context, code_sum, value_sum = _parts(sums)
-    exponents = rows.exponents(anchors, scale)
+    encoder = _Encoder.of(functions, scale)
+    context, code_sum, value_sum = _split_sums(sums)
+    exponents = encoder.exponents(rows)
     features = exponents.exp2()  # [G, M, N]
-    y = torch.bmm(weight, features - kernel_mean.unsqueeze(-1))
+    y = torch.bmm(encoder.weight, features - encoder.kernel_mean)
     h = binarize(y)  # [G, K, N]
     # As numbers: with booleans the product below takes five times as long.
     passes = torch.lt(y.abs_(), 1, out=y)
@@ -204,12 +197,14 @@ def _backward_block(
     grad_h.add_(torch.bmm(h, e.transpose(-1, -2)))
     grad_y = grad_h.mul_(passes)
 
-    grad_exponents = torch.bmm(weight.transpose(-1, -2), grad_y).mul_(features)  # of base e
+    # Of base e.
+    grad_exponents = torch.bmm(encoder.weight.transpose(-1, -2), grad_y).mul_(features)
     # The scale is -1 / (2 s), and every distance has the same share in s.
     grad_scale = log(2) * torch.linalg.vecdot(grad_exponents.flatten(1), exponents.flatten(1))
-    share = 2 * scale.flatten() * grad_scale / (num_tokens * num_anchors)
-    grad_distances = grad_exponents.mul_(_per_group(scale)).add_(_per_group(share))
-    grad_q.copy_(rows.backward(grad_distances, anchors).view(q.shape))
+    scale = scale.view(-1, 1, 1)
+    share = 2 * scale * grad_scale[:, None, None] / (num_tokens * num_anchors)
+    grad_distances = grad_exponents.mul_(scale).add_(share)
+    grad_q.copy_(rows.backward(grad_distances, _repeat(functions.anchors, len(q))).view(q.shape))
 
 
 class _Rows(NamedTuple):
@@ -229,7 +224,8 @@ class _Rows(NamedTuple):
     def of(cls, q: Tensor) -> _Rows:
         norms = torch.linalg.vector_norm(q, dim=-1).unsqueeze(-2)
         inverse_norms = norms.clamp_min(MIN_NORM).reciprocal_()
-        return cls(q, inverse_norms, norms.mul_(inverse_norms).square_())
+        # A row with an infinite norm is a zero row, as where each is divided by it.
+        return cls(q, inverse_norms, norms.mul_(inverse_norms).nan_to_num_(0).square_())
 
     def split(self, num_tokens: int) -> Iterator[_Rows]:
         for q, inverse_norms, x_squared in zip(
@@ -245,19 +241,11 @@ class _Rows(NamedTuple):
         num_tokens = self.q.shape[-2] * num_parts
         x_mean = _gather(torch.bmm(self.inverse_norms, self.q), num_parts) / num_tokens
         x_squared_mean = _gather(self.x_squared.sum(-1, keepdim=True), num_parts) / num_tokens
-        shape = (*out.shape, 1, -1)
-        scale = kernel_scale(x_mean.view(shape), x_squared_mean.view(shape), anchors)
-        out.copy_(scale.view(out.shape))
-
-    def exponents(self, anchors: Tensor, scale: Tensor) -> Tensor:
-        """[G, M, n], of base 2, which a CPU raises three times as fast; scale [b, H]."""
-        scale = _per_group(scale) / log(2)
-        products = torch.bmm(anchors * (-2 * scale), self.q.transpose(-1, -2))
-        squares = self.x_squared * scale + anchors.square().sum(-1, keepdim=True) * scale
-        return torch.addcmul(squares, products, self.inverse_norms, out=products)
+        x_mean, x_squared_mean = (x.unflatten(0, out.shape) for x in (x_mean, x_squared_mean))
+        out.copy_(kernel_scale(x_mean, x_squared_mean, anchors).view(out.shape))
 
     def backward(self, grad_distances: Tensor, anchors: Tensor) -> Tensor:
-        """Gradient of the raw rows from that of their distances [G, M, n]."""
+        """Gradient of the raw rows from that of their distances [G, M, n]; anchors [G, M, D]."""
         inverse_norms = self.inverse_norms.transpose(-1, -2)
         x = self.q * inverse_norms
         toward = torch.bmm(grad_distances.transpose(-1, -2), anchors)  # [G, n, D]
@@ -270,34 +258,82 @@ class _Rows(NamedTuple):
         return x.sub_(toward).mul_(2 * inverse_norms)
 
 
-def _repeat(functions: HashFunctions, num_images: int) -> HashFunctions:
-    """The same for each image: [G, M, D], [G, K, M] and [G, M]."""
-    return HashFunctions(*(x.expand(num_images, *x.shape).flatten(0, 1) for x in functions))
+class _Encoder(NamedTuple):
+    """Hash functions and the scale of each group, as its products take them.
+
+    Exponents are of base 2, which a CPU raises three times as fast as those of base e.
+
+    Args:
+        scale: [G, 1, 1], of base 2.
+        anchors: [G, M, D], times -2 ``scale``.
+        anchors_squared: [G, M, 1], squared norms of the anchors, times ``scale``.
+        weight: [G, K, M].
+        kernel_mean: [G, M, 1].
+    """
+
+    scale: Tensor
+    anchors: Tensor
+    anchors_squared: Tensor
+    weight: Tensor
+    kernel_mean: Tensor
+
+    @classmethod
+    def of(cls, functions: HashFunctions, scale: Tensor, num_parts: int = 1) -> _Encoder:
+        """Scale [b, H], of base e."""
+        anchors, weight, kernel_mean = (
+            _share(_repeat(x, len(scale)), num_parts) for x in functions
+        )
+        scale = _share(scale.view(-1, 1, 1), num_parts) / log(2)
+        return cls(
+            scale,
+            anchors * (-2 * scale),
+            anchors.square().sum(-1, keepdim=True) * scale,
+            weight,
+            kernel_mean.unsqueeze(-1),
+        )
+
+    def exponents(self, rows: _Rows) -> Tensor:
+        """[G, M, n]."""
+        products = torch.bmm(self.anchors, rows.q.transpose(-1, -2))
+        squares = rows.x_squared * self.scale + self.anchors_squared
+        return torch.addcmul(squares, products, rows.inverse_norms, out=products)
+
+    def encode(self, rows: _Rows) -> Tensor:
+        """Codes, [G, K, n]."""
+        features = self.exponents(rows).exp2_()
+        features -= self.kernel_mean
+        y = torch.bmm(self.weight, features)
+        return binarize(y, out=y)
 
 
-def _per_group(x: Tensor) -> Tensor:
-    """[b, H] or [G] to [G, 1, 1]."""
-    return x.flatten()[:, None, None]
+def _repeat(x: Tensor, num_images: int) -> Tensor:
+    """[H, ...] to [b H, ...]."""
+    return x.expand(num_images, *x.shape).flatten(0, 1)
 
 
 def _flatten(x: Tensor, dtype: torch.dtype, num_parts: int = 1) -> Tensor:
-    """[b, H, P n, D] to [G, n, D]; a copy where heads lie between tokens."""
-    return x.reshape(-1, x.shape[2] // num_parts, x.shape[3]).to(dtype)
+    """[b, H, P n, D] to [G, n, D], in another dtype."""
+    num_images, num_heads, num_tokens, head_dim = x.shape
+    shape = num_images * num_heads * num_parts, num_tokens // num_parts, head_dim
+    return x.reshape(shape).to(dtype)
 
 
 def _cut(x: Tensor) -> tuple[int, int]:
     """How many parts each image [b, H, N, D] has, and how many tokens of a part are read at once.
 
-    What fits into a block is whole. In a larger image, parts give each thread as many products:
-    all threads take longer for one large product. Half a block at once leaves room for the codes.
+    An image with more rows than one thread takes is a block of its own. If it has one head, parts
+    make a product for each thread, where their number divides N: all threads take longer for one
+    large product. If it has more rows than all threads take, half of what they take is read at
+    once, which leaves room for its codes.
     """
     _, num_heads, num_tokens, _ = x.shape
-    num_threads = torch.get_num_threads()
-    num_rows = _ROWS_PER_THREAD * num_threads
-    if num_heads * num_tokens <= num_rows:
+    num_threads, num_rows = torch.get_num_threads(), num_heads * num_tokens
+    if num_rows <= _ROWS_PER_THREAD:
         return 1, num_tokens
-    num_parts = gcd(num_tokens, num_threads // gcd(num_threads, num_heads))
-    return num_parts, max(1, num_rows // (2 * num_heads * num_parts))
+    num_parts = gcd(num_tokens, num_threads) if num_heads == 1 else 1
+    if num_rows <= _ROWS_PER_THREAD * num_threads:
+        return num_parts, num_tokens // num_parts
+    return num_parts, max(1, _ROWS_PER_THREAD * num_threads // (2 * num_heads * num_parts))
 
 
 def _share(x: Tensor, num_parts: int) -> Tensor:
@@ -320,7 +356,7 @@ def _row_sums(x: Tensor) -> Tensor:
     return (x @ x.new_ones(x.shape[-1])).unsqueeze(-2)
 
 
-def _parts(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _split_sums(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views: sums of h^T v [G, K, D], of h^T [G, K, 1] and of v [G, 1, D]."""
     sums = sums.flatten(0, 1)
     return sums[:, :-1, :-1], sums[:, :-1, -1:], sums[:, -1:, :-1]
@@ -330,5 +366,5 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors [B, ...] image by image, or as many images as a block takes; rows come first."""
     _, num_heads, num_tokens, _ = tensors[0].shape
     # The same number for each thread, so that none waits.
-    num_images = _ROWS_PER_THREAD // (num_heads * num_tokens) * torch.get_num_threads()
+    num_images = _ROWS_PER_THREAD // max(1, num_heads * num_tokens) * torch.get_num_threads()
     return zip(*(_split(tensor, max(1, num_images), 0) for tensor in tensors), strict=True)

@@ -104,7 +104,7 @@ def test_one_that_fails_does_not_stop_the_others(setup: Setup) -> None:
         Contender("large", fail, why_not="needs 900 GB"),
     ]
     comparison = Comparison(setup, "task", contenders, batch_size=1, num_tokens=1)
-    ((good, *others),) = compare(setup, comparison)
+    ((good, *others),) = compare(comparison)
     assert good.timing is not None and good.timing.median_ms > 0
     assert [row.timing for row in others] == [None] * 3
     failure = "failed: RuntimeError: no such kernel"

@@ -50,6 +50,24 @@ def test_zero_rows_are_finite_and_equal_the_reference(value_bias: str) -> None:
     assert_solves(problem, value_bias)
 
 
+def test_a_row_too_short_to_become_a_unit_row_equals_the_reference() -> None:
+    problem = draw_problem()
+    problem.q[0, 1, 3] *= 1e-13 / problem.q[0, 1, 3].norm()
+    actual = solve(ops.kernelized_hash_attention, problem)
+    expected = solve(reference.kernelized_hash_attention, problem)
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1][0, 1, 3], expected[1][0, 1, 3])
+
+
+def test_a_row_of_infinite_norm_harms_no_other() -> None:
+    problem = draw_problem(dtype=torch.float32)
+    problem.q[0, 1, 3] *= 1e20
+    assert problem.q[0, 1, 3].isfinite().all() and problem.q[0, 1, 3].norm().isinf()
+    out = ops.kernelized_hash_attention(problem.q, problem.v, **problem.functions)
+    expected = reference.kernelized_hash_attention(problem.q, problem.v, **problem.functions)
+    torch.testing.assert_close(out, expected)
+
+
 def test_contiguous_inputs_give_what_strided_ones_give() -> None:
     problem = draw_problem(heads=3)
     assert not problem.q.is_contiguous()

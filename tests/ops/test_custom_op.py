@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,30 +11,49 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ecoformer.attention.heads import merge_heads
-from ecoformer.ops import blocked, custom_op, kernelized_hash_attention, reference
+from ecoformer.ops import blocked, custom_op, kernelized_hash_attention
 from tests.problems import Problem, draw_problem, solve
 
 VALUE_BIASES = ["released", "normalized"]
 
 
 @pytest.mark.parametrize(
-    ("rows", "threads", "heads"),
+    ("rows", "threads", "heads", "tokens", "cut"),
     [
-        pytest.param(100, 1, 2, id="two images, and one left over"),
-        pytest.param(10, 1, 2, id="chunks of an image"),
-        pytest.param(7, 3, 2, id="parts of an image"),
-        pytest.param(7, 3, 1, id="parts of one head, in uneven chunks"),
+        pytest.param(50, 2, 2, 24, (1, 24), id="two images, and one left over"),
+        pytest.param(23, 3, 1, 24, (3, 8), id="parts of an image"),
+        pytest.param(7, 3, 1, 24, (3, 3), id="uneven chunks of parts"),
+        pytest.param(7, 3, 1, 23, (1, 10), id="chunks of an image without parts"),
+        pytest.param(10, 1, 2, 23, (1, 2), id="chunks of two heads"),
     ],
 )
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("value_bias", VALUE_BIASES)
 def test_blocks_do_not_show(
-    rows: int, threads: int, heads: int, value_bias: str, monkeypatch: pytest.MonkeyPatch
+    rows: int,
+    threads: int,
+    heads: int,
+    tokens: int,
+    cut: tuple[int, int],
+    dtype: torch.dtype,
+    value_bias: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    problem = draw_problem(images=3, heads=heads, tokens=tokens, dtype=dtype)
+    expected = solve(kernelized_hash_attention, problem, value_bias=value_bias)
     monkeypatch.setattr(blocked, "_ROWS_PER_THREAD", rows)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    problem = draw_problem(images=3, heads=heads, tokens=24)
-    expected = solve(reference.kernelized_hash_attention, problem, value_bias=value_bias)
+    assert blocked._cut(problem.q) == cut
     assert_close(solve(kernelized_hash_attention, problem, value_bias=value_bias), expected)
+
+
+@pytest.mark.parametrize("images, tokens", [(0, 24), (3, 0)])
+def test_nothing_gives_nothing(images: int, tokens: int) -> None:
+    problem = draw_problem(images=3, tokens=24)
+    q, v, grad = (x[:images, :, :tokens] for x in (problem.q, problem.v, problem.grad))
+    few = replace(problem, q=q, v=v, grad=grad)
+    for result in solve(kernelized_hash_attention, few):
+        assert result.shape == few.q.shape
 
 
 def arguments(problem: Problem, value_bias: str) -> tuple[Any, ...]:
