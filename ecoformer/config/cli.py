@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,8 +32,7 @@ def parse_config(family: ModelFamily, argv: Sequence[str] | None = None) -> Conf
 
     Raises:
         InputError: a flag, field, file or value that cannot be used.
-        SystemExit: after ``--help``, with 0; after a value of the wrong type, with 2 and a
-            message already printed.
+        SystemExit: after ``--help``, with 0.
     """
     flags = _read_flags(sys.argv[1:] if argv is None else argv)
     given = dict(flags)
@@ -42,22 +42,37 @@ def parse_config(family: ModelFamily, argv: Sequence[str] | None = None) -> Conf
     # Costs a tenth of a second, and only programs pay it.
     import tyro
 
-    is_main = is_main_process()
-    # tyro prints some errors in spite of console_outputs; one rank's are enough.
-    with nullcontext() if is_main else redirect_stderr(io.StringIO()):
-        config = tyro.cli(
-            Config,
-            prog=f"python -m {family.name}.main",
-            description=f"Train, evaluate or time a {family.name} model.",
-            args=[word for name, values in flags for word in (f"--{name}", *values)],
-            default=config,
-            config=(tyro.conf.OmitArgPrefixes,),
-            console_outputs=is_main,
-        )
+    program = f"python -m {family.name}.main"
+    try:
+        with redirect_stderr(io.StringIO()) as box, _quiet_unless_main():
+            config = tyro.cli(
+                Config,
+                prog=program,
+                description=f"Train, evaluate or time a {family.name} model.",
+                args=[word for name, values in flags for word in (f"--{name}", *values)],
+                default=config,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        message = _unbox(box.getvalue()).rstrip(".")
+        raise InputError(f"{message}; {program} --help tells of all flags.") from None
     if "model" in given and "attn_type" not in given and config.model.model not in family.variants:
         # A released name that spells its attention out beats the file's attn_type.
         config = replace(config, model=replace(config.model, attn_type=None))
     return _complete(config, family)
+
+
+def _quiet_unless_main() -> AbstractContextManager[object]:
+    """The help of one rank is enough."""
+    return nullcontext() if is_main_process() else redirect_stdout(io.StringIO())
+
+
+def _unbox(text: str) -> str:
+    """The message in tyro's box: it stands below the first rule; then come help and hints."""
+    sections = re.split(r"^.*(?:──|---).*$", text, flags=re.MULTILINE)
+    return " ".join((sections[1] if len(sections) > 1 else text).replace("│", " ").split())
 
 
 def _read_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
