@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ecoformer.attention.base import MultiHeadAttention
 from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.maps import Size
+from ecoformer.errors import InputError
 from ecoformer.hashing import HashConfig, KernelHash
 
 
@@ -24,7 +25,7 @@ class EcoFormerAttention(MultiHeadAttention):
         hashing: sizes of the codes; the published ones where None.
 
     Raises:
-        InputError: ``num_heads`` does not divide ``dim``.
+        InputError: ``num_heads`` does not divide ``dim``, or ``hashing`` is something else.
 
     Source: EcoFormer, arXiv 2209.09004.
     """
@@ -41,7 +42,13 @@ class EcoFormerAttention(MultiHeadAttention):
         super().__init__(dim, num_heads)
         self.to_qk = nn.Linear(dim, dim, bias=qkv_bias)
         self.to_v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.hash = KernelHash(num_heads, self.head_dim, hashing or HashConfig())
+        hashing = HashConfig() if hashing is None else hashing
+        if not isinstance(hashing, HashConfig):
+            raise InputError(
+                "hashing is an ecoformer.HashConfig, as HashConfig(num_bits=8), not a "
+                f"{type(hashing).__name__}."
+            )
+        self.hash = KernelHash(num_heads, self.head_dim, hashing)
         self._add_output(dim, proj_drop)
 
     def _attend(self, x: Tensor, size: Size | None) -> Tensor:

@@ -182,6 +182,7 @@ _CORES: dict[str, Callable[[CoreInputs], Core]] = {
     "performer": _performer,
     "spatial reduction": _spatial_reduction,
 }
+_CUDA_ONLY = ("sdpa, efficient", "sdpa, cudnn")
 # Scores or differences in memory: these grow with N^2, and need so many floats a score.
 _FLOATS_A_SCORE = {"reference": REFERENCE_FLOATS, "sdpa, math": 6}
 
@@ -227,11 +228,14 @@ def core_contenders(
     has_kernels = triton_ops.can_run(row, row, torch.empty(inputs.num_heads, NUM_BITS, NUM_ANCHORS))
     for kind in kinds:
         is_kernel = kind == "ecoformer" and has_kernels
+        why_not = lack_of_memory(4 * scores * _FLOATS_A_SCORE.get(kind, 0), inputs.device)
+        if kind in _CUDA_ONLY and inputs.device.type != "cuda":
+            why_not = "runs on CUDA only"
         yield Contender(
             kind,
             partial(build_core, kind, inputs, has_backward=has_backward),
             _pass_bytes(inputs, has_backward=has_backward) if is_kernel else None,
-            lack_of_memory(4 * scores * _FLOATS_A_SCORE.get(kind, 0), inputs.device),
+            why_not,
         )
 
 

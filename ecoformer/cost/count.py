@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ecoformer.attention import ATTENTION_KINDS
 from ecoformer.attention.base import MultiHeadAttention
+from ecoformer.errors import InputError
 from ecoformer.hashing import hash_layers
 
 MUL_ENERGY_PJ = 3.7
@@ -124,6 +125,9 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
     Returns:
         The cost, layer by layer.
 
+    Raises:
+        InputError: the model does not take images of this size.
+
     Source: EcoFormer and its released counter.
     """
     shadow, image = without_data(model, input_size)
@@ -143,7 +147,13 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
                 if kind == "attention":
                     kind = f"{_name_attention(module)} attention"
                 module.register_forward_hook(watch(name, kind, count), with_kwargs=True)
-    shadow(image)
+    try:
+        shadow(image)
+    except RuntimeError as error:
+        shape, reason = list(image.shape), str(error).partition("\n")[0]
+        raise InputError(
+            f"A cost is that of an image {shape}, which the model does not take: {reason}"
+        ) from error
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     height, width = image.shape[-2:]
     return Cost(tuple(layers), num_parameters, (height, width))

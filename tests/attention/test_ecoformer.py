@@ -46,6 +46,11 @@ def test_the_published_sizes_are_the_default() -> None:
     assert layer.hash.config == HashConfig(16, 25, 10, 100, "released")
 
 
+def test_sizes_are_a_config_and_nothing_else() -> None:
+    with pytest.raises(InputError, match=r"HashConfig, as .*, not a dict"):
+        EcoFormerAttention(12, 3, hashing={"num_bits": 8})  # type: ignore[arg-type]
+
+
 def test_an_unfitted_layer_refuses() -> None:
     with pytest.raises(InputError, match="fit_hash_functions"):
         EcoFormerAttention(12, 3)(draw(1, 4, 12).float())

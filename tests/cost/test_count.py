@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ecoformer import EcoFormerAttention, count_cost, fit_hash_functions
+from ecoformer import EcoFormerAttention, InputError, count_cost, fit_hash_functions
 from ecoformer.attention import SpatialReductionAttention
 from ecoformer.cost import Cost
 from pvt import FAMILY
@@ -136,6 +136,12 @@ def test_a_fit_changes_no_cost() -> None:
 def test_models_for_images_of_one_channel() -> None:
     model = nn.Conv2d(1, 2, kernel_size=3)
     assert count_cost(model, 5).mul == 3 * 3 * 2 * (3 * 3 + 1)
+
+
+def test_a_model_of_tokens_is_told_what_a_cost_is_of() -> None:
+    model = nn.Sequential(nn.Linear(48, 64), EcoFormerAttention(64, 2))
+    with pytest.raises(InputError, match=r"an image \[1, 3, 224, 224\]"):
+        count_cost(model)
 
 
 def test_one_image_is_enough_in_training_mode() -> None:
