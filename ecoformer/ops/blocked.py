@@ -26,6 +26,8 @@ from ecoformer.ops.codes import MIN_NORM, binarize, kernel_scale
 # few hundred bytes, which together should stay in the cache that cores share, and a block has
 # some hundred microseconds of small operations. Other devices take the same.
 _ROWS_PER_THREAD = 16384
+# An image of one head and more tokens is cut into parts.
+_TOKENS_PER_PART = 4096
 
 
 class HashFunctions(NamedTuple):
@@ -321,19 +323,19 @@ def _flatten(x: Tensor, dtype: torch.dtype, num_parts: int = 1) -> Tensor:
 def _cut(x: Tensor) -> tuple[int, int]:
     """How many parts each image [b, H, N, D] has, and how many tokens of a part are read at once.
 
-    An image with more rows than one thread takes is a block of its own. If it has one head, parts
-    make a product for each thread, where their number divides N: all threads take longer for one
-    large product. If it has more rows than all threads take, half of what they take is read at
-    once, which leaves room for its codes.
+    A long image of one head has eight parts or one for each thread, where that divides N; the rows
+    of its features would lie a large power of two apart, and meet in the same lines of the cache.
+    Of an image that is larger than a block, half a block is read at once, which leaves room for
+    its codes.
     """
     _, num_heads, num_tokens, _ = x.shape
-    num_threads, num_rows = torch.get_num_threads(), num_heads * num_tokens
-    if num_rows <= _ROWS_PER_THREAD:
-        return 1, num_tokens
-    num_parts = gcd(num_tokens, num_threads) if num_heads == 1 else 1
-    if num_rows <= _ROWS_PER_THREAD * num_threads:
+    num_threads = torch.get_num_threads()
+    is_long = num_heads == 1 and num_tokens > _TOKENS_PER_PART
+    num_parts = gcd(num_tokens, max(8, num_threads)) if is_long else 1
+    num_rows = _ROWS_PER_THREAD * num_threads
+    if num_heads * num_tokens <= num_rows:
         return num_parts, num_tokens // num_parts
-    return num_parts, max(1, _ROWS_PER_THREAD * num_threads // (2 * num_heads * num_parts))
+    return num_parts, max(1, num_rows // (2 * num_heads * num_parts))
 
 
 def _share(x: Tensor, num_parts: int) -> Tensor:

@@ -21,8 +21,9 @@ VALUE_BIASES = ["released", "normalized"]
     ("rows", "threads", "heads", "tokens", "cut"),
     [
         pytest.param(50, 2, 2, 24, (1, 24), id="two images, and one left over"),
-        pytest.param(23, 3, 1, 24, (3, 8), id="parts of an image"),
-        pytest.param(7, 3, 1, 24, (3, 3), id="uneven chunks of parts"),
+        pytest.param(24, 2, 1, 24, (8, 3), id="parts of images"),
+        pytest.param(1, 12, 1, 24, (12, 1), id="chunks of parts"),
+        pytest.param(7, 10, 1, 80, (10, 3), id="uneven chunks of parts"),
         pytest.param(7, 3, 1, 23, (1, 10), id="chunks of an image without parts"),
         pytest.param(10, 1, 2, 23, (1, 2), id="chunks of two heads"),
     ],
@@ -42,6 +43,7 @@ def test_blocks_do_not_show(
     problem = draw_problem(images=3, heads=heads, tokens=tokens, dtype=dtype)
     expected = solve(kernelized_hash_attention, problem, value_bias=value_bias)
     monkeypatch.setattr(blocked, "_ROWS_PER_THREAD", rows)
+    monkeypatch.setattr(blocked, "_TOKENS_PER_PART", 20)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert blocked._cut(problem.q) == cut
     assert_close(solve(kernelized_hash_attention, problem, value_bias=value_bias), expected)
