@@ -25,7 +25,7 @@ class EcoFormerAttention(MultiHeadAttention):
         hashing: sizes of the codes; the published ones where None.
 
     Raises:
-        InputError: ``num_heads`` does not divide ``dim``, or ``hashing`` is something else.
+        InputError: ``num_heads`` does not divide ``dim``, or ``hashing`` is no ``HashConfig``.
 
     Source: EcoFormer, arXiv 2209.09004.
     """

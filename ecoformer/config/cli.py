@@ -57,7 +57,7 @@ def parse_config(family: ModelFamily, argv: Sequence[str] | None = None) -> Conf
         if not stop.code:
             raise
         message = _unbox(box.getvalue()).rstrip(".")
-        raise InputError(f"{message}; {program} --help tells of all flags.") from None
+        raise InputError(f"{message}. {program} --help tells of all flags.") from None
     if "model" in given and "attn_type" not in given and config.model.model not in family.variants:
         # A released name that spells its attention out beats the file's attn_type.
         config = replace(config, model=replace(config.model, attn_type=None))

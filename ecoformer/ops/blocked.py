@@ -26,8 +26,8 @@ from ecoformer.ops.codes import MIN_NORM, binarize, kernel_scale
 # few hundred bytes, which together should stay in the cache that cores share, and a block has
 # some hundred microseconds of small operations. Other devices take the same.
 _ROWS_PER_THREAD = 16384
-# An image of one head and more tokens is cut into parts.
-_TOKENS_PER_PART = 4096
+# What an image of one head may have without being cut into parts.
+_MAX_WHOLE_TOKENS = 4096
 
 
 class HashFunctions(NamedTuple):
@@ -314,7 +314,7 @@ def _repeat(x: Tensor, num_images: int) -> Tensor:
 
 
 def _flatten(x: Tensor, dtype: torch.dtype, num_parts: int = 1) -> Tensor:
-    """[b, H, P n, D] to [G, n, D], in another dtype."""
+    """[b, H, P n, D] to [G, n, D], in ``dtype``."""
     num_images, num_heads, num_tokens, head_dim = x.shape
     shape = num_images * num_heads * num_parts, num_tokens // num_parts, head_dim
     return x.reshape(shape).to(dtype)
@@ -330,7 +330,7 @@ def _cut(x: Tensor) -> tuple[int, int]:
     """
     _, num_heads, num_tokens, _ = x.shape
     num_threads = torch.get_num_threads()
-    is_long = num_heads == 1 and num_tokens > _TOKENS_PER_PART
+    is_long = num_heads == 1 and num_tokens > _MAX_WHOLE_TOKENS
     num_parts = gcd(num_tokens, max(8, num_threads)) if is_long else 1
     num_rows = _ROWS_PER_THREAD * num_threads
     if num_heads * num_tokens <= num_rows:
@@ -359,7 +359,7 @@ def _row_sums(x: Tensor) -> Tensor:
 
 
 def _split_sums(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views: sums of h^T v [G, K, D], of h^T [G, K, 1] and of v [G, 1, D]."""
+    """Views of [b, H, ., .]: sums of h^T v [b H, K, D], of h^T [b H, K, 1], of v [b H, 1, D]."""
     sums = sums.flatten(0, 1)
     return sums[:, :-1, :-1], sums[:, :-1, -1:], sums[:, -1:, :-1]
 

@@ -238,7 +238,7 @@ def test_what_does_not_exist(pvt: ModelFamily, line: str, expected: str) -> None
         ("--opt-betas 0.9", "--opt-betas"),
         ("--throughput fast", "--throughput"),
         ("--config", "--config"),
-        ("--smoothing 1.5", "smoothing is 1.5; expected in [0, 1)"),
+        ("--smoothing 1.5", "smoothing is 1.5; expected in [0, 1)."),
         ("--nbits 0", "num_bits must be at least 1"),
     ],
 )
@@ -253,6 +253,7 @@ def test_values_that_do_not_fit(
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(InputError) as caught:
             parse_config(pvt, shlex.split(line))
+        assert caught.value.exit_code == 2
         # One line, and nothing printed beside it.
         message = str(caught.value)
         assert expected in message and "\n" not in message and "│" not in message

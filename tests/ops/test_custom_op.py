@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ecoformer.attention.heads import merge_heads
-from ecoformer.ops import blocked, custom_op, kernelized_hash_attention
+from ecoformer.ops import blocked, custom_op, kernelized_hash_attention, reference
 from tests.problems import Problem, draw_problem, solve
 
 VALUE_BIASES = ["released", "normalized"]
@@ -43,10 +43,14 @@ def test_blocks_do_not_show(
     problem = draw_problem(images=3, heads=heads, tokens=tokens, dtype=dtype)
     expected = solve(kernelized_hash_attention, problem, value_bias=value_bias)
     monkeypatch.setattr(blocked, "_ROWS_PER_THREAD", rows)
-    monkeypatch.setattr(blocked, "_TOKENS_PER_PART", 20)
+    monkeypatch.setattr(blocked, "_MAX_WHOLE_TOKENS", 20)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert blocked._cut(problem.q) == cut
-    assert_close(solve(kernelized_hash_attention, problem, value_bias=value_bias), expected)
+    actual = solve(kernelized_hash_attention, problem, value_bias=value_bias)
+    assert_close(actual, expected)
+    if dtype == torch.float64:
+        truth = solve(reference.kernelized_hash_attention, problem, value_bias=value_bias)
+        assert_close(actual, truth)
 
 
 @pytest.mark.parametrize("images, tokens", [(0, 24), (3, 0)])
