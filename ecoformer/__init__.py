@@ -9,7 +9,8 @@ from ecoformer.attention import EcoFormerAttention
 from ecoformer.checkpoint import LoadReport, export_released, load_checkpoint
 from ecoformer.cost import count_cost
 from ecoformer.errors import InputError, NonFiniteError
-from ecoformer.hashing import HashConfig, fit_hash, fit_hash_functions
+from ecoformer.hash_config import HashConfig
+from ecoformer.hashing import fit_hash, fit_hash_functions
 from ecoformer.ops import encode, hash_attention, kernelized_hash_attention
 
 __version__ = "0.1.0"

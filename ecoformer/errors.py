@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 
@@ -68,3 +69,12 @@ def suggest(name: str, choices: Iterable[str]) -> str:
 
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else "."
+
+
+def is_main_process() -> bool:
+    """Tell from torchrun's environment whether this process speaks to the user.
+
+    Returns:
+        True for rank 0, and where there is no torchrun.
+    """
+    return os.environ.get("RANK", "0") == "0"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ecoformer.family import ModelFamily, register_with_timm
-from ecoformer.hashing import HashConfig
+from ecoformer.hash_config import HashConfig
+from ecoformer.models.registry import ModelFamily, register_with_timm
 from pvt.model import PyramidVisionTransformerV2
 from pvt.variants import PVT_VARIANTS
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ecoformer.attention.maps import tokens_to_map
-from ecoformer.hashing import HashConfig
-from ecoformer.layers import Backbone, PatchEmbed, build_stages
+from ecoformer.hash_config import HashConfig
+from ecoformer.models.pyramid import Backbone, PatchEmbed, build_stages
 from pvt.variants import PvtVariant
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ecoformer import count_cost
 from ecoformer.checkpoint import load_checkpoint
 from ecoformer.checkpoint.layout import to_ours, to_released
-from ecoformer.family import ModelFamily
+from ecoformer.models.registry import ModelFamily
 from tests.checkpoint.weights import fill_state, released_shapes
 from tests.golden.fill import images
 

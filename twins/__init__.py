@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ecoformer.family import ModelFamily, register_with_timm
-from ecoformer.hashing import HashConfig
+from ecoformer.hash_config import HashConfig
+from ecoformer.models.registry import ModelFamily, register_with_timm
 from twins.model import Twins
 from twins.variants import TWINS_VARIANTS
 

@@ -11,7 +11,7 @@ from ecoformer.attention.softmax import SharedQKAttention, SoftmaxAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
 from ecoformer.attention.window import WindowAttention
 from ecoformer.errors import InputError, suggest
-from ecoformer.hashing import HashConfig
+from ecoformer.hash_config import HashConfig
 
 ATTENTION_KINDS: dict[str, type[MultiHeadAttention]] = {
     "ecoformer": EcoFormerAttention,

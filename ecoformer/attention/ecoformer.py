@@ -11,7 +11,8 @@ from ecoformer.attention.base import MultiHeadAttention
 from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.maps import Size
 from ecoformer.errors import InputError
-from ecoformer.hashing import HashConfig, KernelHash
+from ecoformer.hash_config import HashConfig
+from ecoformer.hashing import KernelHash
 
 
 class EcoFormerAttention(MultiHeadAttention):

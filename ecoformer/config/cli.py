@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ecoformer.config.file import read_config
-from ecoformer.config.released import find_field, is_main_process
+from ecoformer.config.released import find_field
 from ecoformer.config.schema import Config, field_types
-from ecoformer.errors import InputError
-from ecoformer.family import ModelFamily
+from ecoformer.errors import InputError, is_main_process
+from ecoformer.models.registry import ModelFamily
 
 
 def parse_config(family: ModelFamily, argv: Sequence[str] | None = None) -> Config:

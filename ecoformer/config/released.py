@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 
 from ecoformer.config.schema import field_types
-from ecoformer.errors import InputError, suggest
+from ecoformer.errors import InputError, is_main_process, suggest
 
 # Released flag or configuration key -> field.
 SPELLINGS = {
@@ -63,12 +62,3 @@ def find_field(spelling: str) -> str | None:
             kind, names = "flag", ["--" + name.replace("_", "-") for name in names]
         raise InputError(f"unknown {kind} {spelling}{suggest(spelling, names)}")
     return name
-
-
-def is_main_process() -> bool:
-    """Tell from torchrun's environment whether this process speaks to the user.
-
-    Returns:
-        True for rank 0, and where there is no torchrun.
-    """
-    return os.environ.get("RANK", "0") == "0"

@@ -15,8 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ecoformer.errors import InputError, suggest
-from ecoformer.hashing import HashConfig
-from ecoformer.ops import ValueBias
+from ecoformer.hash_config import HashConfig, ValueBias
 
 
 @dataclass(frozen=True)

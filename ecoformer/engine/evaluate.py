@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecoformer.engine.compiling import vary_batch_size
-from ecoformer.engine.distributed import sum_over_ranks
 from ecoformer.engine.logs import track
 from ecoformer.engine.precision import autocast
 from ecoformer.engine.signals import Request, agree, leave_at_signal
-from ecoformer.engine.sums import ExactMean
 from ecoformer.errors import InputError, NonFiniteError, Preempted
+from ecoformer.ranks import sum_over_ranks
+from ecoformer.sums import ExactMean
 
 
 class Batches(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):

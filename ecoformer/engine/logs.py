@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from ecoformer.engine.distributed import is_main, run_on_main
 from ecoformer.errors import InputError
 from ecoformer.files import write_text
+from ecoformer.ranks import is_main, run_on_main
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

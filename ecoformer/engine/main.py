@@ -20,19 +20,8 @@ from ecoformer.checkpoint import load_checkpoint, read_checkpoint, resolve_sourc
 from ecoformer.config import Config, parse_config, to_yaml
 from ecoformer.engine.background import BackgroundWriter
 from ecoformer.engine.compiling import compile_model
-from ecoformer.engine.distributed import (
-    broadcast_object,
-    claim_error,
-    download_on_main,
-    gather_objects,
-    has_failed_elsewhere,
-    is_main,
-    process_group,
-    rank,
-    run_on_main,
-    world_size,
-)
 from ecoformer.engine.evaluate import evaluate
+from ecoformer.engine.launch import claim_error, has_failed_elsewhere, process_group
 from ecoformer.engine.logs import RunLog, format_seconds, print_log
 from ecoformer.engine.optim import scale_learning_rate
 from ecoformer.engine.precision import choose_amp_dtype
@@ -54,8 +43,17 @@ from ecoformer.errors import (
     Preempted,
     print_error,
 )
-from ecoformer.family import ModelFamily
 from ecoformer.files import write_text
+from ecoformer.models.registry import ModelFamily
+from ecoformer.ranks import (
+    broadcast_object,
+    download_on_main,
+    gather_objects,
+    is_main,
+    rank,
+    run_on_main,
+    world_size,
+)
 from ecoformer.seeding import derive_seed, seed_everything
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from ecoformer.engine.distributed import is_main, max_over_ranks
+from ecoformer.ranks import is_main, max_over_ranks
 
 T = TypeVar("T")
 

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from ecoformer import __version__
 from ecoformer.checkpoint import load_checkpoint
 from ecoformer.config import Config, describe_changes
-from ecoformer.engine.distributed import run_on_main, world_size
 from ecoformer.engine.optim import (
     create_optimizer,
     create_schedule,
@@ -23,8 +22,9 @@ from ecoformer.engine.optim import (
     schedule_state,
 )
 from ecoformer.engine.precision import create_scaler
-from ecoformer.engine.sums import ExactMean
 from ecoformer.errors import InputError
+from ecoformer.ranks import run_on_main, world_size
+from ecoformer.sums import ExactMean
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler

@@ -18,19 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ecoformer.config import Config
-from ecoformer.engine.distributed import (
-    broadcast_hash_functions,
-    max_over_ranks,
-    rank,
-    run_on_main,
-    world_size,
-)
 from ecoformer.engine.logs import format_seconds, track
 from ecoformer.engine.precision import autocast
 from ecoformer.engine.signals import Request, agree, leave_at_signal
 from ecoformer.engine.state import TrainState
 from ecoformer.errors import NonFiniteError, Preempted
 from ecoformer.hashing import fit_hash_functions, hash_layers
+from ecoformer.ranks import max_over_ranks, rank, run_on_main, world_size
 from ecoformer.seeding import derive_seed, seed_everything
 
 if TYPE_CHECKING:
@@ -205,6 +199,20 @@ def _refit(model: nn.Module, images: Tensor, *, seed: int) -> None:
     broadcast_hash_functions(model)
     took = format_seconds(time.monotonic() - began)
     _logger.info("fitted the hash functions of %d layers in %s", len(before), took)
+
+
+def broadcast_hash_functions(model: nn.Module) -> None:
+    """Give every rank the hash functions of rank 0.
+
+    Args:
+        model: the bare model, the same on every rank.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    for layer in hash_layers(model).values():
+        for buffer in layer.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+        layer.refresh_fitted()
 
 
 class _Health:

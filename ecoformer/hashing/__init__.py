@@ -7,12 +7,10 @@ from ecoformer.hashing.calibration import (
     hash_layers,
     with_random_hash_functions,
 )
-from ecoformer.hashing.config import HashConfig
 from ecoformer.hashing.fit import HashFit, fit_hash
 from ecoformer.hashing.kernel_hash import KernelHash
 
 __all__ = [
-    "HashConfig",
     "HashFit",
     "KernelHash",
     "fit_hash",

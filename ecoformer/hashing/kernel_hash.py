@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ecoformer.errors import InputError
-from ecoformer.hashing.config import HashConfig
+from ecoformer.hash_config import HashConfig
 from ecoformer.ops import encode, kernelized_hash_attention, normalize_rows
 
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from ecoformer.ops.attention import (
-    ValueBias,
-    check_value_bias,
-    hash_attention,
-    kernelized_hash_attention,
-)
+from ecoformer.ops.attention import hash_attention, kernelized_hash_attention
 from ecoformer.ops.codes import (
     binarize,
     encode,
@@ -18,10 +13,8 @@ from ecoformer.ops.codes import (
 from ecoformer.ops.precision import as_full_precision, without_autocast
 
 __all__ = [
-    "ValueBias",
     "as_full_precision",
     "binarize",
-    "check_value_bias",
     "encode",
     "hash_attention",
     "kernel_features",

@@ -5,15 +5,11 @@ Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from torch import Tensor
 
-from ecoformer.errors import InputError
-from ecoformer.ops import custom_op
+from ecoformer.hash_config import ValueBias, check_value_bias
+from ecoformer.ops import operator
 from ecoformer.ops.precision import compute_dtype, without_autocast
-
-ValueBias = Literal["released", "normalized"]
 
 
 def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released") -> Tensor:
@@ -48,19 +44,6 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released")
         return numerator.div_(denominator).to(v.dtype)
 
 
-def check_value_bias(value_bias: str) -> None:
-    """Refuse what is no ``ValueBias``.
-
-    Args:
-        value_bias: what a user gave.
-
-    Raises:
-        InputError: another one.
-    """
-    if value_bias not in get_args(ValueBias):
-        raise InputError(f"value_bias is 'released' or 'normalized', not {value_bias!r}.")
-
-
 def kernelized_hash_attention(
     q: Tensor,
     v: Tensor,
@@ -92,7 +75,7 @@ def kernelized_hash_attention(
     Source: EcoFormer.
     """
     check_value_bias(value_bias)
-    out, _, _ = custom_op.kernelized_hash_attention(
+    out, _, _ = operator.kernelized_hash_attention(
         q, v, anchors, weight, kernel_mean, value_bias == "normalized"
     )
     return out

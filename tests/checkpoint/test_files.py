@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from ecoformer.checkpoint import load_checkpoint, read_checkpoint, save_atomic
-from ecoformer.checkpoint.__main__ import main
 from ecoformer.checkpoint.layout import to_ours
 from ecoformer.errors import InputError
+from ecoformer.tools.convert import main
 from tests.checkpoint.weights import Entries, small_state
 from tests.privileges import without_privileges
 

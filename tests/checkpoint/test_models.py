@@ -12,9 +12,9 @@ import torch
 import pvt
 import twins
 from ecoformer.checkpoint import export_released, load_checkpoint, save_atomic
-from ecoformer.checkpoint.__main__ import convert
 from ecoformer.errors import InputError
-from ecoformer.family import ModelFamily
+from ecoformer.models.registry import ModelFamily
+from ecoformer.tools.convert import convert
 from tests.checkpoint.weights import fill_state, released_shapes
 from tests.golden.fill import images
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import pvt as pvt_package
 import twins as twins_package
-from ecoformer.family import ModelFamily
+from ecoformer.models.registry import ModelFamily
 
 
 def build_nothing(*args: object, **kwargs: object) -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 
 from ecoformer.config import Config, parse_config
 from ecoformer.errors import InputError
-from ecoformer.family import ModelFamily
+from ecoformer.models.registry import ModelFamily
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

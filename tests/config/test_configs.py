@@ -14,7 +14,7 @@ import torch
 
 from ecoformer.config import Config, parse_config
 from ecoformer.engine.evaluate import evaluate
-from ecoformer.family import ModelFamily
+from ecoformer.models.registry import ModelFamily
 from tests.engine.training import CPU, make_batches, start_as_configured, train
 
 ROOT = Path(__file__).parents[2]

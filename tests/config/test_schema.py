@@ -9,7 +9,7 @@ import pytest
 
 from ecoformer.config import Config, describe_changes, schema
 from ecoformer.errors import InputError
-from ecoformer.hashing import HashConfig
+from ecoformer.hash_config import HashConfig
 
 
 def test_defaults_are_the_released_recipe() -> None:

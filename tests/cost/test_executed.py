@@ -8,7 +8,7 @@ from torch import nn
 
 from ecoformer.attention import EcoFormerAttention, SoftmaxAttention
 from ecoformer.cost.executed import count_executed
-from ecoformer.hashing import HashConfig
+from ecoformer.hash_config import HashConfig
 
 
 class Tokens(nn.Module):

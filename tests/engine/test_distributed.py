@@ -10,23 +10,22 @@ import pytest
 import torch
 
 import pvt
-from ecoformer.engine import distributed
-from ecoformer.engine.distributed import (
-    broadcast_hash_functions,
+from ecoformer.engine import launch
+from ecoformer.engine.launch import choose_device, claim_error, process_group
+from ecoformer.engine.train import broadcast_hash_functions
+from ecoformer.errors import InputError, NonFiniteError
+from ecoformer.hash_config import HashConfig
+from ecoformer.hashing import fit_hash_functions, hash_layers
+from ecoformer.ranks import (
     broadcast_object,
-    choose_device,
-    claim_error,
     download_on_main,
     is_main,
     max_over_ranks,
-    process_group,
     rank,
     run_on_main,
     sum_over_ranks,
     world_size,
 )
-from ecoformer.errors import InputError, NonFiniteError
-from ecoformer.hashing import HashConfig, fit_hash_functions, hash_layers
 from tests.engine.ranks import run_ranks
 
 
@@ -86,7 +85,7 @@ def test_two_ranks_agree() -> None:
 
 
 def _download(seconds: float) -> str:
-    distributed._TIMEOUT = timedelta(seconds=5)
+    launch._TIMEOUT = timedelta(seconds=5)
     with process_group("cpu"):
         done = []
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecoformer.engine.distributed import process_group, rank, world_size
 from ecoformer.engine.evaluate import Evaluation, evaluate
+from ecoformer.engine.launch import process_group
 from ecoformer.errors import InputError, NonFiniteError
+from ecoformer.ranks import rank, world_size
 from tests.engine.ranks import run_ranks
 
 CPU = torch.device("cpu")

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import pvt
-from ecoformer.engine.distributed import process_group, rank
+from ecoformer.engine.launch import process_group
 from ecoformer.errors import NonFiniteError
-from ecoformer.hashing import HashConfig, fit_hash_functions, hash_layers
+from ecoformer.hash_config import HashConfig
+from ecoformer.hashing import fit_hash_functions, hash_layers
+from ecoformer.ranks import rank
 from ecoformer.seeding import derive_seed
 from tests.engine.ranks import run_ranks
 from tests.engine.training import Classifier, assert_equal, make_batches, start, train, weights

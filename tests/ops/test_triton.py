@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ecoformer.ops import blocked, custom_op, kernelized_hash_attention, reference
-from ecoformer.ops import triton as triton_ops
+from ecoformer.ops import kernelized_hash_attention, operator, reference
+from ecoformer.ops.backends import blocked
+from ecoformer.ops.backends import triton as triton_ops
 from tests.problems import Problem, draw_problem, solve
 
 pytest.importorskip("triton")
@@ -24,7 +25,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from ecoformer.ops.triton import kernels, launch
+from ecoformer.ops.backends.triton import kernels, launch
 
 ROOT = Path(__file__).parents[2]
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -130,7 +131,7 @@ def test_interpreted_operator_passes_pytorchs_checks() -> None:
     problem = draw_problem(images=1, heads=2, tokens=5, dtype=torch.float32)
     rows = (row.requires_grad_() for row in (problem.q, problem.v))
     torch.library.opcheck(
-        custom_op.kernelized_hash_attention, (*rows, *problem.functions.values(), False)
+        operator.kernelized_hash_attention, (*rows, *problem.functions.values(), False)
     )
 
 
@@ -259,11 +260,11 @@ def test_codes_on_a_gpu_flip_no_more_often_than_float32_rounds() -> None:
     problem = on_gpu(
         draw_problem(images=4, tokens=3136, dim=32, bits=16, anchors=25, dtype=torch.float32)
     )
-    _, sums, _ = custom_op.kernelized_hash_attention(
+    _, sums, _ = operator.kernelized_hash_attention(
         problem.q, problem.v, *problem.functions.values(), False
     )
     exact = problem.upcast()
-    _, expected, _ = custom_op.kernelized_hash_attention(
+    _, expected, _ = operator.kernelized_hash_attention(
         exact.q, exact.v, *exact.functions.values(), False
     )
     # Sums of signs differ by 2 for every code that flips; one in 100,000 may.

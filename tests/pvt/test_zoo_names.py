@@ -11,8 +11,8 @@ import pvt
 import twins
 from ecoformer import export_released
 from ecoformer.checkpoint import save_atomic
-from ecoformer.family import ModelFamily
 from ecoformer.hashing import with_random_hash_functions
+from ecoformer.models.registry import ModelFamily
 from pvt.main import main as pvt_main
 from tests.engine.conftest import image_folder
 from twins.main import main as twins_main

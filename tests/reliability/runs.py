@@ -21,7 +21,7 @@ from torch import nn
 
 from ecoformer import HashConfig
 from ecoformer.engine.main import run_main
-from ecoformer.family import ModelFamily
+from ecoformer.models.registry import ModelFamily
 from tests.engine.ranks import torchrun_environments, warm_context
 from tests.engine.training import assert_same_state
 from tests.tiny import TinyModel

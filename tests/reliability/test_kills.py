@@ -82,9 +82,9 @@ def test_killed_rank_takes_the_other_along(
 
 def lose_patience_and_strike(rank: int, *, strike: Strike) -> None:
     """Wait for other ranks a few seconds instead of minutes."""
-    from ecoformer.engine import distributed
+    from ecoformer.engine import launch
 
-    distributed._TIMEOUT = timedelta(seconds=4)
+    launch._TIMEOUT = timedelta(seconds=4)
     strike(rank)
 
 

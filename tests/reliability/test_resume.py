@@ -27,7 +27,8 @@ import pvt
 from ecoformer import export_released, load_checkpoint
 from ecoformer.checkpoint import read_checkpoint
 from ecoformer.engine.evaluate import Batches, evaluate
-from ecoformer.hashing import HashConfig, fit_hash_functions, hash_layers
+from ecoformer.hash_config import HashConfig
+from ecoformer.hashing import fit_hash_functions, hash_layers
 from tests.engine.training import make_batches
 from tests.reliability.runs import BEST, LAST, Run, Strike, assert_same_run, run, start
 

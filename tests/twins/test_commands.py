@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ecoformer import HashConfig
-from ecoformer.engine.distributed import process_group, rank
+from ecoformer.engine.launch import process_group
+from ecoformer.ranks import rank
 from tests.engine.ranks import run_ranks
 from tests.engine.training import make_batches, start, train
 from tests.twins.tiny import TINY_PCPVT, TINY_SVT

@@ -1,0 +1,125 @@
+"""Joining the ranks of a run, and who of them reports an error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ecoformer.errors import InputError, NonFiniteError, Preempted, is_main_process, suggest
+from ecoformer.ranks import default_store
+
+# How long a rank waits in a collective: longer than a fit or a save on a slow disk takes.
+_TIMEOUT = timedelta(minutes=10)
+_ERROR_KEY = "ecoformer/error"
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Choose what this process computes on.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or None for CUDA where there is one. Of the
+            processes that torchrun starts on a machine, each takes its own CUDA device.
+
+    Returns:
+        The CPU, or a CUDA device with its number.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(
+            f"--device {name!r} is no device{suggest(name, ['cpu', 'cuda'])}"
+            " Use cpu, cuda or cuda:N."
+        ) from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise InputError(f"--device {name!r} is not supported; use cpu, cuda or cuda:N.")
+    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+    num_devices = torch.cuda.device_count()
+    if index >= num_devices:
+        raise InputError(
+            f"CUDA device {index} was asked for, and there are {num_devices}; start no more "
+            "processes than devices (--nproc_per_node), or use --device cpu."
+        )
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def process_group(device_name: str | None = None) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, for the time of a block.
+
+    Args:
+        device_name: see ``choose_device``.
+
+    Yields:
+        This process's device.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    device = choose_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    store, number, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    # After a restart torchrun lets the ranks meet in the same store, where the addresses of those
+    # that died still are. On several nodes counts may differ, and torchrun needs
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store each time.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(
+        store=store,
+        rank=number,
+        world_size=size,
+        # gloo also beside NCCL: what processors agree on need not wait for devices.
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield device
+    # All ranks raise these at one place. After another error the others may be inside a
+    # collective, and leaving the group together with them would hang.
+    except (NonFiniteError, Preempted):
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def claim_error() -> bool:
+    """Ask whether this rank is to print its error.
+
+    Returns:
+        True on the first rank that fails, and on no other unless the ranks have lost each other.
+    """
+    if not dist.is_initialized():
+        return is_main_process()
+    # The store may have gone with its host; then better twice than not at all.
+    with suppress(RuntimeError):
+        return default_store().add(_ERROR_KEY, 1) == 1
+    return True
+
+
+def has_failed_elsewhere() -> bool:
+    """Ask whether another rank's failure explains a broken collective.
+
+    Returns:
+        True where a rank has claimed an error, or can no longer be asked.
+    """
+    if not dist.is_initialized():
+        return False
+    with suppress(RuntimeError):
+        return default_store().check([_ERROR_KEY])
+    return True

@@ -1,0 +1,53 @@
+"""Triton kernels of the custom operator; ``kernels`` and ``launch`` need Triton to import."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 128
+_MAX_CODE_DIM = 64
+# What the largest kernels take of a program's shared memory.
+_MIN_SHARED_BYTES = 160_000
+
+
+def can_run(q: Tensor, v: Tensor, weight: Tensor) -> bool:
+    """Ask whether the kernels can take some inputs where they are.
+
+    Args:
+        q: [B, H, N, D], any dtype.
+        v: [B, H, N, D], any dtype.
+        weight: [H, K, M], any dtype.
+
+    Returns:
+        True where device, dtypes and sizes allow it.
+    """
+    return (
+        (_is_interpreted() or (q.is_cuda and _can_compile(q.device)))
+        and q.dtype in _DTYPES
+        and v.dtype in _DTYPES
+        and q.shape[-1] <= _MAX_HEAD_DIM
+        and max(weight.shape[-2:]) <= _MAX_CODE_DIM
+    )
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton runs kernels step by step in Python, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _can_compile(device: torch.device) -> bool:
+    # PyTorch brings Triton along on Linux only; older devices than the A100 have too little
+    # shared memory and no TF32, and on others than NVIDIA's nobody has tried.
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    # PyTorch's types do not know this property.
+    properties: Any = torch.cuda.get_device_properties(device)
+    return bool(properties.shared_memory_per_block_optin >= _MIN_SHARED_BYTES)

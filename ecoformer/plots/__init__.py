@@ -1,1 +1,0 @@
-"""Pictures of runs, tables and codes: ``python -m ecoformer.plots --help``."""

@@ -1,0 +1,152 @@
+"""The ranks of a run: who this one is, what they agree on, and what they share.
+
+Without torchrun there is no process group, and every helper gives the answer of a single rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+# How long it waits for a download, which no collective is to limit.
+_DOWNLOAD_TIMEOUT = timedelta(days=1)
+_DOWNLOAD_KEY = "ecoformer/download"
+
+
+def rank() -> int:
+    """Ask which of all processes of the run this is.
+
+    Returns:
+        Its number; 0 for a process alone.
+    """
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Count the processes of the run.
+
+    Returns:
+        At least 1.
+    """
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Ask whether this process prints and saves.
+
+    Returns:
+        True on rank 0.
+    """
+    return rank() == 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add a tensor up over all ranks, in place.
+
+    Args:
+        tensor: any shape, the same on all ranks.
+
+    Returns:
+        The same tensor.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """Take the largest of each entry over all ranks, in place.
+
+    Args:
+        tensor: any shape, the same on all ranks.
+
+    Returns:
+        The same tensor.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def broadcast_object(value: T) -> T:
+    """Give all ranks what one of them has.
+
+    Args:
+        value: anything that pickles; looked at on rank 0 only.
+
+    Returns:
+        Rank 0's ``value``; on the other ranks a copy of it.
+    """
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Exchange a value among all ranks.
+
+    Args:
+        value: anything that pickles.
+
+    Returns:
+        The values of all, by rank.
+    """
+    if not dist.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return cast(list[T], values)
+
+
+def run_on_main(action: Callable[[], object]) -> None:
+    """Do something on rank 0 while the others wait, and fail on all ranks where it fails.
+
+    Args:
+        action: what rank 0 does.
+
+    Raises:
+        Exception: what the action raised, on every rank.
+    """
+    error: Exception | None = None
+    if is_main():
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
+
+
+def download_on_main(action: Callable[[], object]) -> None:
+    """As ``run_on_main``, for what may take hours; once in a process group.
+
+    Args:
+        action: what rank 0 does.
+
+    Raises:
+        Exception: what the action raised, on every rank.
+    """
+
+    def download() -> None:
+        try:
+            action()
+        finally:
+            if dist.is_initialized():
+                default_store().set(_DOWNLOAD_KEY, "done")
+
+    if not is_main():
+        default_store().wait([_DOWNLOAD_KEY], _DOWNLOAD_TIMEOUT)
+    run_on_main(download)
+
+
+def default_store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()

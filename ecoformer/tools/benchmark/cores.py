@@ -1,0 +1,310 @@
+"""Attention without projections, beside its peers.
+
+Shapes: B batch, H heads, N tokens, D head dim, C = H * D, K hash bits, M anchors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil, isqrt
+from types import ModuleType
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ecoformer import ops
+from ecoformer.attention.heads import merge_heads
+from ecoformer.attention.performer import RandomFeatureAttention
+from ecoformer.attention.spatial_reduction import SpatialReductionAttention
+from ecoformer.ops import kernelized_hash_attention, reference
+from ecoformer.ops.backends import triton as triton_ops
+from ecoformer.tools.benchmark.compare import (
+    REFERENCE_FLOATS,
+    Comparison,
+    Contender,
+    Setup,
+    compare,
+    lack_of_memory,
+)
+from ecoformer.tools.benchmark.report import Row
+from ecoformer.tools.measure import Call
+
+EVALUATION = "attention core, evaluation"
+TRAINING = "attention core, forward and backward"
+SWEEP = "attention core"
+# As published.
+NUM_BITS, NUM_ANCHORS = 16, 25
+# B * N of a sweep over N: what an image costs is then measured at one load of the machine.
+_SWEEP_TOKENS = 131_072
+_SWEPT = ("ecoformer", "performer", "spatial reduction", "sdpa")
+# A core of the sweep that takes longer is not run at larger sizes.
+_SLOW_SECONDS = 1.0
+
+
+def count_tokens(side: int) -> int:
+    """Tell how many tokens the first stage of PVTv2 has: one for every 4 pixels, each way.
+
+    Args:
+        side: of the image, pixels.
+
+    Returns:
+        N.
+    """
+    # Its convolution pads: what is left of 4 pixels makes a token too.
+    return ceil(side / 4) ** 2
+
+
+@dataclass(frozen=True)
+class CoreInputs:
+    """Random rows and hash functions of an attention core in the first stage of PVTv2-B0.
+
+    Args:
+        batch_size: B.
+        num_tokens: N; a square for spatial reduction.
+        device: where they are.
+        dtype: of the rows.
+    """
+
+    batch_size: int
+    num_tokens: int
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: ClassVar[int] = 1
+    head_dim: ClassVar[int] = 32
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the rows of queries, of keys, of values or of the output."""
+        numel = self.batch_size * self.num_tokens * self.num_heads * self.head_dim
+        return numel * self.dtype.itemsize
+
+    def draw_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw what a core attends over, strided as layers give it.
+
+        Returns:
+            Queries, keys and values, each [B, H, N, D], ``dtype``.
+        """
+        generator = torch.Generator().manual_seed(0)
+        size = (self.batch_size, self.num_tokens, self.num_heads, self.head_dim)
+        # Rows of one image have a direction in common, as those of trained models have.
+        common = 0.7 * torch.randn(self.batch_size, 1, *size[2:], generator=generator)
+        q, k, v = (torch.randn(size, generator=generator) for _ in range(3))
+        rows = (q + common, k + common, v)
+        q, k, v = (x.to(self.device, self.dtype).transpose(1, 2) for x in rows)
+        return q, k, v
+
+    def draw_hash_functions(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw hash functions; rows of the first image are the anchors.
+
+        Args:
+            q: [B, H, N, D], float.
+
+        Returns:
+            Anchors [H, M, D], weight [H, K, M] and kernel mean [H, M], float32.
+        """
+        generator = torch.Generator().manual_seed(1)
+        unit_rows = reference.normalize_rows(q[:1, :, :196].float())
+        anchors = unit_rows[0, :, :NUM_ANCHORS].contiguous()
+        weight = torch.randn(self.num_heads, NUM_BITS, NUM_ANCHORS, generator=generator)
+        kernel_mean = reference.kernel_features(unit_rows, anchors).mean((0, 2))
+        return anchors, weight.to(self.device), kernel_mean
+
+
+# The rows that an attention takes, and the attention itself.
+Core = tuple[tuple[Tensor, ...], Callable[..., Tensor]]
+
+
+def _shipped(inputs: CoreInputs) -> Core:
+    q, _, v = inputs.draw_rows()
+    anchors, weight, kernel_mean = inputs.draw_hash_functions(q)
+    return (q, v), partial(
+        kernelized_hash_attention, anchors=anchors, weight=weight, kernel_mean=kernel_mean
+    )
+
+
+def _halves(inputs: CoreInputs, operations: ModuleType) -> Core:
+    """Codes, then attention, in float32; from raw rows, as the shipped core."""
+    q, _, v = inputs.draw_rows()
+    anchors, weight, kernel_mean = inputs.draw_hash_functions(q)
+
+    def attend(q: Tensor, v: Tensor) -> Tensor:
+        unit_rows = operations.normalize_rows(q.float())
+        codes = operations.encode(
+            unit_rows, anchors=anchors, weight=weight, kernel_mean=kernel_mean
+        )
+        return operations.hash_attention(codes, v.float()).to(v.dtype)
+
+    return (q, v), attend
+
+
+def _softmax(inputs: CoreInputs, backend: str | None = None) -> Core:
+    rows = inputs.draw_rows()
+    if backend is None:
+        return rows, scaled_dot_product_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return scaled_dot_product_attention(q, k, v)
+
+    return rows, attend
+
+
+def _performer(inputs: CoreInputs) -> Core:
+    generator = torch.Generator().manual_seed(1)
+    return inputs.draw_rows(), RandomFeatureAttention(inputs.head_dim, generator).to(inputs.device)
+
+
+def _spatial_reduction(inputs: CoreInputs) -> Core:
+    """The layer without its projections of queries and outputs, which all kinds have."""
+    layer = SpatialReductionAttention(
+        inputs.num_heads * inputs.head_dim, inputs.num_heads, sr_ratio=8
+    ).to(inputs.device, inputs.dtype)
+    for name in ("q", "proj"):
+        setattr(layer, name, nn.Identity())
+    side = isqrt(inputs.num_tokens)
+    return (merge_heads(inputs.draw_rows()[0]),), lambda x: layer(x, (side, side))
+
+
+_CORES: dict[str, Callable[[CoreInputs], Core]] = {
+    "ecoformer": _shipped,
+    "ecoformer, eager halves": partial(_halves, operations=ops),
+    "reference": partial(_halves, operations=reference),
+    "sdpa": _softmax,
+    "sdpa, flash": partial(_softmax, backend="FLASH_ATTENTION"),
+    "sdpa, efficient": partial(_softmax, backend="EFFICIENT_ATTENTION"),
+    "sdpa, cudnn": partial(_softmax, backend="CUDNN_ATTENTION"),
+    "sdpa, math": partial(_softmax, backend="MATH"),
+    "performer": _performer,
+    "spatial reduction": _spatial_reduction,
+}
+_CUDA_ONLY = ("sdpa, efficient", "sdpa, cudnn")
+# Scores or differences in memory: these grow with N^2, and need so many floats a score.
+_FLOATS_A_SCORE = {"reference": REFERENCE_FLOATS, "sdpa, math": 6}
+
+
+def build_core(kind: str, inputs: CoreInputs, *, has_backward: bool) -> Call:
+    """Prepare attention without projections.
+
+    Args:
+        kind: a key of the table of cores.
+        inputs: what it attends over.
+        has_backward: the gradients of all rows too.
+
+    Returns:
+        A call that attends once.
+    """
+    rows, attend = _CORES[kind](inputs)
+    if not has_backward:
+        return torch.inference_mode()(lambda: attend(*rows))
+    rows = tuple(row.detach().requires_grad_() for row in rows)
+    with torch.no_grad():
+        out = attend(*rows)
+        generator = torch.Generator().manual_seed(2)
+        grad = torch.randn(out.shape, generator=generator).to(out)
+    return lambda: torch.autograd.grad(attend(*rows), rows, grad)
+
+
+def core_contenders(
+    inputs: CoreInputs, *, has_backward: bool, kinds: Sequence[str] = tuple(_CORES)
+) -> Iterator[Contender]:
+    """Line up cores.
+
+    Args:
+        inputs: what they attend over.
+        has_backward: the gradients of all rows too.
+        kinds: keys of the table of cores.
+
+    Yields:
+        Contenders in the order of ``kinds``.
+    """
+    scores = inputs.batch_size * inputs.num_heads * inputs.num_tokens**2
+    # Elsewhere nobody knows what is moved: what fits into caches is not.
+    row = torch.empty(1, inputs.num_heads, 1, inputs.head_dim).to(inputs.device, inputs.dtype)
+    has_kernels = triton_ops.can_run(row, row, torch.empty(inputs.num_heads, NUM_BITS, NUM_ANCHORS))
+    for kind in kinds:
+        is_kernel = kind == "ecoformer" and has_kernels
+        why_not = lack_of_memory(4 * scores * _FLOATS_A_SCORE.get(kind, 0), inputs.device)
+        if kind in _CUDA_ONLY and inputs.device.type != "cuda":
+            why_not = "runs on CUDA only"
+        yield Contender(
+            kind,
+            partial(build_core, kind, inputs, has_backward=has_backward),
+            _pass_bytes(inputs, has_backward=has_backward) if is_kernel else None,
+            why_not,
+        )
+
+
+def _pass_bytes(inputs: CoreInputs, *, has_backward: bool) -> int:
+    """What the Triton kernels read and write."""
+    # q for the bandwidth; q and v for the sums; v for the output. Then twice q, v and the
+    # output's gradient, for sums of gradients and for the two gradients.
+    num_rows = 5 + (8 if has_backward else 0)
+    # A code of 16 bits takes 32; it is written once and read once.
+    code_bytes = 2 * 4 * inputs.batch_size * inputs.num_heads * inputs.num_tokens
+    return num_rows * inputs.num_bytes + code_bytes
+
+
+def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> Iterator[list[Row]]:
+    """Compare all cores.
+
+    Args:
+        setup: where and how often.
+        batch_size: B.
+        num_tokens: N.
+
+    Yields:
+        A row a core: forward, then with backward.
+    """
+    inputs = CoreInputs(batch_size, num_tokens, setup.device, setup.dtype)
+    for task, has_backward in ((EVALUATION, False), (TRAINING, True)):
+        comparison = Comparison(
+            setup,
+            task,
+            list(core_contenders(inputs, has_backward=has_backward)),
+            batch_size=batch_size,
+            num_tokens=num_tokens,
+            # q, v and the output; then its gradient and those of q and v beside q and v.
+            least_bytes=(3 + 5 * has_backward) * inputs.num_bytes,
+        )
+        yield from compare(comparison)
+
+
+def measure_attention_sweep(
+    setup: Setup, *, token_counts: Sequence[int], kinds: Sequence[str] = _SWEPT
+) -> Iterator[list[Row]]:
+    """Compare cores over a range of N, with as many images as make B * N about 131,072.
+
+    All sizes take turns, so that none has the machine at its best alone.
+
+    Args:
+        setup: where and how often.
+        token_counts: N, rising.
+        kinds: keys of the table of cores.
+
+    Yields:
+        A row a core, for each N; a core that became slow is not run at larger N.
+    """
+    too_slow: dict[str, str] = {}
+    comparisons = []
+    for num_tokens in token_counts:
+        batch_size = max(1, _SWEEP_TOKENS // num_tokens)
+        inputs = CoreInputs(batch_size, num_tokens, setup.device, setup.dtype)
+        contenders = core_contenders(inputs, has_backward=False, kinds=kinds)
+        comparison = Comparison(
+            setup,
+            SWEEP,
+            [replace(c, why_not=too_slow.get(c.name, c.why_not)) for c in contenders],
+            batch_size=batch_size,
+            num_tokens=num_tokens,
+            least_bytes=3 * inputs.num_bytes,
+        )
+        for name, watch in comparison.watches.items():
+            if watch.once > _SLOW_SECONDS:
+                too_slow[name] = f"slower than {_SLOW_SECONDS:g} s at N={num_tokens}"
+        comparisons.append(comparison)
+    yield from compare(*comparisons)

@@ -1,0 +1,1 @@
+"""Pictures of runs, tables and codes: ``python -m ecoformer.tools.plots --help``."""

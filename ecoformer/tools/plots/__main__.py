@@ -1,0 +1,110 @@
+"""The command ``python -m ecoformer.tools.plots``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ecoformer.errors import EXIT_DONE, InputError, print_error
+from ecoformer.tools.figures import save_figure
+from ecoformer.tools.plots.codes import draw_codes
+from ecoformer.tools.plots.curves import draw_cost, draw_curves, draw_tradeoff
+from ecoformer.tools.plots.method import draw_method
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw one picture.
+
+    Args:
+        argv: the words after the program's name; ``sys.argv`` if not given.
+
+    Returns:
+        The process's exit code: 0 done, 2 bad input.
+    """
+    options = _parse(argv)
+    path = options.output or Path("runs", "plots", f"{options.plot}.png")
+    try:
+        if path.suffix != ".png":
+            raise InputError(f"--output {path}: pictures are PNG; name it {path.stem}.png.")
+        save_figure(_draw(options), path)
+    except InputError as error:
+        print_error(error)
+        return error.exit_code
+    print(f"wrote {path}")
+    return EXIT_DONE
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ecoformer.tools.plots",
+        description="Draw a picture of runs, tables or codes, as PNG.",
+        epilog="PLOT --help tells the flags of each. A run is a folder that training has left.",
+    )
+    plots = parser.add_subparsers(dest="plot", metavar="PLOT", required=True)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        plot = plots.add_parser(name, help=help, description=help, allow_abbrev=False)
+        plot.add_argument(
+            "--output", type=Path, metavar="FILE.png", help=f"(runs/plots/{name}.png)"
+        )
+        return plot
+
+    curves = add("curves", "loss and accuracy over epochs, a line a run")
+    curves.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    tradeoff = add("tradeoff", "accuracy against energy, a point a row of tables")
+    tradeoff.add_argument(
+        "tables",
+        nargs="+",
+        type=Path,
+        metavar="TABLE.json",
+        help="of python -m ecoformer.tools.tables, with accuracies",
+    )
+    cost = add("cost", "energy against resolution, a line an attention kind")
+    cost.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
+    sides = (32, 64, 128, 224, 448, 1024)
+    cost.add_argument(
+        "--resolutions", type=int, nargs="+", default=sides, help="pixels %(default)s"
+    )
+    codes = add("codes", "what one token attends to under softmax and under codes")
+    for kind in ("softmax", "ecoformer"):
+        codes.add_argument(
+            f"--{kind}", type=Path, required=True, metavar="RUN", help=f"with {kind} attention"
+        )
+    codes.add_argument(
+        "--image", type=int, default=0, help="number of a validation image (%(default)s)"
+    )
+    codes.add_argument("--layer", help="name of an attention layer (the first with codes)")
+    codes.add_argument(
+        "--token", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="of its map (the middle)"
+    )
+    add("method", "the method, drawn")
+    return parser.parse_args(argv)
+
+
+def _draw(options: argparse.Namespace) -> Figure:
+    if options.plot == "curves":
+        return draw_curves(options.runs)
+    if options.plot == "tradeoff":
+        return draw_tradeoff(options.tables)
+    if options.plot == "cost":
+        if min(options.resolutions) < 32:
+            raise InputError("--resolutions start at 32 pixels, of which the last stage sees 1.")
+        return draw_cost(options.model, options.resolutions)
+    if options.plot == "codes":
+        return draw_codes(
+            options.softmax,
+            options.ecoformer,
+            index=options.image,
+            layer=options.layer,
+            token=options.token,
+        )
+    return draw_method()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

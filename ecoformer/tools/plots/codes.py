@@ -1,0 +1,204 @@
+"""Codes seen: the attention that one token of an image pays, under softmax and under codes.
+
+Shapes: B batch, H heads, N tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ecoformer.attention import EcoFormerAttention, SoftmaxAttention
+from ecoformer.attention.heads import split_heads
+from ecoformer.checkpoint import load_checkpoint
+from ecoformer.config.file import read_config
+from ecoformer.data.datasets import open_dataset
+from ecoformer.engine.state import LAST_CHECKPOINT
+from ecoformer.errors import InputError
+from ecoformer.tools.figures import make_figure
+from ecoformer.tools.tables.models import find_family
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """What one token sees of a map.
+
+    Args:
+        softmax: [height, width], weights that softmax attention gives to the values.
+        codes: [height, width], weights that EcoFormer attention gives to them; a weight can be
+            negative under the released bias.
+        equal_bits: [height, width], share of the bits of its code that another token's has too.
+    """
+
+    softmax: Tensor
+    codes: Tensor
+    equal_bits: Tensor
+
+
+@torch.inference_mode()
+def view_token(
+    softmax: nn.Module, ecoformer: nn.Module, image: Tensor, layer: str, token: tuple[int, int]
+) -> TokenView:
+    """Look at one token in the same layer of two models; heads are averaged.
+
+    Args:
+        softmax: model with softmax attention.
+        ecoformer: the same with EcoFormer attention, fitted.
+        image: [1, 3, height, width], float, normalised.
+        layer: name of the attention layer.
+        token: row and column on the layer's map.
+
+    Returns:
+        Three maps of the layer's size.
+
+    Raises:
+        InputError: a model has no such attention there, or the map no such token.
+    """
+    ours, x, size = _capture(ecoformer, layer, image, EcoFormerAttention)
+    theirs, y, _ = _capture(softmax, layer, image, SoftmaxAttention)
+    row, column = token
+    if not (0 <= row < size[0] and 0 <= column < size[1]):
+        raise InputError(f"--token {row} {column}: the map of {layer} is {size[0]} x {size[1]}.")
+    index = row * size[1] + column
+    # With the identity for values, what comes out are the weights.
+    identity = torch.eye(x.shape[1], device=x.device)
+
+    assert isinstance(ours, EcoFormerAttention) and isinstance(theirs, SoftmaxAttention)
+    rows = split_heads(ours.to_qk(x), ours.num_heads)
+    codes = ours.hash.encode(rows)
+    weights = ours.hash(rows, identity.expand(*rows.shape[:2], -1, -1))
+    q, k, _ = (split_heads(part, theirs.num_heads) for part in theirs.qkv(y).chunk(3, dim=-1))
+    peers = scaled_dot_product_attention(q, k, identity.expand(*q.shape[:2], -1, -1))
+    equal_bits = (codes == codes[:, :, index : index + 1]).float().mean(-1)  # [B, H, N]
+    return TokenView(
+        softmax=peers[0, :, index].mean(0).view(size),
+        codes=weights[0, :, index].mean(0).view(size),
+        equal_bits=equal_bits[0].mean(0).view(size),
+    )
+
+
+def _capture(
+    model: nn.Module, layer: str, image: Tensor, kind: type[nn.Module]
+) -> tuple[nn.Module, Tensor, tuple[int, int]]:
+    """Run a model; returns a layer with the tokens and the map size that it was given."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    if layer not in modules:
+        raise InputError(
+            f"--layer {layer}: no {kind.__name__} there; there is one at: {', '.join(modules)}."
+        )
+    seen: list[tuple[Tensor, tuple[int, int]]] = []
+    hook = modules[layer].register_forward_pre_hook(lambda _, args: seen.append((args[0], args[1])))
+    try:
+        model(image)
+    finally:
+        hook.remove()
+    return modules[layer], *seen[0]
+
+
+def load_run(folder: Path) -> nn.Module:
+    """Build the model of a run, with the weights after its last epoch.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        InputError: it is no run, holds no finished epoch, or its data are gone.
+    """
+    if not (folder / "config.yaml").exists():
+        raise InputError(f"{folder} is no run: it holds no config.yaml; give a run's folder.")
+    config = read_config(folder / "config.yaml")
+    data, settings = config.data, config.model
+    images = open_dataset(data.data_set, data.data_path, "val", input_size=settings.input_size)
+    model = find_family(settings.model).create_model(
+        settings.model,
+        settings.attn_type,
+        num_classes=len(images.class_names),
+        hashing=settings.hashing,
+    )
+    load_checkpoint(model, folder / LAST_CHECKPOINT, strict=True)
+    return model.eval()
+
+
+def draw_codes(
+    softmax_run: Path,
+    ecoformer_run: Path,
+    *,
+    index: int = 0,
+    layer: str | None = None,
+    token: tuple[int, int] | None = None,
+) -> Figure:
+    """Draw an image, both attentions of one token, and the equal bits of its code.
+
+    Args:
+        softmax_run: folder of a run with softmax attention.
+        ecoformer_run: folder of a run with EcoFormer attention on the same images.
+        index: of the validation image.
+        layer: name of an attention layer; the first with codes unless given.
+        token: row and column on the layer's map; its middle unless given.
+
+    Returns:
+        Four axes side by side.
+
+    Raises:
+        InputError: a run, the image, the layer or the token is not there.
+    """
+    from ecoformer.data.transforms import build_eval_transform
+
+    softmax, ecoformer = load_run(softmax_run), load_run(ecoformer_run)
+    config = read_config(ecoformer_run / "config.yaml")
+    side = config.model.input_size
+    images = open_dataset(config.data.data_set, config.data.data_path, "val", input_size=side)
+    if not 0 <= index < len(images):
+        raise InputError(f"--image {index}: there are {len(images)} validation images.")
+    picture, label = images.read(index)
+    pixels = build_eval_transform(side)(picture).unsqueeze(0)
+    layers = [n for n, m in ecoformer.named_modules() if isinstance(m, EcoFormerAttention)]
+    if not layers:
+        raise InputError(f"{ecoformer_run} is no run with EcoFormer attention.")
+    if not isinstance(dict(softmax.named_modules()).get(layers[0]), SoftmaxAttention):
+        raise InputError(f"{softmax_run} is no run of the same model with softmax attention.")
+    layer = layer or layers[0]
+    if token is None:
+        _, _, (height, width) = _capture(ecoformer, layer, pixels, EcoFormerAttention)
+        token = height // 2, width // 2
+    view = view_token(softmax, ecoformer, pixels, layer, token)
+    name = images.class_names[label]
+    return _draw(picture, f"{name}, layer {layer}", view, token)
+
+
+def _draw(picture: Image.Image, title: str, view: TokenView, token: tuple[int, int]) -> Figure:
+    from matplotlib.patches import Rectangle
+
+    figure, (image, *maps) = make_figure(4, width=3.1, height=2.7)
+    height, width = view.softmax.shape
+    # In units of tokens, so that the same square marks the token everywhere.
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    image.imshow(picture, extent=extent)
+    image.set_title(title)
+    for axes, values, name in zip(
+        maps,
+        (view.softmax, view.codes, view.equal_bits),
+        ("softmax attention", "attention through codes", "Hamming similarity of codes"),
+        strict=True,
+    ):
+        shown = axes.imshow(values.numpy(), extent=extent, cmap="viridis")
+        axes.set_title(name)
+        figure.colorbar(shown, ax=axes, shrink=0.75)
+    row, column = token
+    for axes in (image, *maps):
+        axes.set(xticks=[], yticks=[])
+        square = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", lw=2)
+        axes.add_patch(square)
+    return figure

@@ -1,0 +1,132 @@
+"""Lines and points: training, accuracy against energy, cost against resolution."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ecoformer.engine.logs import read_log
+from ecoformer.errors import InputError
+from ecoformer.tools.figures import make_figure
+from ecoformer.tools.tables.models import ATTENTION_LABELS, describe_cost, find_family
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_curves(runs: Sequence[Path]) -> Figure:
+    """Draw loss and accuracy over epochs.
+
+    Args:
+        runs: folders of runs.
+
+    Returns:
+        Two axes, with a line a run in each.
+
+    Raises:
+        InputError: one holds no log, or no epoch in it.
+    """
+    figure, (losses, accuracies) = make_figure(2)
+    is_ambiguous = len({run.resolve().name for run in runs}) < len(runs)
+    for run in runs:
+        records = read_log(run)
+        if not records:
+            raise InputError(f"{run} has finished no epoch yet; give a run that has.")
+        epochs = [record["epoch"] + 1 for record in records]
+        # Seeds of a table's runs lie in folders above them.
+        label = "/".join(run.resolve().parts[-2:]) if is_ambiguous else run.resolve().name
+        for axes, key in ((losses, "train_loss"), (accuracies, "test_acc1")):
+            axes.plot(epochs, [record[key] for record in records], marker=".", label=label)
+    losses.set(xlabel="epoch", ylabel="training loss")
+    accuracies.set(xlabel="epoch", ylabel="top-1 %")
+    for axes in (losses, accuracies):
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(alpha=0.3)
+    accuracies.legend(fontsize="small")
+    return figure
+
+
+def draw_tradeoff(tables: Sequence[Path]) -> Figure:
+    """Draw accuracy against energy, a point a row, with its spread over seeds.
+
+    Args:
+        tables: JSON files of ``python -m ecoformer.tools.tables``.
+
+    Returns:
+        One axes; energy in millijoules.
+
+    Raises:
+        InputError: one is no such file, or holds no accuracy.
+    """
+    figure, (axes,) = make_figure(width=6.0)
+    for table in tables:
+        for row in _read_rows(table):
+            energy_mj = row["energy_pj"] / 1e9
+            spread = row.get("top1_std")
+            axes.errorbar(energy_mj, row["top1"], spread, fmt="o", capsize=3, label=row["name"])
+    axes.set(xlabel="energy an image, mJ (45 nm model)", ylabel="top-1 %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _read_rows(table: Path) -> list[dict]:
+    try:
+        rows = [row for row in json.loads(table.read_text())["rows"] if "top1" in row]
+    except OSError as error:
+        raise InputError(f"cannot read {table} ({error.strerror}); give a table's JSON.") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{table} is no table of python -m ecoformer.tools.tables in JSON."
+        ) from None
+    if not rows:
+        raise InputError(f"{table} holds no accuracy; make it with data.")
+    return rows
+
+
+def draw_cost(variant: str, resolutions: Sequence[int]) -> Figure:
+    """Draw energy against resolution, a line an attention kind.
+
+    Args:
+        variant: the backbone.
+        resolutions: image sides, pixels.
+
+    Returns:
+        One axes, logarithmic both ways; energy in millijoules.
+
+    Raises:
+        InputError: no such backbone.
+    """
+    figure, (axes,) = make_figure(width=6.0)
+    sides = sorted(resolutions)
+    kinds = find_family(variant).variants[variant]
+    for place, kind in enumerate(kinds):
+        costs = [
+            describe_cost(variant, kind, input_size=side, is_executed_counted=False)
+            for side in sides
+        ]
+        energy_mj = [float(cost["energy_pj"] or 0) / 1e9 for cost in costs]
+        axes.plot(
+            sides,
+            energy_mj,
+            marker=".",
+            label=ATTENTION_LABELS[kind],
+            # Some lie on top of each other: through a dashed line the next one is seen.
+            linestyle="--" if place % 2 else "-",
+            zorder=3 - place / len(kinds),
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="image side, pixels",
+        ylabel="energy an image, mJ (45 nm model)",
+        title=variant,
+        xticks=sides,
+        xticklabels=[str(side) for side in sides],
+    )
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure

@@ -1,0 +1,215 @@
+"""The command ``python -m ecoformer.tools.tables``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from ecoformer.config.schema import field_types
+from ecoformer.engine.launch import choose_device
+from ecoformer.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, NonFiniteError, print_error
+from ecoformer.tools.measure import describe_environment
+from ecoformer.tools.tables.accuracy import Validation, evaluate_models
+from ecoformer.tools.tables.comparisons import (
+    COMPARISON_COLUMNS,
+    COMPARISONS,
+    compare,
+    describe_recipe,
+    list_contenders,
+)
+from ecoformer.tools.tables.energy import ENERGY_COLUMNS, describe_energy
+from ecoformer.tools.tables.models import (
+    MAIN_COLUMNS,
+    MAIN_NOTES,
+    add_throughput,
+    choose_weights,
+    describe_models,
+)
+from ecoformer.tools.tables.recipe import CommandFailed, Recipe
+from ecoformer.tools.tables.report import Table, Value
+
+_PROG = "python -m ecoformer.tools.tables"
+# Title of each table, and what --help says of it.
+_TABLES = {
+    "main": (
+        "Published models, ImageNet-1k",
+        "cost beside softmax attention; accuracy with --data-path, speed with --throughput",
+    ),
+    "energy": (
+        "Energy, modelled and measured",
+        "the paper's energy beside what is executed, and joules where the machine tells them",
+    ),
+    "kinds": ("Attention kinds under one recipe", "cost, speed, accuracy after two stages"),
+    "bits": ("Bits of a code", "EcoFormer by bits, under the same recipe"),
+    "anchors": ("Anchors", "EcoFormer by anchors, likewise"),
+    "similar": ("Similar pairs a token", "EcoFormer by similar pairs a token, likewise"),
+    "bias": ("Form of the constant term", "EcoFormer by its constant term, likewise"),
+}
+_EPILOG = """\
+TABLE --help tells the flags of each. A table is printed, and written as Markdown, CSV and JSON.
+What is done already is not done again: runs go on where they stopped, and evaluated weights are
+found in accuracy.csv.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make one table: print it, and write it as Markdown, CSV and JSON.
+
+    Args:
+        argv: the words after the program's name; ``sys.argv`` if not given.
+
+    Returns:
+        The process's exit code: 0 done, 2 bad input, 3 non-finite, 130 interrupted, or that of a
+        run inside.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = _parse(words)
+    try:
+        table = _make(options, words)
+        table.write(options.output_dir, options.table)
+    except (InputError, NonFiniteError) as error:
+        print_error(error)
+        return error.exit_code
+    except CommandFailed as failure:
+        return failure.exit_code
+    except KeyboardInterrupt:
+        print_error("interrupted; what is done is kept, and the same command goes on.")
+        return EXIT_INTERRUPTED
+    print(f"{table.to_markdown()}\n\nwrote {options.output_dir / options.table}.md, .csv, .json")
+    return EXIT_DONE
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=_PROG,
+        description="Make the paper's tables, and our own.",
+        epilog=_EPILOG,
+    )
+    tables = parser.add_subparsers(dest="table", metavar="TABLE", required=True)
+    for name, (title, content) in _TABLES.items():
+        table = tables.add_parser(
+            name, help=content, description=f"{title}: {content}.", allow_abbrev=False
+        )
+        table.add_argument(
+            "--output-dir",
+            type=Path,
+            default=Path("runs", "tables"),
+            metavar="FOLDER",
+            help="for table and runs (%(default)s)",
+        )
+        table.add_argument("--device", help="cuda, cpu ... (CUDA if there is one)")
+        table.add_argument("--batch-size", type=int, default=32, help="images a step (%(default)s)")
+        if name == "main":
+            _add_data(table, default="IMNET")
+            table.add_argument(
+                "--weights",
+                nargs="+",
+                default=[],
+                metavar="MODEL/ATTENTION=SOURCE",
+                help="what to evaluate: path, URL or zoo name; all of the zoo unless given",
+            )
+            table.add_argument(
+                "--throughput",
+                action="store_true",
+                help="time each model here, over 80 batches",
+            )
+            continue
+        size = 224 if name == "energy" else 32
+        table.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
+        table.add_argument("--input-size", type=int, default=size, help="pixels (%(default)s)")
+        if name in COMPARISONS:
+            _add_data(table, default="DIGITS")
+            table.add_argument(
+                "--values", nargs="+", default=[], help="of the setting, instead of the usual"
+            )
+            table.add_argument(
+                "--seeds", type=int, nargs="+", default=[0], help="a run each (%(default)s)"
+            )
+            table.add_argument(
+                "--epochs",
+                type=int,
+                nargs=2,
+                default=[8, 4],
+                metavar=("STAGE1", "STAGE2"),
+                help="(%(default)s)",
+            )
+            table.add_argument(
+                "--no-train", action="store_true", help="costs and speed only, no accuracy"
+            )
+    return parser.parse_args(words)
+
+
+def _add_data(table: argparse.ArgumentParser, default: str) -> None:
+    table.add_argument("--data-path", help="folder of the data; DIGITS needs none")
+    table.add_argument(
+        "--data-set",
+        choices=get_args(field_types()["data_set"]),
+        default=default,
+        help="(%(default)s)",
+    )
+
+
+def _make(options: argparse.Namespace, words: Sequence[str]) -> Table:
+    for name, least in (("batch_size", 1), ("input_size", 32), ("epochs", 1)):
+        given = getattr(options, name, least)
+        if min(given if isinstance(given, list) else [given]) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
+    device = choose_device(options.device)
+    environment = describe_environment(f"{_PROG} {shlex.join(words)}", device)
+    title, _ = _TABLES[options.table]
+    if options.table == "main":
+        # First: it is what can be refused.
+        accuracies = _evaluate(options, device)
+        rows = describe_models()
+        for row in rows:
+            row |= accuracies.get(str(row["name"]), {})
+        if options.throughput:
+            add_throughput(rows, batch_size=options.batch_size, device=device)
+        return Table(title, MAIN_COLUMNS, rows, MAIN_NOTES, environment)
+    if options.table == "energy":
+        rows, notes = describe_energy(
+            options.model,
+            input_size=options.input_size,
+            batch_size=options.batch_size,
+            device=device,
+        )
+        return Table(title, ENERGY_COLUMNS, rows, notes, environment)
+    recipe = Recipe(
+        variant=options.model,
+        data_set=options.data_set,
+        data_path=options.data_path,
+        input_size=options.input_size,
+        epochs=tuple(options.epochs),
+        batch_size=options.batch_size,
+        device=device,
+        folder=options.output_dir / f"{options.data_set}_{options.input_size}px_{options.model}",
+    )
+    contenders = list_contenders(options.table, options.model, options.values)
+    rows = compare(contenders, recipe, [] if options.no_train else options.seeds)
+    return Table(title, COMPARISON_COLUMNS, rows, describe_recipe(recipe, rows), environment)
+
+
+def _evaluate(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Value]]:
+    """The accuracies that were asked for, by the names of their rows."""
+    weights = choose_weights(options.weights)
+    if not options.data_path:
+        if options.weights:
+            raise InputError("--weights are there to be evaluated; give --data-path too.")
+        return {}
+    validation = Validation(
+        data_set=options.data_set,
+        data_path=options.data_path,
+        batch_size=options.batch_size,
+        device=device,
+    )
+    return evaluate_models(weights, validation, options.output_dir / "accuracy.csv")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,122 @@
+"""The accuracy of the published models, one after the other, so that a stopped run goes on."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ecoformer.checkpoint import load_checkpoint, resolve_source
+from ecoformer.config import Config
+from ecoformer.engine.evaluate import evaluate
+from ecoformer.engine.precision import choose_amp_dtype
+from ecoformer.errors import InputError
+from ecoformer.files import write_text
+from ecoformer.tools.tables.models import find_family
+from ecoformer.tools.tables.report import Value, format_csv
+
+# What two evaluations share that must give the same accuracy.
+_IDENTITY = ("name", "sha256", "data_set", "data_path", "input_size")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Images to evaluate on, and how.
+
+    Args:
+        data_set: as ``--data-set`` takes it.
+        data_path: as ``--data-path`` takes it.
+        batch_size: images a step.
+        device: where the models run.
+        input_size: image side, pixels.
+    """
+
+    data_set: str
+    data_path: str
+    batch_size: int
+    device: torch.device
+    input_size: int = 224
+
+
+def evaluate_models(
+    weights: Mapping[str, str], validation: Validation, record: Path
+) -> dict[str, dict[str, Value]]:
+    """Evaluate models, and keep a record in which the next call finds what is done.
+
+    Args:
+        weights: ``"VARIANT/ATTENTION"`` to a path, URL or zoo name.
+        validation: images, and how.
+        record: a CSV file, to which each accuracy is added at once; it need not exist.
+
+    Returns:
+        Accuracy, and what it is of, by the same names.
+
+    Raises:
+        InputError: data or weights cannot be used.
+        NonFiniteError: a model's output is not finite.
+    """
+    # Brings timm along, which takes seconds.
+    from ecoformer.data import build_loaders
+
+    config = Config.from_flat(
+        {
+            "data_set": validation.data_set,
+            "data_path": validation.data_path,
+            "batch_size": validation.batch_size,
+        }
+    )
+    device = validation.device
+    loaders = build_loaders(
+        config.data, config.augment, input_size=validation.input_size, train=False
+    )
+    done = _read_rows(record)
+    results: dict[str, dict[str, Value]] = {}
+    for name, source in weights.items():
+        path = resolve_source(source)
+        row: dict[str, Value] = {
+            "name": name,
+            "weights": source,
+            "sha256": _digest(path),
+            "data_set": validation.data_set,
+            "data_path": validation.data_path,
+            "input_size": str(validation.input_size),
+        }
+        earlier = [other for other in done if all(other.get(key) == row[key] for key in _IDENTITY)]
+        if earlier:
+            results[name] = row | {key: float(earlier[-1][key] or 0) for key in ("top1", "top5")}
+            continue
+        variant, attention = name.split("/")
+        model = find_family(variant).create_model(
+            variant, attention, num_classes=loaders.num_classes
+        )
+        load_checkpoint(model, path, strict=True)
+        result = evaluate(
+            model.to(device),
+            loaders.eval,
+            device=device,
+            amp_dtype=choose_amp_dtype(None, device),
+        )
+        print(f"{name}: {result}", flush=True)
+        results[name] = row | {"top1": result.acc1, "top5": result.acc5}
+        done.append(results[name])
+        write_text(record, format_csv(done))
+    return results
+
+
+def _read_rows(record: Path) -> list[dict[str, Value]]:
+    """The rows of an earlier run's CSV file, if there was one."""
+    if not record.exists():
+        return []
+    with record.open(encoding="utf-8", errors="replace") as file:
+        return [dict(row) for row in csv.DictReader(file)]
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name weights.") from None

@@ -1,0 +1,192 @@
+"""Pictures: what they show is what the models compute, and bad input is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.lines import Line2D
+from torch import nn
+
+import pvt
+from ecoformer.attention import EcoFormerAttention
+from ecoformer.attention.heads import split_heads
+from ecoformer.errors import InputError
+from ecoformer.hash_config import HashConfig
+from ecoformer.hashing import with_random_hash_functions
+from ecoformer.ops import hash_attention
+from ecoformer.ops.attention import ValueBias
+from ecoformer.tools.plots.__main__ import main
+from ecoformer.tools.plots.codes import view_token
+from ecoformer.tools.plots.curves import draw_curves, draw_tradeoff
+
+LAYER = "block1.0.attn"
+PNG = b"\x89PNG\r\n"
+
+
+def make_models(value_bias: ValueBias = "released") -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    hashing = HashConfig(value_bias=value_bias)
+    models = [
+        with_random_hash_functions(
+            pvt.create_model("pvt_v2_b0", kind, num_classes=10, hashing=hashing)
+        ).eval()
+        for kind in ("msa", "ecoformer")
+    ]
+    return models[0], models[1]
+
+
+def points(line: Line2D) -> list[list[float]]:
+    return np.asarray(line.get_xydata()).tolist()
+
+
+@pytest.mark.parametrize("value_bias", ["released", "normalized"])
+def test_a_token_sees_what_its_layer_computes(value_bias: ValueBias) -> None:
+    softmax, ecoformer = make_models(value_bias)
+    image = torch.randn(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    given: list[torch.Tensor] = []
+    layer = ecoformer.get_submodule(LAYER)
+    assert isinstance(layer, EcoFormerAttention)
+    hook = layer.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    view = view_token(softmax, ecoformer, image, LAYER, (3, 5))
+    hook.remove()
+    assert view.softmax.shape == view.codes.shape == view.equal_bits.shape == (8, 16)
+    assert view.softmax.sum() == pytest.approx(1)
+    assert view.softmax.min() >= 0
+
+    with torch.inference_mode():
+        # The first stage has one head.
+        rows, v = (split_heads(part(given[0]), 1) for part in (layer.to_qk, layer.to_v))
+        codes = layer.hash.encode(rows)
+        out = hash_attention(codes, v, value_bias)[0, 0, 3 * 16 + 5]
+    torch.testing.assert_close(view.codes.flatten() @ v[0, 0], out)
+    shared = (codes[0, 0] @ codes[0, 0, 3 * 16 + 5] + 16) / 32
+    torch.testing.assert_close(view.equal_bits.flatten(), shared)
+
+
+@pytest.mark.parametrize(
+    ("layer", "token", "words"),
+    [
+        (LAYER, (8, 0), "--token 8 0: the map of block1.0.attn is 8 x 8"),
+        (LAYER, (0, -1), "--token 0 -1"),
+        ("block4.0.attn", (0, 0), "no EcoFormerAttention there; there is one at: block1.0.attn"),
+    ],
+)
+def test_what_cannot_be_seen(layer: str, token: tuple[int, int], words: str) -> None:
+    softmax, ecoformer = make_models()
+    with pytest.raises(InputError, match=words):
+        view_token(softmax, ecoformer, torch.zeros(1, 3, 32, 32), layer, token)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> dict[str, Path]:
+    """Two finished runs on digits, but for the training."""
+    folders = {}
+    for kind, model in zip(("msa", "ecoformer"), make_models(), strict=True):
+        folders[kind] = tmp_path / kind
+        folders[kind].mkdir()
+        torch.save(model.state_dict(), folders[kind] / "last_checkpoint.pth")
+        settings = f"model: pvt_v2_b0\nattn_type: {kind}\ndata_set: DIGITS\ninput_size: 32\n"
+        (folders[kind] / "config.yaml").write_text(settings)
+        records = [{"epoch": e, "train_loss": 2.0 - e, "test_acc1": 50.0 + e} for e in range(2)]
+        (folders[kind] / "log.txt").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folders
+
+
+def test_each_command_writes_a_picture(runs: dict[str, Path], tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    row = {"name": "softmax", "energy_pj": 1e9, "top1": 80.0, "top1_std": 0.5}
+    table.write_text(json.dumps({"rows": [row]}))
+    both = [str(run) for run in runs.values()]
+    for number, words in enumerate(
+        (
+            ["method"],
+            ["cost", "--resolutions", "32", "64"],
+            ["curves", *both],
+            ["tradeoff", str(table)],
+            ["codes", "--softmax", both[0], "--ecoformer", both[1], "--image", "3"],
+        )
+    ):
+        path = tmp_path / f"{number}.png"
+        assert main([*words, "--output", str(path)]) == 0
+        assert path.read_bytes().startswith(PNG)
+
+
+def test_curves_and_points_are_the_numbers_of_the_files(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    losses, accuracies = draw_curves(list(runs.values())).axes
+    assert [points(line) for line in losses.lines] == [[[1, 2.0], [2, 1.0]]] * 2
+    assert points(accuracies.lines[0]) == [[1, 50.0], [2, 51.0]]
+    assert [line.get_label() for line in losses.lines] == ["msa", "ecoformer"]
+    both = draw_curves([runs["msa"], shutil.copytree(runs["msa"], tmp_path / "seed1" / "msa")])
+    labels = [line.get_label() for line in both.axes[0].lines]
+    assert labels == [f"{tmp_path.name}/msa", "seed1/msa"]
+    table = tmp_path / "table.json"
+    rows = [{"name": "a", "energy_pj": 5e9, "top1": 80.0}, {"name": "b", "energy_pj": 1e9}]
+    table.write_text(json.dumps({"rows": rows}))
+    (axes,) = draw_tradeoff([table]).axes
+    assert [points(line) for line in axes.lines] == [[[5.0, 80.0]]]
+
+
+@pytest.mark.parametrize(
+    ("make_words", "expected"),
+    [
+        (lambda runs: ["curves", "/no/such/run"], "/no/such/run"),
+        (lambda runs: ["tradeoff", "/no/such/table.json"], "/no/such/table.json"),
+        (lambda runs: ["tradeoff", str(runs["msa"] / "config.yaml")], "is no table"),
+        (lambda runs: ["cost", "--model", "pvt_v2_b00"], "did you mean 'pvt_v2_b0'"),
+        (lambda runs: ["cost", "--resolutions", "16"], "32 pixels"),
+        (
+            lambda runs: ["codes", "--softmax", str(runs["msa"]), "--ecoformer", str(runs["msa"])],
+            "no run with EcoFormer attention",
+        ),
+        (
+            lambda runs: [
+                *("codes", "--softmax", str(runs["ecoformer"])),
+                *("--ecoformer", str(runs["ecoformer"])),
+            ],
+            "no run of the same model with softmax attention",
+        ),
+        (
+            lambda runs: ["codes", "--softmax", "/no/run", "--ecoformer", str(runs["ecoformer"])],
+            "/no/run is no run: it holds no config.yaml",
+        ),
+        (
+            lambda runs: [
+                *("codes", "--softmax", str(runs["msa"]), "--ecoformer"),
+                *(str(runs["ecoformer"]), "--image", "360"),
+            ],
+            "there are 360 validation images",
+        ),
+    ],
+)
+def test_bad_input(
+    make_words: Callable[[dict[str, Path]], list[str]],
+    expected: str,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "pictures" / "x.png"
+    assert main([*make_words(runs), "--output", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+    assert not path.exists()
+
+
+def test_a_run_without_an_epoch_has_no_curve(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").touch()
+    with pytest.raises(InputError, match="has finished no epoch yet"):
+        draw_curves([tmp_path])
+
+
+def test_only_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["method", "--output", str(tmp_path / "x.jpg")]) == 2
+    assert "name it x.png" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""Comparisons: who takes part, from which weights, and that nothing is trained twice."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecoformer.config.file import read_config
+from ecoformer.engine.logs import read_log
+from ecoformer.errors import InputError
+from ecoformer.tools.tables.__main__ import main
+from ecoformer.tools.tables.comparisons import list_contenders
+from tests.tools.tables.conftest import Refuse
+
+
+@pytest.fixture
+def fashion(tmp_path: Path) -> Path:
+    """Fashion-MNIST of 16 images a split, of noise."""
+    folder = tmp_path / "fashion"
+    folder.mkdir()
+    random = np.random.RandomState(0)
+    for prefix in ("train", "t10k"):
+        for name, values, axes in (
+            ("images-idx3", random.randint(0, 256, (16, 28, 28)), (16, 28, 28)),
+            ("labels-idx1", np.arange(16) % 10, (16,)),
+        ):
+            header = bytes([0, 0, 8, len(axes)]) + np.array(axes, ">i4").tobytes()
+            content = gzip.compress(header + values.astype(np.uint8).tobytes())
+            (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(content)
+    return folder
+
+
+def test_kinds_are_those_of_the_backbone() -> None:
+    kinds = [contender.attention for contender in list_contenders("kinds", "pvt_v2_b0")]
+    assert sorted(kinds) == [*("ecoformer", "ecoformer", "msa", "msa_share_qk", "performer", "sra")]
+    assert kinds[0] == "msa"
+    biases = [c.config.value_bias for c in list_contenders("kinds", "alt_gvt_small")][-2:]
+    assert biases == ["released", "normalized"]
+
+
+def test_the_default_value_shares_its_runs() -> None:
+    hashing = [contender.hashing for contender in list_contenders("bits", "pvt_v2_b0")]
+    assert {} in hashing
+    assert {"num_bits": 16} not in hashing
+    assert [c.config.num_anchors for c in list_contenders("anchors", "pvt_v2_b0", ["7"])] == [7]
+
+
+@pytest.mark.parametrize(
+    ("comparison", "model", "value"),
+    [
+        ("bits", "pvt_v2_b0", "many"),
+        ("bits", "pvt_v2_b0", "0"),
+        ("bias", "pvt_v2_b0", "none"),
+        ("kinds", "pvt_v2_b0", "msa"),
+        ("bits", "pvt_v2_b00", "8"),
+    ],
+)
+def test_what_no_contender_can_be(comparison: str, model: str, value: str) -> None:
+    with pytest.raises(InputError):
+        list_contenders(comparison, model, [value])
+
+
+def test_missing_data_stops_before_any_run(refuse: Refuse, tmp_path: Path) -> None:
+    line = refuse("kinds", "--data-set", "FMNIST", "--data-path", str(tmp_path))
+    assert "t10k-images" in line
+
+
+def test_runs_share_stage_1_and_are_not_run_again(
+    fashion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tables"
+    command = [
+        *("bias", "--data-set", "FMNIST", "--data-path", str(fashion), "--epochs", "1", "1"),
+        *("--batch-size", "8", "--output-dir", str(folder)),
+    ]
+    assert main(command) == 0
+    (seed,) = folder.glob("*/seed0")
+    names = ["ecoformer", "ecoformer_value_bias_normalized", "msa_stage1"]
+    assert sorted(run.name for run in seed.iterdir()) == names
+    stage1 = seed / "msa_stage1" / "last_checkpoint.pth"
+    for name in names[:2]:
+        assert read_config(seed / name / "config.yaml").run.finetune == str(stage1)
+    assert read_config(seed / names[1] / "config.yaml").model.value_bias == "normalized"
+
+    rows = json.loads((folder / "bias.json").read_text())["rows"]
+    for row, name in zip(rows, names, strict=False):
+        assert row["top1"] == read_log(seed / name)[-1]["test_acc1"]
+        assert (row["epochs"], row["num_seeds"]) == (2, 1)
+
+    written = {name: (seed / name / "last_checkpoint.pth").stat().st_mtime_ns for name in names}
+    assert main([*command, "--seeds", "0", "1"]) == 0
+    again = {name: (seed / name / "last_checkpoint.pth").stat().st_mtime_ns for name in names}
+    assert again == written
+    rows = json.loads((folder / "bias.json").read_text())["rows"]
+    assert [row["num_seeds"] for row in rows] == [2, 2]
+    assert all("top1_std" in row for row in rows)
+
+    # Other settings in the same folder are another run: its own command refuses.
+    capsys.readouterr()
+    assert main([*command, "--batch-size", "4"]) == 2
+    assert "belongs to a run with other settings" in capsys.readouterr().err

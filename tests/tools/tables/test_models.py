@@ -1,0 +1,137 @@
+"""The main table: its figures, what was published, and its three forms."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ecoformer.checkpoint.zoo import ZOO
+from ecoformer.engine.throughput import Throughput
+from ecoformer.tools.tables import models
+from ecoformer.tools.tables.__main__ import main
+from ecoformer.tools.tables.models import MAIN_COLUMNS, MAIN_NOTES, describe_models
+from ecoformer.tools.tables.report import Column, Table, Value
+
+# 6.72 G additions, by the released counter too; 6.75 were published.
+SLIP = ("pvt_v2_b3/ecoformer", "add")
+
+
+@cache
+def make_table() -> Table:
+    rows = describe_models()
+    return Table("Models", MAIN_COLUMNS, rows, MAIN_NOTES, {"command": "test"})
+
+
+def find_row(name: str) -> dict[str, Value]:
+    (row,) = (row for row in make_table().rows if row["name"] == name)
+    return dict(row)
+
+
+def test_the_published_table_comes_out_to_its_digits(golden_dir: Path) -> None:
+    published = json.loads((golden_dir / "published_table.json").read_text())
+    wrong = []
+    for variant, entry in published.items():
+        row = find_row(f"{variant}/ecoformer")
+        for key, name in (("mul", "mul_g"), ("add", "add_g"), ("energy_pj", "energy_g_pj")):
+            digits = len(str(entry[name]).partition(".")[2])
+            if f"{float(row[key] or 0) / 1e9:.{digits}f}" != f"{entry[name]:.{digits}f}":
+                wrong.append((row["name"], key))
+    assert wrong == [SLIP]
+    assert len(published) == 6
+
+
+def test_the_difference_is_marked_and_no_other() -> None:
+    table = make_table()
+    marked = json.loads(table.to_json())["differs_from_published"]
+    assert [(table.rows[mark["row"]]["name"], mark["key"]) for mark in marked] == [SLIP]
+    text = table.to_markdown()
+    assert "6.72 (!= 6.75)" in text
+    assert text.count("!=") == 1 + " ".join(MAIN_NOTES).count("!=")
+
+
+def test_savings_are_those_against_softmax(golden_dir: Path) -> None:
+    cost = json.loads((golden_dir / "cost.json").read_text())
+    for variant in ("pvt_v2_b0", "alt_gvt_small"):
+        ours, theirs = cost[f"{variant}/ecoformer"], cost[f"{variant}/msa"]
+        row, baseline = find_row(f"{variant}/ecoformer"), find_row(f"{variant}/msa")
+        for key in ("mul", "add", "energy_pj", "area_um2", "parameters"):
+            assert (row[key], baseline[key]) == (ours[key], theirs[key])
+        saving = 100 * (1 - ours["energy_pj"] / theirs["energy_pj"])
+        assert row["saving"] == pytest.approx(saving)
+        assert "saving" not in baseline
+
+
+def test_the_command_writes_three_forms_of_the_same_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_table().rows
+    monkeypatch.setattr("ecoformer.tools.tables.__main__.describe_models", lambda: rows)
+    assert main(["main", "--output-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith((tmp_path / "main.md").read_text().rstrip())
+    assert json.loads((tmp_path / "main.json").read_text())["rows"] == rows
+    with (tmp_path / "main.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["name"] for line in lines] == [row["name"] for row in rows]
+    assert [float(line["energy_pj"]) for line in lines] == [row["energy_pj"] for row in rows]
+
+
+def test_a_model_is_timed_at_the_size_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(ZOO["ecoformer_pvt_v2_b0"], input_size=96)
+    monkeypatch.setitem(ZOO, "ecoformer_pvt_v2_b0", small)
+    sizes = []
+
+    def note(model: nn.Module, *, input_size: int, **_: object) -> Throughput:
+        sizes.append(input_size)
+        return Throughput(7.0, 6.0, 8.0)
+
+    monkeypatch.setattr(models, "measure_throughput", note)
+    rows: list[dict[str, Value]] = [{"name": "pvt_v2_b0/msa"}, {"name": "pvt_v2_b1/ecoformer"}]
+    models.add_throughput(rows, batch_size=1, device=torch.device("cpu"))
+    assert sizes == [96, 224]
+    assert [row["images_per_s"] for row in rows] == [7.0, 7.0]
+
+
+def test_all_data_sets_of_a_run_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["main", "--help"])
+    assert "{IMNET,CIFAR,FMNIST,DIGITS,INAT,INAT19}" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ecoformer.tools.tables.__main__.describe_models", interrupt)
+    assert main(["main", "--output-dir", str(tmp_path)]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the same command goes on" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "published", "text"),
+    [
+        (2.489e9, 2.5, "2.49 (2.5)"),
+        (2.44e9, 2.5, "2.44 (!= 2.5)"),
+        (None, 70.44, "(70.44)"),
+        (2e9, None, "2.00"),
+        (None, None, ""),
+    ],
+)
+def test_a_cell_shows_both_values(value: float | None, published: float | None, text: str) -> None:
+    column = Column("x", "x", scale=1e9, published="y")
+    assert column.format({"x": value, "y": published}) == text
+
+
+def test_columns_without_a_value_are_left_out() -> None:
+    table = Table("T", (Column("a", "A"), Column("b", "B")), [{"a": 1.0}], [], {})
+    assert table.to_markdown().splitlines()[2:5] == ["| A    |", "| ---- |", "| 1.00 |"]
