@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ecoformer.ops.attention import hash_attention, kernelized_hash_attention
+from ecoformer.ops.attention import hash_attention
+from ecoformer.ops.backends import use_backend
 from ecoformer.ops.codes import (
     binarize,
     encode,
@@ -10,6 +11,7 @@ from ecoformer.ops.codes import (
     normalize_rows,
     sign_straight_through,
 )
+from ecoformer.ops.operator import kernelized_hash_attention
 from ecoformer.ops.precision import as_full_precision, without_autocast
 
 __all__ = [
@@ -21,5 +23,6 @@ __all__ = [
     "kernelized_hash_attention",
     "normalize_rows",
     "sign_straight_through",
+    "use_backend",
     "without_autocast",
 ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ecoformer.hash_config import ValueBias, check_value_bias
-from ecoformer.ops import operator
 from ecoformer.ops.precision import compute_dtype, without_autocast
 
 
@@ -42,40 +41,3 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released")
         numerator = (codes @ code_value_sum).add_(bias, alpha=c)
         denominator = (codes @ code_sum).add_(c * num_tokens)  # [B, H, N, 1]
         return numerator.div_(denominator).to(v.dtype)
-
-
-def kernelized_hash_attention(
-    q: Tensor,
-    v: Tensor,
-    *,
-    anchors: Tensor,
-    weight: Tensor,
-    kernel_mean: Tensor,
-    value_bias: ValueBias = "released",
-) -> Tensor:
-    """Attend through binary codes of the rows that queries and keys share, as one operator.
-
-    ``hash_attention(encode(normalize_rows(q), ...), v, value_bias)`` is the same in pieces.
-
-    Args:
-        q: [B, H, N, D], float, raw rows of the shared query-key projection.
-        v: [B, H, N, D], float.
-        anchors: [H, M, D], float, unit rows.
-        weight: [H, K, M], float.
-        kernel_mean: [H, M], float.
-        value_bias: as for ``hash_attention``.
-
-    Returns:
-        [B, H, N, D], the dtype of ``v``; computed in float32, or float64 where an input is. No
-        gradient reaches the hash functions.
-
-    Raises:
-        InputError: another ``value_bias``.
-
-    Source: EcoFormer.
-    """
-    check_value_bias(value_bias)
-    out, _, _ = operator.kernelized_hash_attention(
-        q, v, anchors, weight, kernel_mean, value_bias == "normalized"
-    )
-    return out

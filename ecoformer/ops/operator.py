@@ -8,42 +8,77 @@ Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ecoformer.ops.backends import blocked
-from ecoformer.ops.backends import triton as triton_ops
-from ecoformer.ops.backends.blocked import HashFunctions, empty_rows
+from ecoformer.hash_config import ValueBias, check_value_bias
+from ecoformer.ops.backends import HashFunctions, find_fused_backend, forced_backend
+from ecoformer.ops.backends.base import empty_rows
 from ecoformer.ops.precision import compute_dtype, without_autocast
 
 
-@torch.library.custom_op("ecoformer::kernelized_hash_attention", mutates_args=())
 def kernelized_hash_attention(
-    q: Tensor, v: Tensor, anchors: Tensor, weight: Tensor, kernel_mean: Tensor, is_normalized: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention, and what its gradient needs beside the arguments.
+    q: Tensor,
+    v: Tensor,
+    *,
+    anchors: Tensor,
+    weight: Tensor,
+    kernel_mean: Tensor,
+    value_bias: ValueBias = "released",
+) -> Tensor:
+    """Attend through binary codes of the rows that queries and keys share.
+
+    ``hash_attention(encode(normalize_rows(q), ...), v, value_bias)`` is the same in pieces. The
+    fastest fused backend that can run computes it, or the one that ``use_backend`` chose.
 
     Args:
-        q: [B, H, N, D], float, raw rows.
+        q: [B, H, N, D], float, raw rows of the shared query-key projection.
         v: [B, H, N, D], float.
-        anchors: [H, M, D], float.
+        anchors: [H, M, D], float, unit rows.
         weight: [H, K, M], float.
         kernel_mean: [H, M], float.
-        is_normalized: the value bias is ``c sum_j v_j``, not ``c v_i``.
+        value_bias: as for ``hash_attention``.
 
     Returns:
-        As ``blocked.forward``.
+        [B, H, N, D], the dtype of ``v``; computed in float32, or float64 where an input is. No
+        gradient reaches the hash functions.
+
+    Raises:
+        InputError: another ``value_bias``; a chosen backend that cannot run on these inputs.
+
+    Source: EcoFormer, arXiv 2209.09004.
     """
+    check_value_bias(value_bias)
+    is_normalized = value_bias == "normalized"
+    backend = forced_backend()
+    if backend is None:
+        return attend(q, v, anchors, weight, kernel_mean, is_normalized)[0]
+    functions = HashFunctions(anchors, weight, kernel_mean)
+    return backend.attend(q, v, functions, is_normalized=is_normalized)
+
+
+@torch.library.custom_op("ecoformer::kernelized_hash_attention", mutates_args=())
+def attend(
+    q: Tensor,
+    v: Tensor,
+    anchors: Tensor,
+    weight: Tensor,
+    kernel_mean: Tensor,
+    is_normalized: bool,
+    backend: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run ``FusedBackend.forward`` of the named backend, or of the first that can run."""
     functions = _functions(q, v, anchors, weight, kernel_mean)
     with without_autocast(q):
-        return _implementation(q, v, weight).forward(q, v, functions, is_normalized=is_normalized)
+        return find_fused_backend(backend, q, v, functions).forward(
+            q, v, functions, is_normalized=is_normalized
+        )
 
 
 @torch.library.custom_op("ecoformer::kernelized_hash_attention_backward", mutates_args=())
-def _backward_op(
+def _attend_backward(
     grad: Tensor,
     q: Tensor,
     v: Tensor,
@@ -53,34 +88,24 @@ def _backward_op(
     sums: Tensor,
     scale: Tensor,
     is_normalized: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     functions = _functions(q, v, anchors, weight, kernel_mean)
     with without_autocast(q):
-        return _implementation(q, v, weight).backward(
+        return find_fused_backend(backend, q, v, functions).backward(
             grad, q, v, functions, sums, scale, is_normalized=is_normalized
         )
-
-
-def _implementation(q: Tensor, v: Tensor, weight: Tensor) -> ModuleType:
-    """Triton's kernels where they run, and elsewhere the form that runs everywhere."""
-    if not triton_ops.can_run(q, v, weight):
-        return blocked
-    # Imports Triton, which many runs do without.
-    from ecoformer.ops.backends.triton import launch
-
-    return launch
 
 
 def _functions(
     q: Tensor, v: Tensor, anchors: Tensor, weight: Tensor, kernel_mean: Tensor
 ) -> HashFunctions:
-    dtype = compute_dtype(q, v)
-    return HashFunctions(anchors.to(dtype), weight.to(dtype), kernel_mean.to(dtype))
+    return HashFunctions(anchors, weight, kernel_mean).to(compute_dtype(q, v))
 
 
-@kernelized_hash_attention.register_fake
+@attend.register_fake
 def _(
-    q: Tensor, v: Tensor, anchors: Tensor, weight: Tensor, kernel_mean: Tensor, is_normalized: bool
+    q: Tensor, v: Tensor, anchors: Tensor, weight: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_images, num_heads, _, head_dim = v.shape
     dtype = compute_dtype(q, v)
@@ -88,19 +113,19 @@ def _(
     return empty_rows(v), sums, v.new_empty(num_images, num_heads, dtype=dtype)
 
 
-@_backward_op.register_fake
+@_attend_backward.register_fake
 def _(grad: Tensor, q: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return empty_rows(q), empty_rows(v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.is_normalized = inputs
+    *tensors, ctx.is_normalized, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    grads = _backward_op(grad, *ctx.saved_tensors, ctx.is_normalized)
-    return *grads, None, None, None, None
+    grads = _attend_backward(grad, *ctx.saved_tensors, ctx.is_normalized, ctx.backend)
+    return *grads, None, None, None, None, None
 
 
-kernelized_hash_attention.register_autograd(_backward, setup_context=_save)
+attend.register_autograd(_backward, setup_context=_save)

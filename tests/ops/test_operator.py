@@ -73,9 +73,7 @@ def arguments(problem: Problem, value_bias: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value_bias", VALUE_BIASES)
 def test_pytorch_finds_no_fault_with_it(dtype: torch.dtype, value_bias: str) -> None:
-    torch.library.opcheck(
-        operator.kernelized_hash_attention, arguments(draw_problem(dtype=dtype), value_bias)
-    )
+    torch.library.opcheck(operator.attend, arguments(draw_problem(dtype=dtype), value_bias))
 
 
 def test_a_compiled_call_is_one_graph_and_equal() -> None:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ecoformer.ops import kernelized_hash_attention, operator, reference
-from ecoformer.ops.backends import blocked
+from ecoformer.ops import kernelized_hash_attention, operator, reference, use_backend
+from ecoformer.ops.backends import HashFunctions, find_backend, find_fused_backend
 from ecoformer.ops.backends import triton as triton_ops
+from ecoformer.ops.backends.blocked import BlockedBackend
 from tests.problems import Problem, draw_problem, solve
 
 pytest.importorskip("triton")
@@ -77,7 +78,8 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 def check_against_reference(problem: Problem, value_bias: str, dtype: torch.dtype) -> None:
     """Output and gradients, against the reference in float64 on the same numbers."""
-    assert triton_ops.can_run(problem.q, problem.v, problem.functions["weight"])
+    functions = HashFunctions(**problem.functions)
+    assert find_fused_backend("", problem.q, problem.v, functions).name == "triton"
     expected = solve(reference.kernelized_hash_attention, problem.upcast(), value_bias=value_bias)
     found = solve(kernelized_hash_attention, problem, value_bias=value_bias)
     assert [tensor.dtype for tensor in found] == [dtype] * 3
@@ -96,10 +98,39 @@ def test_interpreted_kernels_equal_the_reference(
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["triton", "blocked", "eager", "reference"])
+@pytest.mark.parametrize("value_bias", VALUE_BIASES)
+def test_interpreted_choice_gives_equal_results(name: str, value_bias: str) -> None:
+    problem = draw_problem(tokens=37, dtype=torch.float32)
+    expected = solve(reference.kernelized_hash_attention, problem.upcast(), value_bias=value_bias)
+    with use_backend(name):
+        found = solve(kernelized_hash_attention, problem, value_bias=value_bias)
+    errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
+    assert max(errors) < TOLERANCES[torch.float32], errors
+
+
+@interpreted
+@pytest.mark.parametrize("value_bias", VALUE_BIASES)
+@pytest.mark.parametrize("names", [("triton", "blocked"), ("blocked", "triton")])
+def test_interpreted_backward_takes_the_sums_of_another(
+    names: tuple[str, str], value_bias: str
+) -> None:
+    problem = draw_problem(tokens=37, dtype=torch.float32)
+    inputs = (problem.q, problem.v, HashFunctions(**problem.functions))
+    first, second = (find_fused_backend(name, *inputs) for name in names)
+    is_normalized = value_bias == "normalized"
+    _, *left = first.forward(*inputs, is_normalized=is_normalized)
+    found = second.backward(problem.grad, *inputs, *left, is_normalized=is_normalized)
+    expected = solve(reference.kernelized_hash_attention, problem.upcast(), value_bias=value_bias)
+    for tensor, truth in zip(found, expected[1:], strict=True):
+        assert relative_error(tensor, truth) < TOLERANCES[torch.float32]
+
+
+@interpreted
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_interpreted_precisions_agree(precision: str) -> None:
     problem = draw_problem(dtype=torch.float32)
-    functions = blocked.HashFunctions(**problem.functions)
+    functions, blocked = HashFunctions(**problem.functions), BlockedBackend()
     tiling = launch.Tiling(precision, 16, 4)
     arguments = (problem.q, problem.v, functions)
     out, sums, scale = launch.forward(*arguments, is_normalized=True, tiling=tiling)
@@ -130,9 +161,7 @@ def test_interpreted_rows_that_are_too_short_equal_the_reference() -> None:
 def test_interpreted_operator_passes_pytorchs_checks() -> None:
     problem = draw_problem(images=1, heads=2, tokens=5, dtype=torch.float32)
     rows = (row.requires_grad_() for row in (problem.q, problem.v))
-    torch.library.opcheck(
-        operator.kernelized_hash_attention, (*rows, *problem.functions.values(), False)
-    )
+    torch.library.opcheck(operator.attend, (*rows, *problem.functions.values(), False))
 
 
 @triton.jit
@@ -158,7 +187,8 @@ def test_interpreted_parts_are_exact_in_tf32() -> None:
 def test_what_kernels_do_not_take_is_left_to_the_other_form() -> None:
     def can_run(dtype: torch.dtype = torch.float32, **sizes: int) -> bool:
         problem = draw_problem(tokens=2, dtype=dtype, **sizes)
-        return triton_ops.can_run(problem.q, problem.v, problem.functions["weight"])
+        functions = HashFunctions(**problem.functions)
+        return find_backend("triton").can_run(problem.q, problem.v, functions)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -260,13 +290,9 @@ def test_codes_on_a_gpu_flip_no_more_often_than_float32_rounds() -> None:
     problem = on_gpu(
         draw_problem(images=4, tokens=3136, dim=32, bits=16, anchors=25, dtype=torch.float32)
     )
-    _, sums, _ = operator.kernelized_hash_attention(
-        problem.q, problem.v, *problem.functions.values(), False
-    )
+    _, sums, _ = operator.attend(problem.q, problem.v, *problem.functions.values(), False)
     exact = problem.upcast()
-    _, expected, _ = operator.kernelized_hash_attention(
-        exact.q, exact.v, *exact.functions.values(), False
-    )
+    _, expected, _ = operator.attend(exact.q, exact.v, *exact.functions.values(), False)
     # Sums of signs differ by 2 for every code that flips; one in 100,000 may.
     flips = (sums[..., :-1, -1].double() - expected[..., :-1, -1]).abs().sum() / 2
     assert flips < 4 * 2 * 3136 * 16 * 1e-5

@@ -1,3 +1,94 @@
-"""The ways in which the one operator of ``ecoformer.ops`` can be computed."""
+"""The ways in which the one operator of ``ecoformer.ops`` can be computed, and the choice of one.
+
+A backend for another device is a file with a class, and a line in ``BACKENDS``.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ecoformer.errors import InputError, suggest
+from ecoformer.ops.backends.base import Backend, ComposedBackend, FusedBackend, HashFunctions
+from ecoformer.ops.backends.blocked import BlockedBackend
+from ecoformer.ops.backends.composed import EagerBackend, ReferenceBackend
+from ecoformer.ops.backends.triton import TritonBackend
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "ComposedBackend",
+    "FusedBackend",
+    "HashFunctions",
+    "find_backend",
+    "find_fused_backend",
+    "forced_backend",
+    "use_backend",
+]
+
+# In order of preference.
+BACKENDS: list[Backend] = [TritonBackend(), BlockedBackend(), EagerBackend(), ReferenceBackend()]
+
+# A plain global: compiled code has a guard on it, and compiles again where it changed.
+_forced: Backend | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[Backend]:
+    """Choose how ``kernelized_hash_attention`` is computed in a block, in all threads.
+
+    A gradient comes from the backend that its forward had, also after the block.
+
+    Args:
+        name: "triton", "blocked", "eager", "reference", or another of ``BACKENDS``.
+
+    Raises:
+        InputError: an unknown name, here; a backend that cannot run on some inputs, when it
+            meets them.
+    """
+    global _forced
+    backend, before = find_backend(name), _forced
+    _forced = backend
+    try:
+        yield backend
+    finally:
+        _forced = before
+
+
+def forced_backend() -> Backend | None:
+    """Return what the innermost ``use_backend`` chose; None outside of it."""
+    return _forced
+
+
+def find_backend(name: str) -> Backend:
+    """Look a backend up.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    names = [backend.name for backend in BACKENDS]
+    raise InputError(
+        f"the backends are {', '.join(names)}; there is no {name!r}{suggest(name, names)}"
+    )
+
+
+def find_fused_backend(name: str, q: Tensor, v: Tensor, functions: HashFunctions) -> FusedBackend:
+    """Take the fused backend of a name, or the first that can run where the name is empty.
+
+    Raises:
+        InputError: the named backend cannot run on these inputs.
+    """
+    if name:
+        backend = find_backend(name)
+        assert isinstance(backend, FusedBackend)
+        backend.require(q, v, functions)
+        return backend
+    for backend in BACKENDS:
+        if isinstance(backend, FusedBackend) and backend.can_run(q, v, functions):
+            return backend
+    raise AssertionError("the blocked backend runs everywhere")

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ecoformer.ops.backends.base import FusedBackend, HashFunctions, empty_rows
 from ecoformer.ops.codes import MIN_NORM, binarize, kernel_scale
 
 # Rows in a block, of all its images and heads, for each thread: what is made of a row takes a
@@ -30,54 +31,39 @@ _ROWS_PER_THREAD = 16384
 _MAX_WHOLE_TOKENS = 4096
 
 
-class HashFunctions(NamedTuple):
-    """What makes codes of rows, in the type that everything is computed in.
+class BlockedBackend(FusedBackend):
+    """Blocks of images: the form for the CPU, which any device can run."""
 
-    Args:
-        anchors: [H, M, D], float32 or float64.
-        weight: [H, K, M], the same.
-        kernel_mean: [H, M], the same.
-    """
+    name = "blocked"
 
-    anchors: Tensor
-    weight: Tensor
-    kernel_mean: Tensor
+    def can_run(self, q: Tensor, v: Tensor, functions: HashFunctions) -> bool:
+        return True
 
+    def forward(
+        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, num_bits = empty_rows(v), functions.weight.shape[-2]
+        sums = functions.weight.new_zeros(*q.shape[:2], num_bits + 1, v.shape[-1] + 1)
+        scale = sums.new_empty(q.shape[:2])
+        for block in _blocks(q, v, out, sums, scale):
+            _forward_block(*block, functions=functions, is_normalized=is_normalized)
+        return out, sums, scale
 
-def empty_rows(like: Tensor) -> Tensor:
-    """Rows in the memory that layers have them in, where the heads of a token lie together.
-
-    Args:
-        like: [B, H, N, D], any dtype.
-
-    Returns:
-        The same shape and dtype, not initialised.
-    """
-    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
-
-
-def forward(
-    q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention through the codes h of raw rows.
-
-    Args:
-        q: [B, H, N, D], float.
-        v: [B, H, N, D], float.
-        functions: what makes the codes.
-        is_normalized: the value bias is ``c sum_j v_j``, not ``c v_i``.
-
-    Returns:
-        The output [B, H, N, D] in the dtype of ``v``; the sums ``sum_j [h_j, 1]^T [v_j, 1]``,
-        [B, H, K + 1, D + 1], that of ``v_j`` only where it is the bias, the corner 0; and the
-        scale of the kernel [B, H], see ``kernel_scale``.
-    """
-    out, num_bits = empty_rows(v), functions.weight.shape[-2]
-    sums = functions.weight.new_zeros(*q.shape[:2], num_bits + 1, v.shape[-1] + 1)
-    scale = sums.new_empty(q.shape[:2])
-    for block in _blocks(q, v, out, sums, scale):
-        _forward_block(*block, functions=functions, is_normalized=is_normalized)
-    return out, sums, scale
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        sums: Tensor,
+        scale: Tensor,
+        *,
+        is_normalized: bool,
+    ) -> tuple[Tensor, Tensor]:
+        grad_q, grad_v = empty_rows(q), empty_rows(v)
+        for block in _blocks(grad, q, v, sums, scale, grad_q, grad_v):
+            _backward_block(*block, functions=functions, is_normalized=is_normalized)
+        return grad_q, grad_v
 
 
 def _forward_block(
@@ -123,39 +109,6 @@ def _forward_block(
             out_chunk.copy_(numerator.view(out_chunk.shape))
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    v: Tensor,
-    functions: HashFunctions,
-    sums: Tensor,
-    scale: Tensor,
-    *,
-    is_normalized: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of ``forward``, straight through the sign and through the bandwidth.
-
-    With numerators n_i, denominators d_i and the output n_i / d_i, g_i and e_i stand for the
-    gradients of n_i and d_i.
-
-    Args:
-        grad: [B, H, N, D], float, gradient of the output.
-        q: [B, H, N, D], float.
-        v: [B, H, N, D], float.
-        functions: what makes the codes.
-        sums: from ``forward``.
-        scale: from ``forward``.
-        is_normalized: as for ``forward``.
-
-    Returns:
-        The gradients of ``q`` and of ``v``, each in its dtype.
-    """
-    grad_q, grad_v = empty_rows(q), empty_rows(v)
-    for block in _blocks(grad, q, v, sums, scale, grad_q, grad_v):
-        _backward_block(*block, functions=functions, is_normalized=is_normalized)
-    return grad_q, grad_v
-
-
 def _backward_block(
     grad: Tensor,
     q: Tensor,
@@ -168,6 +121,7 @@ def _backward_block(
     functions: HashFunctions,
     is_normalized: bool,
 ) -> None:
+    """With numerators n_i and denominators d_i, g_i and e_i are the gradients of n_i and d_i."""
     num_bits, num_anchors = functions.weight.shape[-2:]
     dtype, c, num_tokens = functions.weight.dtype, num_bits + 1, q.shape[-2]
     rows, values = _Rows.of(_flatten(q, dtype)), _flatten(v, dtype)

@@ -22,7 +22,7 @@ from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.performer import RandomFeatureAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
 from ecoformer.ops import kernelized_hash_attention, reference
-from ecoformer.ops.backends import triton as triton_ops
+from ecoformer.ops.backends import HashFunctions, find_fused_backend
 from ecoformer.tools.benchmark.compare import (
     REFERENCE_FLOATS,
     Comparison,
@@ -225,7 +225,9 @@ def core_contenders(
     scores = inputs.batch_size * inputs.num_heads * inputs.num_tokens**2
     # Elsewhere nobody knows what is moved: what fits into caches is not.
     row = torch.empty(1, inputs.num_heads, 1, inputs.head_dim).to(inputs.device, inputs.dtype)
-    has_kernels = triton_ops.can_run(row, row, torch.empty(inputs.num_heads, NUM_BITS, NUM_ANCHORS))
+    weight = torch.empty(inputs.num_heads, NUM_BITS, NUM_ANCHORS)
+    functions = HashFunctions(row[0], weight, weight[:, 0])
+    has_kernels = find_fused_backend("", row, row, functions).name == "triton"
     for kind in kinds:
         is_kernel = kind == "ecoformer" and has_kernels
         why_not = lack_of_memory(4 * scores * _FLOATS_A_SCORE.get(kind, 0), inputs.device)

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.precision import autocast
-from ecoformer.hashing import KernelHash, hash_layers, with_random_hash_functions
-from ecoformer.ops import reference
+from ecoformer.hashing import with_random_hash_functions
+from ecoformer.ops import use_backend
 from ecoformer.tools.benchmark.compare import (
     REFERENCE_FLOATS,
     Comparison,
@@ -37,8 +37,8 @@ def create_model(kind: str, variant: str) -> nn.Module:
     """Build a model with random weights and hash functions.
 
     Args:
-        kind: of attention; or the shipped one on the reference's operations, or timm's own
-            model of that name.
+        kind: of attention; or the shipped one to run on the reference's operations, or timm's
+            own model of that name.
         variant: of PVTv2.
 
     Returns:
@@ -52,22 +52,7 @@ def create_model(kind: str, variant: str) -> nn.Module:
     import pvt
 
     attention = "ecoformer" if kind == _REFERENCE else kind
-    model = with_random_hash_functions(pvt.create_model(variant, attention))
-    if kind == _REFERENCE:
-        for layer in hash_layers(model).values():
-            layer.forward = partial(_attend_by_reference, layer)  # type: ignore[method-assign]
-    return model
-
-
-def _attend_by_reference(layer: KernelHash, q: Tensor, v: Tensor) -> Tensor:
-    return reference.kernelized_hash_attention(
-        q,
-        v,
-        anchors=layer.anchors,
-        weight=layer.weight,
-        kernel_mean=layer.kernel_mean,
-        value_bias=layer.config.value_bias,
-    )
+    return with_random_hash_functions(pvt.create_model(variant, attention))
 
 
 def build_model(
@@ -102,6 +87,8 @@ def build_model(
     images = torch.randn(batch_size, 3, resolution, resolution, generator=generator).to(device)
     prepare = _prepare_step if is_training else _prepare_classification
     call = prepare(model, network, images, dtype)
+    if kind == _REFERENCE:
+        call = use_backend("reference")(call)
     if is_compiled:
         # It compiles now, not when it is timed.
         call()

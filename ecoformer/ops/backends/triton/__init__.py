@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecoformer.ops.backends.base import FusedBackend, HashFunctions
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 128
 _MAX_CODE_DIM = 64
@@ -17,24 +19,47 @@ _MAX_CODE_DIM = 64
 _MIN_SHARED_BYTES = 160_000
 
 
-def can_run(q: Tensor, v: Tensor, weight: Tensor) -> bool:
-    """Ask whether the kernels can take some inputs where they are.
+class TritonBackend(FusedBackend):
+    """Triton's kernels; in its interpreter, on any device."""
 
-    Args:
-        q: [B, H, N, D], any dtype.
-        v: [B, H, N, D], any dtype.
-        weight: [H, K, M], any dtype.
-
-    Returns:
-        True where device, dtypes and sizes allow it.
-    """
-    return (
-        (_is_interpreted() or (q.is_cuda and _can_compile(q.device)))
-        and q.dtype in _DTYPES
-        and v.dtype in _DTYPES
-        and q.shape[-1] <= _MAX_HEAD_DIM
-        and max(weight.shape[-2:]) <= _MAX_CODE_DIM
+    name = "triton"
+    needs = (
+        "Triton, an NVIDIA GPU with the shared memory of an A100, float32 or 16-bit rows, head "
+        f"dims up to {_MAX_HEAD_DIM}, and up to {_MAX_CODE_DIM} bits and anchors"
     )
+
+    def can_run(self, q: Tensor, v: Tensor, functions: HashFunctions) -> bool:
+        return (
+            (_is_interpreted() or (q.is_cuda and _can_compile(q.device)))
+            and q.dtype in _DTYPES
+            and v.dtype in _DTYPES
+            and q.shape[-1] <= _MAX_HEAD_DIM
+            and max(functions.weight.shape[-2:]) <= _MAX_CODE_DIM
+        )
+
+    # ``launch`` imports Triton, which many runs do without.
+
+    def forward(
+        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from ecoformer.ops.backends.triton import launch
+
+        return launch.forward(q, v, functions, is_normalized=is_normalized)
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        sums: Tensor,
+        scale: Tensor,
+        *,
+        is_normalized: bool,
+    ) -> tuple[Tensor, Tensor]:
+        from ecoformer.ops.backends.triton import launch
+
+        return launch.backward(grad, q, v, functions, sums, scale, is_normalized=is_normalized)
 
 
 def _is_interpreted() -> bool:

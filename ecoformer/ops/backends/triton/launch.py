@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ecoformer.ops.backends.blocked import HashFunctions, empty_rows
+from ecoformer.ops.backends.base import HashFunctions, empty_rows
 from ecoformer.ops.backends.triton import kernels
 
 # Tokens of a range: enough to pay for the start of a program, few enough to fill a device.

@@ -1,0 +1,165 @@
+"""What a backend is: one way to compute kernelized hash attention.
+
+Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ecoformer.errors import InputError
+from ecoformer.ops.precision import compute_dtype, without_autocast
+
+
+class HashFunctions(NamedTuple):
+    """What makes codes of rows: anchors [H, M, D], weight [H, K, M], kernel mean [H, M]; float."""
+
+    anchors: Tensor
+    weight: Tensor
+    kernel_mean: Tensor
+
+    def to(self, dtype: torch.dtype) -> HashFunctions:
+        return HashFunctions(*(tensor.to(dtype) for tensor in self))
+
+
+def empty_rows(like: Tensor) -> Tensor:
+    """Rows [B, H, N, D], not initialised, in the memory that layers have them in.
+
+    The heads of a token lie together there, so merging heads copies nothing.
+    """
+    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
+
+
+class Backend(ABC):
+    """One way to compute kernelized hash attention.
+
+    ``name`` is what ``use_backend`` takes; ``needs`` ends the error where it cannot run.
+    """
+
+    name: str
+    needs: str = "any device and any float dtype"
+
+    @abstractmethod
+    def can_run(self, q: Tensor, v: Tensor, functions: HashFunctions) -> bool:
+        """Tell whether device, dtypes and sizes of these inputs suit; reads no data."""
+
+    @abstractmethod
+    def attend(
+        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+    ) -> Tensor:
+        """Attend as ``kernelized_hash_attention`` does, differentiably.
+
+        Args:
+            q: [B, H, N, D], float, raw rows.
+            v: [B, H, N, D], float.
+            functions: of any float dtype.
+            is_normalized: the value bias is ``c sum_j v_j``, not ``c v_i``.
+
+        Returns:
+            [B, H, N, D], the dtype of ``v``; computed in float32, or float64 where an input is.
+
+        Raises:
+            InputError: the backend cannot run on these inputs.
+        """
+
+    def require(self, q: Tensor, v: Tensor, functions: HashFunctions) -> None:
+        """Refuse what the backend cannot run on.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if not self.can_run(q, v, functions):
+            num_bits, num_anchors = functions.weight.shape[-2:]
+            raise InputError(
+                f"backend {self.name!r} cannot run on {q.device.type} with {q.dtype} rows of head "
+                f"dim {q.shape[-1]}, {num_bits} bits and {num_anchors} anchors: it needs "
+                f"{self.needs}. Choose another backend, or none."
+            )
+
+
+class FusedBackend(Backend):
+    """A backend with a gradient of its own, behind the one custom operator.
+
+    What one forward leaves for the gradient is good for the backward of any other.
+    """
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend, and leave what the gradient needs beside the arguments.
+
+        Args:
+            q: [B, H, N, D], float, raw rows.
+            v: [B, H, N, D], float.
+            functions: float32 or float64, the dtype to compute in.
+            is_normalized: the value bias is ``c sum_j v_j``, not ``c v_i``.
+
+        Returns:
+            The output [B, H, N, D] in the dtype of ``v``; the sums ``sum_j [h_j, 1]^T [v_j, 1]``
+            over the codes h, [B, H, K + 1, D + 1], that of ``v_j`` only where it is the bias, the
+            corner 0; and the scale of the kernel [B, H], see ``kernel_scale``. Sums and scale
+            have the dtype of ``functions``.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        sums: Tensor,
+        scale: Tensor,
+        *,
+        is_normalized: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Differentiate ``forward``, straight through the sign and through the bandwidth.
+
+        Args:
+            grad: [B, H, N, D], float, gradient of the output; strides may be 0.
+            q, v, functions, is_normalized: as for ``forward``.
+            sums, scale: from the ``forward`` of any fused backend.
+
+        Returns:
+            The gradients of ``q`` and of ``v``, each in its dtype.
+        """
+
+    def attend(
+        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+    ) -> Tensor:
+        # Registered in ``ecoformer.ops.operator``, which looks backends up.
+        operator = torch.ops.ecoformer.kernelized_hash_attention.default
+        out, _, _ = operator(q, v, *functions, is_normalized, self.name)
+        return out
+
+
+class ComposedBackend(Backend):
+    """A backend of plain PyTorch operations, which autograd and exporters look into.
+
+    Compiled under autocast, its gradients are products of 16-bit numbers: PyTorch traces the
+    backward of a whole graph in the autocast that the graph was entered with.
+    """
+
+    def can_run(self, q: Tensor, v: Tensor, functions: HashFunctions) -> bool:
+        return True
+
+    def attend(
+        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+    ) -> Tensor:
+        dtype = compute_dtype(q, v)
+        with without_autocast(q):
+            out = self.compose(
+                q.to(dtype), v.to(dtype), functions.to(dtype), is_normalized=is_normalized
+            )
+        return out.to(v.dtype)
+
+    @abstractmethod
+    def compose(
+        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+    ) -> Tensor:
+        """Attend where all inputs have one dtype, float32 or float64, and autocast is off."""
