@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 from ecoformer.config.released import find_field
 from ecoformer.config.schema import Config
 from ecoformer.errors import InputError, suggest
 
+# A run's own config.yaml has 2 kB.
+_MAX_YAML_BYTES = 64 * 1024
+_MAX_YAML_DEPTH = 3
+
 
 def read_config(path: str | Path, base: Config | None = None) -> Config:
     """Read settings from a file.
 
-    A file is Python, of plain assignments (``lr = 5e-5``), with ``_base_`` for the files that it
-    builds on; the released form ``cfg = dict(...)`` and released names (``nbits``) are accepted.
-    A run's ``config.yaml`` is one too. Python files are executed: read what you run.
+    Python files are code and are executed: plain assignments (``lr = 5e-5``), with ``_base_`` for
+    the files that they build on. YAML, such as a run's ``config.yaml``, is data and runs nothing.
+    The released form ``cfg = dict(...)`` and released names (``nbits``) are accepted in both.
 
     Args:
-        path: the file.
         base: keeps what the file leaves out; the defaults if not given.
 
     Returns:
@@ -29,7 +34,10 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
     """
     values: dict[str, Any] = {}
     try:
-        for name, value in _load(Path(path)).items():
+        assignments = _load(Path(path))
+        if not assignments:
+            raise InputError("sets no field; write for example lr = 5e-5.")
+        for name, value in assignments.items():
             field = find_field(name)
             if field is None:
                 continue
@@ -41,6 +49,10 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
         raise InputError(f"config file {path}: {error}") from None
     except OSError as error:
         raise InputError(f"config file {path}: cannot be read, {error.strerror}.") from None
+    # A Python file may raise anything, SystemExit too.
+    except (Exception, SystemExit) as error:
+        detail = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise InputError(f"config file {path}: cannot be read, {detail}.") from None
 
 
 def to_yaml(config: Config) -> str:
@@ -59,31 +71,68 @@ def to_yaml(config: Config) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Read the assignments of a file, those of its ``cfg`` among them."""
+    """Read the assignments of a file, those of its bases and of its ``cfg`` among them."""
     if not path.exists():
         near = suggest(path.stem, [file.stem for file in path.parent.glob("*.py")])
         raise InputError(f"does not exist{near}")
-    if path.is_dir():
-        raise InputError("is a folder.")
-    if path.suffix not in (".py", ".yaml", ".yml"):
+    if not path.is_file():
+        raise InputError("is a folder." if path.is_dir() else "is no regular file.")
+    if path.suffix not in _READERS:
         raise InputError("is neither Python (.py) nor YAML (.yaml).")
-    # A quarter of a second, which only those who give a file pay.
-    from mmengine.config import Config as MMConfig
-
-    try:
-        values = dict(MMConfig.fromfile(path, lazy_import=False).to_dict())
-    # The file is code, and may raise anything, SystemExit too.
-    except (Exception, SystemExit) as error:
-        # mmengine wraps a syntax error in one that names its own temporary copy.
-        cause = error.__context__ if isinstance(error, SyntaxError) and error.__context__ else error
-        detail = " ".join(f"{type(cause).__name__}: {cause}".split())
-        raise InputError(f"cannot be read, {detail.rstrip('.')}.") from None
+    values = _READERS[path.suffix](path)
     released = values.pop("cfg", {})
     if not isinstance(released, dict):
         raise InputError("cfg is not a dict; write cfg = dict(...) or plain assignments.")
     if twice := sorted(values.keys() & released.keys()):
         raise InputError(f"{twice[0]} is set twice, once in cfg; keep one.")
-    values |= released
-    if not values:
-        raise InputError("sets no field; write for example lr = 5e-5.")
-    return values
+    return values | released
+
+
+def _read_python(path: Path) -> dict[str, Any]:
+    """Execute a file, and read what it builds on first."""
+    names: dict[str, Any] = {"__file__": str(path)}
+    exec(compile(path.read_text(encoding="utf-8"), path, "exec", dont_inherit=True), names)
+    bases = names.get("_base_", [])
+    values: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        try:
+            values |= _load(path.parent / base)
+        except InputError as error:
+            raise InputError(f"its base {base}: {error}") from None
+    is_code = (FunctionType, ModuleType, type)
+    return values | {
+        name: value
+        for name, value in names.items()
+        if not name.startswith("_") and not isinstance(value, is_code)
+    }
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Read data, of a size that is known before it is: others may have written it."""
+    import yaml
+
+    with path.open("rb") as file:
+        text = file.read(_MAX_YAML_BYTES + 1)
+    if len(text) > _MAX_YAML_BYTES:
+        raise InputError(f"has more than {_MAX_YAML_BYTES // 1024} kB, and a run's has 2 kB.")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise InputError("has an anchor (&) or alias (*); write each value out.")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_YAML_DEPTH:
+            raise InputError("nests deeper than a list in cfg; write a line a field.")
+    values = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        return {}
+    if "_base_" in values:
+        raise InputError("has _base_, which only Python files may; write the fields out.")
+    return {str(name): value for name, value in values.items()}
+
+
+_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    ".py": _read_python,
+    ".yaml": _read_yaml,
+    ".yml": _read_yaml,
+}

@@ -283,6 +283,9 @@ class Config:
         for name, value in values.items():
             if name not in types:
                 raise InputError(f"there is no field {name!r}{suggest(name, types)}")
+            # More would overflow somewhere below, and may be too long to print.
+            if isinstance(value, int) and value.bit_length() > 63:
+                raise InputError(f"{name} has {value.bit_length()} bits; a number has 63 at most.")
             if not _fits(value, types[name]):
                 raise InputError(f"{name} is {value!r}; expected {_spell(types[name])}.")
             sections[_field_sections()[name]][name] = (
