@@ -14,14 +14,6 @@ ValueBias = Literal["released", "normalized"]
 class HashConfig:
     """Size of the binary codes and how they are learned.
 
-    Args:
-        num_bits: K, bits of a code. Flag ``--nbits``.
-        num_anchors: M, tokens that the kernel features are measured against. ``--anchor``.
-        num_similar: T, most and least similar tokens that each token is pulled to and pushed
-            from during the fit. ``--topk``.
-        num_fit_steps: optimiser steps a bit.
-        value_bias: ``"released"`` or ``"normalized"``, see ``hash_attention``.
-
     Raises:
         InputError: a count below 1, or an unknown ``value_bias``.
 
@@ -29,10 +21,15 @@ class HashConfig:
     """
 
     num_bits: int = 16
+    """K, bits of a hash code."""
     num_anchors: int = 25
+    """M, tokens that kernel features are measured against."""
     num_similar: int = 10
+    """T, most and least similar tokens that the fit pairs with each token."""
     num_fit_steps: int = 100
+    """Optimiser steps that the fit spends on each bit."""
     value_bias: ValueBias = "released"
+    """Form of the attention's constant term: as released, or a true weighted mean."""
 
     def __post_init__(self) -> None:
         for name in ("num_bits", "num_anchors", "num_similar", "num_fit_steps"):
@@ -42,13 +39,6 @@ class HashConfig:
 
 
 def check_value_bias(value_bias: str) -> None:
-    """Refuse what is no ``ValueBias``.
-
-    Args:
-        value_bias: what a user gave.
-
-    Raises:
-        InputError: another one.
-    """
+    """Refuse what is no ``ValueBias`` with an InputError."""
     if value_bias not in get_args(ValueBias):
         raise InputError(f"value_bias is 'released' or 'normalized', not {value_bias!r}.")

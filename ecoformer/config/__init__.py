@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ecoformer.config.cli import parse_config
 from ecoformer.config.file import read_config, to_yaml
+from ecoformer.config.merge import make_config
 from ecoformer.config.schema import (
     AugmentConfig,
     Config,
@@ -22,6 +23,7 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "describe_changes",
+    "make_config",
     "parse_config",
     "read_config",
     "to_yaml",

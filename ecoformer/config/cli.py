@@ -1,30 +1,39 @@
-"""The command line, and the one place where settings are merged."""
+"""The command line of a run: a flag for each field."""
 
 from __future__ import annotations
 
-import io
-import re
-import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import replace
-from pathlib import Path
+import argparse
+import ast
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from itertools import pairwise
+from typing import IO, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from ecoformer.config.file import read_config
-from ecoformer.config.released import find_field
-from ecoformer.config.schema import Config, field_types
+from ecoformer.config.arguments import ArgumentParser
+from ecoformer.config.merge import merge
+from ecoformer.config.released import SPELLINGS, WITHOUT_MEANING, find_field
+from ecoformer.config.schema import Config, check_type, field_types
+from ecoformer.config.types import list_choices, read_words
 from ecoformer.errors import InputError, is_main_process
 from ecoformer.models.registry import ModelFamily
 
+_DESCRIPTION = """\
+Train, evaluate or time a model. Flags beat the file of --config, which beats the defaults. A .py
+file is code that is executed; a .yaml file, such as the config.yaml that a run leaves, is data.
+"""
+# What a flag means that is given without the value that it may have.
+_BARE = {"throughput": "median", "train_mode": True}
 
-def parse_config(family: ModelFamily, argv: Sequence[str] | None = None) -> Config:
+
+def parse_config(argv: Sequence[str] | None = None, family: ModelFamily | None = None) -> Config:
     """Merge the defaults, the family's recipe, the file of ``--config`` and the command line.
 
     Each beats those before it.
 
     Args:
-        family: the backbone that is run.
-        argv: the words after the program's name; ``sys.argv`` if not given.
+        argv: ``sys.argv`` if not given.
+        family: the backbone that is run; the one that ``--model`` belongs to if not given.
 
     Returns:
         All settings; the model's name and attention kind as ``create_model`` takes them, and the
@@ -34,107 +43,108 @@ def parse_config(family: ModelFamily, argv: Sequence[str] | None = None) -> Conf
         InputError: a flag, field, file or value that cannot be used.
         SystemExit: after ``--help``, with 0.
     """
-    flags = _read_flags(sys.argv[1:] if argv is None else argv)
-    given = dict(flags)
-    config = Config.from_flat({"model": family.default_model, **family.recipe})
-    if path := given.get("config"):
-        config = read_config(path[-1], config)
-    # Costs a tenth of a second, and only programs pay it.
-    import tyro
-
-    program = f"python -m {family.name}.main"
-    try:
-        with redirect_stderr(io.StringIO()) as box, _quiet_unless_main():
-            config = tyro.cli(
-                Config,
-                prog=program,
-                description=f"Train, evaluate or time a {family.name} model.",
-                args=[word for name, values in flags for word in (f"--{name}", *values)],
-                default=config,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        message = _unbox(box.getvalue()).rstrip(".")
-        raise InputError(f"{message}. {program} --help tells of all flags.") from None
-    if "model" in given and "attn_type" not in given and config.model.model not in family.variants:
-        # A released name that spells its attention out beats the file's attn_type.
-        config = replace(config, model=replace(config.model, attn_type=None))
-    return _complete(config, family)
+    parser = _make_parser(family)
+    options, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("--"):
+            find_field(word.partition("=")[0])
+        raise InputError(f"unexpected {word!r}; every setting is a --flag, see --help.")
+    return merge(dict(_read_options(options)), family)
 
 
-def _quiet_unless_main() -> AbstractContextManager[object]:
-    """The help of one rank is enough."""
-    return nullcontext() if is_main_process() else redirect_stdout(io.StringIO())
+def _read_options(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
+    for name, words in vars(options).items():
+        if words in ("", [""]) and name != "aa":
+            # As from an unset shell variable: no value. A policy that is empty is none.
+            continue
+        is_text = isinstance(words, (str, list))
+        value = read_words(words or "none", field_types()[name]) if is_text else words
+        check_type(name, value, _flag(name))
+        yield name, value
 
 
-def _unbox(text: str) -> str:
-    """The message in tyro's box: it stands below the first rule; then come help and hints."""
-    sections = re.split(r"^.*(?:──|---).*$", text, flags=re.MULTILINE)
-    return " ".join((sections[1] if len(sections) > 1 else text).replace("│", " ").split())
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. {self.prog} --help tells of all flags.")
+
+    def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        """The help of one rank is enough."""
+        if is_main_process():
+            super().print_help(file)
 
 
-def _read_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Split a command line into fields and their values, in the few forms that tyro knows.
-
-    Released spellings and ``-`` become field names, ``--flag=value`` two words, ``--throughput``
-    and ``--train-mode`` without a value get one, ``none`` in any case is None, and a flag with an
-    empty value counts as not given. Types are left to tyro.
-    """
-    groups: list[tuple[str, list[str]]] = []
-    for word in words:
-        if word.startswith("--") or word == "-h":
-            flag, equals, value = word.partition("=")
-            groups.append((flag, [value] if equals else []))
-        elif groups:
-            groups[-1][1].append(word)
-        else:
-            raise InputError(f"unexpected {word!r}; every setting is a --flag, see --help.")
-    return [pair for group in groups if (pair := _read_flag(*group))]
+class _Ignore(argparse.Action):
+    def __call__(self, *given: Any) -> None:
+        find_field(given[-1])
 
 
-def _read_flag(flag: str, values: list[str]) -> tuple[str, list[str]] | None:
-    if flag in ("-h", "--help"):
-        return "help", values
-    name = flag[2:].replace("-", "_")
-    if name.startswith("no_") and field_types().get(name[3:]) is bool:
-        return name, values
-    if name in ("train_mode", "no_train_mode") and not values:
-        return "train_mode", [str(name == "train_mode")]
-    if name == "throughput" and not values:
-        return name, ["median"]
-    field = find_field(flag)
-    if field is None or values == [""]:
-        return None
-    # The one flag whose "none" is a choice: None leaves it to the device.
-    if field == "amp_dtype":
-        return field, values
-    return field, ["None" if value.lower() == "none" else value for value in values]
-
-
-def _complete(config: Config, family: ModelFamily) -> Config:
-    """Fill in what follows from other settings."""
-    model, run = config.model, config.run
-    variant, attention = family.resolve(model.model, model.attn_type)
-    if model.train_msa and attention not in ("msa", "lsa_msa"):
-        if model.attn_type or model.model.endswith("_ecoformer"):
-            whose = "the default model " if model.model == family.default_model else ""
-            raise InputError(
-                "--train_msa fine-tunes original weights into softmax attention, and "
-                f"{whose}{model.model} is to have {attention!r}; name a softmax model with "
-                "--model, or drop --train_msa."
-            )
-        variant, attention = family.resolve(variant, "msa")
-    if run.config:
-        name = Path(run.config).stem
-    elif attention == family.resolve(model.model)[1]:
-        name = model.model
-    else:
-        # Two stages of one model must not share a folder.
-        name = f"{variant}_{attention}"
-    return replace(
-        config,
-        model=replace(model, model=variant, attn_type=attention),
-        run=replace(run, output_dir=run.output_dir or f"runs/{name}"),
+def _make_parser(family: ModelFamily | None) -> ArgumentParser:
+    program = f"python -m {family.name}.main" if family else "ecoformer train"
+    parser = _Parser(
+        prog=program,
+        usage=f"{program} [--FLAG VALUE] ...",
+        description=_DESCRIPTION,
+        argument_default=argparse.SUPPRESS,
     )
+    own = {"model": family.default_model, **family.recipe} if family else {}
+    defaults = Config.from_flat(own).to_flat()
+    aliases: dict[str, list[str]] = {}
+    for spelling, field in SPELLINGS.items():
+        aliases.setdefault(field, []).append(_flag(spelling))
+    for section in fields(Config):
+        kind = get_type_hints(Config)[section.name]
+        group = parser.add_argument_group(section.name)
+        for name, help_text in _read_help(kind).items():
+            default = defaults[name]
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            if shown not in (None, ""):
+                help_text += f" ({shown})"
+            group.add_argument(
+                _flag(name),
+                *aliases.get(name, []),
+                dest=name,
+                help=help_text.replace("%", "%%"),
+                **_describe_values(name),
+            )
+    parser.add_argument("--no-train-mode", dest="train_mode", action="store_false")
+    for name in WITHOUT_MEANING:
+        spellings = {_flag(name), f"--{name}"}
+        parser.add_argument(*spellings, nargs="*", action=_Ignore, help=argparse.SUPPRESS)
+    return parser
+
+
+def _describe_values(name: str) -> dict[str, Any]:
+    """What argparse is told of the values of a flag."""
+    hint = field_types()[name]
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    metavar, nargs = "VALUE", None
+    for choice in list_choices(hint):
+        if get_origin(choice) is tuple:
+            choice, nargs = get_args(choice)[0], "+"
+        if get_origin(choice) is Literal:
+            metavar = f"{{{','.join(get_args(choice))}}}"
+        elif choice in (int, float):
+            metavar = "NUMBER"
+    if name in _BARE:
+        return {"metavar": metavar, "nargs": "?", "const": _BARE[name]}
+    return {"metavar": metavar, "nargs": nargs}
+
+
+def _read_help(section: type) -> dict[str, str]:
+    """The line under each field of a section."""
+    (body,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(line.value.value)
+        for field, line in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(line, ast.Expr)
+        and isinstance(line.value, ast.Constant)
+        and isinstance(line.value.value, str)
+    }
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
 from ecoformer.config.released import find_field
-from ecoformer.config.schema import Config
+from ecoformer.config.schema import Config, check_type, field_types
+from ecoformer.config.types import read_words
 from ecoformer.errors import InputError, suggest
 
 # A run's own config.yaml has 2 kB.
@@ -26,14 +28,18 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
     Args:
         base: keeps what the file leaves out; the defaults if not given.
 
-    Returns:
-        The settings of ``base``, with those of the file in their place.
-
     Raises:
         InputError: the file is missing, broken or empty, or names a field that does not exist.
     """
-    values: dict[str, Any] = {}
-    try:
+    fields = read_fields(path)
+    with blame_file(path):
+        return Config.from_flat(fields, base)
+
+
+def read_fields(path: str | Path) -> dict[str, object]:
+    """Read the fields that a file sets, as ``read_config`` does, and leave the rest open."""
+    fields: dict[str, object] = {}
+    with blame_file(path):
         assignments = _load(Path(path))
         if not assignments:
             raise InputError("sets no field; write for example lr = 5e-5.")
@@ -41,10 +47,20 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
             field = find_field(name)
             if field is None:
                 continue
-            if field in values:
+            if field in fields:
                 raise InputError(f"{field} is set twice, once as {name!r}; keep one.")
-            values[field] = value
-        return Config.from_flat(values, base)
+            # YAML takes 5e-5 for text.
+            is_words = isinstance(value, str) and Path(path).suffix != ".py"
+            fields[field] = read_words(value, field_types()[field]) if is_words else value
+            check_type(field, fields[field])
+    return fields
+
+
+@contextmanager
+def blame_file(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong with a file in a block into one line that names it."""
+    try:
+        yield
     except InputError as error:
         raise InputError(f"config file {path}: {error}") from None
     except OSError as error:
@@ -56,14 +72,7 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Put every field into YAML that ``read_config`` turns back into the same configuration.
-
-    Args:
-        config: of a run.
-
-    Returns:
-        A line a field.
-    """
+    """Write every field, one a line, for ``read_config`` to read back."""
     import yaml
 
     text: str = yaml.safe_dump(config.to_flat(), sort_keys=False)

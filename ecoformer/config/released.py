@@ -15,6 +15,7 @@ SPELLINGS = {
     "topk": "num_similar",
     "k": "refit_every_epochs",
     "dr": "decay_rate",
+    "throughout": "throughput",
 }
 
 # Released names that nothing reads any more -> what to tell those who still give them.
@@ -23,7 +24,6 @@ WITHOUT_MEANING = {
     "cooldown_epochs": "a run lasts exactly --epochs",
     "resplit": "it concerns augmentation splits, which no flag makes",
     "p": "nothing reads it",
-    "throughout": "use --throughput",
     "world_size": "torchrun sets it",
     "dist_url": "torchrun sets it",
     "local_rank": "torchrun sets it",

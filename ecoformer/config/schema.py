@@ -11,33 +11,21 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from ecoformer.config.types import fits, spell
 from ecoformer.errors import InputError, suggest
-from ecoformer.hash_config import HashConfig, ValueBias
+from ecoformer.hash_config import HashConfig
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network and its hash functions."""
+    """The network."""
 
     model: str = ""
     """Backbone variant or released model name."""
     attn_type: str | None = None
     """Attention kind; None: what the model's name says, else the variant's first."""
-    num_bits: int = HashConfig.num_bits
-    """Bits of a hash code (--nbits)."""
-    num_anchors: int = HashConfig.num_anchors
-    """Tokens that kernel features are measured against (--anchor)."""
-    num_similar: int = HashConfig.num_similar
-    """Most and least similar tokens that the fit pairs with each token (--topk)."""
-    refit_every_epochs: int = 300
-    """Epochs from one fit of the hash functions to the next (--k)."""
-    num_fit_steps: int = HashConfig.num_fit_steps
-    """Optimiser steps that the fit spends on each bit."""
-    value_bias: ValueBias = HashConfig.value_bias
-    """Form of the attention's constant term: as released, or a true weighted mean."""
     drop: float = 0.0
     """Dropout rate."""
     drop_path: float = 0.1
@@ -48,16 +36,8 @@ class ModelConfig:
     """Fine-tune original Twins weights into softmax attention."""
 
     def __post_init__(self) -> None:
-        # HashConfig checks its own fields.
-        _ = self.hashing
-        _require(self, lambda x: x >= 1, "at least 1", "refit_every_epochs")
         _require(self, lambda x: 0 <= x < 1, "in [0, 1)", "drop", "drop_path")
         _require(self, lambda x: x >= 32, "at least 32 pixels", "input_size")
-
-    @property
-    def hashing(self) -> HashConfig:
-        """The settings of the hash functions alone, as layers take them."""
-        return HashConfig(**{f.name: getattr(self, f.name) for f in fields(HashConfig)})
 
 
 @dataclass(frozen=True)
@@ -177,6 +157,8 @@ class OptimConfig:
     """Epochs to train."""
     grad_accum_steps: int = 1
     """Batches whose gradients make one step."""
+    refit_every_epochs: int = 300
+    """Epochs from one fit of the hash functions to the next."""
 
     def __post_init__(self) -> None:
         _require(
@@ -196,13 +178,15 @@ class OptimConfig:
             "one or two shares in [0, 1]",
             "lr_noise",
         )
-        _require(self, lambda x: x >= 1, "at least 1", "grad_accum_steps")
+        _require(self, lambda x: x >= 1, "at least 1", "grad_accum_steps", "refit_every_epochs")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What to do, where, and from which weights."""
 
+    task: str = "classification"
+    """What the model learns."""
     config: str | None = None
     """Configuration file, Python or a run's config.yaml; flags win over it."""
     finetune: str | None = None
@@ -249,17 +233,14 @@ class Config:
     """All settings of one run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    hashing: HashConfig = field(default_factory=HashConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_flat(self) -> dict[str, Any]:
-        """Lay the fields of all sections side by side, in types that YAML and JSON know.
-
-        Returns:
-            Field name to value; tuples as lists.
-        """
+        """Lay the fields of all sections side by side, in types that YAML and JSON know."""
         sections = asdict(self).values()
         values = {name: value for section in sections for name, value in section.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -269,25 +250,15 @@ class Config:
         """Set fields by name.
 
         Args:
-            values: field name to value; lists serve as tuples.
+            values: lists serve as tuples.
             base: keeps what ``values`` leaves out; the defaults if not given.
-
-        Returns:
-            ``base`` with these values in their fields.
 
         Raises:
             InputError: no such field, or a value of the wrong type or out of range.
         """
-        types = field_types()
         sections: dict[str, dict[str, Any]] = {section.name: {} for section in fields(cls)}
         for name, value in values.items():
-            if name not in types:
-                raise InputError(f"there is no field {name!r}{suggest(name, types)}")
-            # More would overflow somewhere below, and may be too long to print.
-            if isinstance(value, int) and value.bit_length() > 63:
-                raise InputError(f"{name} has {value.bit_length()} bits; a number has 63 at most.")
-            if not _fits(value, types[name]):
-                raise InputError(f"{name} is {value!r}; expected {_spell(types[name])}.")
+            check_type(name, value)
             sections[_field_sections()[name]][name] = (
                 tuple(value) if isinstance(value, list) else value
             )
@@ -295,15 +266,22 @@ class Config:
         return cls(**{name: replace(getattr(base, name), **sections[name]) for name in sections})
 
 
+def check_type(name: str, value: object, label: str | None = None) -> None:
+    """Raise InputError, which calls the field by its label, where it takes no such value."""
+    types = field_types()
+    if name not in types:
+        raise InputError(f"there is no field {name!r}{suggest(name, types)}")
+    # More would overflow somewhere below, and may be too long to print.
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise InputError(f"{label or name} has {value.bit_length()} bits; a number has 63 at most.")
+    if not fits(value, types[name]):
+        raise InputError(f"{label or name} is {value!r}; expected {spell(types[name])}.")
+
+
 def describe_changes(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, str]:
-    """Compare two flat configurations.
+    """Map each field that differs between two flat configurations to ``"old -> new"``.
 
-    Args:
-        old: from ``Config.to_flat``; a field that it lacks had its default.
-        new: the same.
-
-    Returns:
-        Each field that differs, with ``"old value -> new value"``.
+    A field that one of them lacks had its default.
     """
     defaults = Config().to_flat()
     before, after = {**defaults, **old}, {**defaults, **new}
@@ -316,11 +294,7 @@ def describe_changes(old: Mapping[str, object], new: Mapping[str, object]) -> di
 
 @cache
 def field_types() -> dict[str, Any]:
-    """Collect how the fields of all sections are declared.
-
-    Returns:
-        Field name to type.
-    """
+    """Map the fields of all sections to their types."""
     sections = get_type_hints(Config).values()
     return {name: hint for section in sections for name, hint in get_type_hints(section).items()}
 
@@ -337,33 +311,3 @@ def _require(section: object, test: Callable[[Any], bool], expected: str, *names
         value = getattr(section, name)
         if value is not None and not test(value):
             raise InputError(f"{name} is {value!r}; expected {expected}.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a file has the type of a field."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, choice) for choice in choices)
-    if origin is Literal:
-        return value in choices
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            return False
-        hints = choices[:1] * len(value) if choices[-1] is Ellipsis else choices
-        return len(value) == len(hints) and all(map(_fits, value, hints))
-    if hint in (int, float):
-        # bool is an int, and an int serves as a float.
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _spell(hint: Any) -> str:
-    """Write a type as the values that a user may give."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return " or ".join(map(repr, choices))
-    if origin in (Union, UnionType):
-        return " or ".join(map(_spell, choices))
-    if origin is tuple:
-        return f"a list of {_spell(choices[0])}"
-    return "None" if hint is NoneType else hint.__name__

@@ -79,7 +79,7 @@ def run_main(family: ModelFamily, argv: Sequence[str] | None = None) -> int:
         3 non-finite, 75 preempted and saved, 130 interrupted.
     """
     try:
-        config = parse_config(family, argv)
+        config = parse_config(argv, family)
         with process_group(config.run.device) as device, print_log():
             _run(family, config, device)
     except (InputError, NonFiniteError, Preempted) as error:
@@ -366,7 +366,7 @@ def _create_model(
         settings.model,
         settings.attn_type,
         num_classes=num_classes,
-        hashing=settings.hashing,
+        hashing=config.hashing,
         drop_rate=settings.drop,
         drop_path_rate=settings.drop_path,
     )

@@ -90,7 +90,7 @@ def train_epoch(
         Preempted: a signal asked for it; all ranks raise with the same steps done.
     """
     optim, epoch, seed = config.optim, state.epoch, config.run.seed
-    is_fit_due = epoch % config.model.refit_every_epochs == 0 and bool(hash_layers(state.model))
+    is_fit_due = epoch % config.optim.refit_every_epochs == 0 and bool(hash_layers(state.model))
     network.train(config.run.is_train_mode)
     assert loaders.train is not None
     loaders.train.set_epoch(epoch, start_step=state.step)

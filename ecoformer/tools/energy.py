@@ -61,7 +61,7 @@ def run_get_energy(family: ModelFamily, argv: Sequence[str] | None = None) -> in
     )
     options, model_flags = parser.parse_known_args(argv)
     try:
-        config = parse_config(family, model_flags)
+        config = parse_config(model_flags, family)
         cost = _count(family, config)
         if options.json != "-":
             print(_format_table(config, cost))
@@ -77,7 +77,7 @@ def _count(family: ModelFamily, config: Config) -> Cost:
     settings = config.model
     # Without data: weights would only be drawn to be thrown away.
     with torch.device("meta"):
-        model = family.create_model(settings.model, settings.attn_type, hashing=settings.hashing)
+        model = family.create_model(settings.model, settings.attn_type, hashing=config.hashing)
     return count_cost(model, settings.input_size)
 
 
@@ -120,7 +120,7 @@ def _to_dict(config: Config, cost: Cost) -> dict[str, Any]:
     return {
         "model": model.model,
         "attention": model.attn_type,
-        "hashing": asdict(model.hashing) if model.attn_type == "ecoformer" else None,
+        "hashing": asdict(config.hashing) if model.attn_type == "ecoformer" else None,
         "input_size": cost.input_size,
         "mul": cost.mul,
         "add": cost.add,

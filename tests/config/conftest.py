@@ -86,6 +86,7 @@ def changed() -> dict[str, Any]:
         "lr_noise_std": 2.0,
         "epochs": 30,
         "grad_accum_steps": 4,
+        "task": "other",
         "config": None,
         "finetune": "https://example.org/weights.pth",
         "allow_missing": True,

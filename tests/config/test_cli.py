@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ecoformer.config import Config, parse_config
+from ecoformer.config import Config, make_config, parse_config
 from ecoformer.errors import InputError
 from ecoformer.models.registry import ModelFamily
 
@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def flat(family: ModelFamily, line: str) -> dict[str, Any]:
-    return parse_config(family, shlex.split(line)).to_flat()
+    return parse_config(shlex.split(line), family).to_flat()
 
 
 def flags_of(values: dict[str, Any]) -> list[str]:
@@ -39,7 +39,7 @@ def test_later_sources_win(pvt: ModelFamily, tmp_path: Path) -> None:
         default_model="pvt_v2_b1",
         recipe={"lr": 3.0, "drop_path": 0.4, "epochs": 7},
     )
-    config = parse_config(family, ["--momentum", "0.8", "--config", str(path), "--epochs", "8"])
+    config = parse_config(["--momentum", "0.8", "--config", str(path), "--epochs", "8"], family)
     assert config.optim.opt == "adamw"
     assert config.model.model == "pvt_v2_b1"
     assert config.model.drop_path == 0.4
@@ -47,13 +47,13 @@ def test_later_sources_win(pvt: ModelFamily, tmp_path: Path) -> None:
     assert (config.optim.momentum, config.optim.epochs) == (0.8, 8)
     # The command line can take back what a file says.
     assert (
-        parse_config(family, ["--config", str(path), "--clip-grad", "none"]).optim.clip_grad is None
+        parse_config(["--config", str(path), "--clip-grad", "none"], family).optim.clip_grad is None
     )
 
 
 def test_every_field_has_a_flag(pvt: ModelFamily, changed: dict[str, Any]) -> None:
     del changed["config"]
-    assert parse_config(pvt, flags_of(changed)).to_flat() == changed | {"config": None}
+    assert parse_config(flags_of(changed), pvt).to_flat() == changed | {"config": None}
 
 
 def test_released_pvt_commands(pvt: ModelFamily) -> None:
@@ -64,7 +64,7 @@ def test_released_pvt_commands(pvt: ModelFamily) -> None:
     stages = [("pvt_v2_b0_msa", 100, "msa"), ("pvt_v2_b0_ecoformer", 30, "ecoformer")]
     for name, epochs, kind in stages:
         file = CONFIGS / "pvt_v2" / f"{name}.py"
-        config = parse_config(pvt, shlex.split(line.format(file, epochs, "WEIGHTS")))
+        config = parse_config(shlex.split(line.format(file, epochs, "WEIGHTS")), pvt)
         assert (config.model.model, config.model.attn_type) == ("pvt_v2_b0", kind)
         assert (config.optim.epochs, config.optim.lr) == (epochs, 5e-5)
         assert (config.optim.warmup_lr, config.optim.min_lr) == (1e-7, 1e-6)
@@ -74,35 +74,35 @@ def test_released_pvt_commands(pvt: ModelFamily) -> None:
         assert config.optim.clip_grad is None
         # What the released command spells out is what the file says by itself.
         short = f"--config {file} --data-path IMAGENET --finetune WEIGHTS"
-        assert parse_config(pvt, shlex.split(short)) == config
+        assert parse_config(shlex.split(short), pvt) == config
 
 
 def test_released_twins_command(twins: ModelFamily) -> None:
     config = parse_config(
-        twins,
         shlex.split(
             "--model alt_gvt_small_ecoformer --batch-size 32 --data-path IMAGENET --data-set IMNET "
             "--dist-eval --nbits 16 --anchor 25 --topk 10 --k 300 --epochs 30 --lr 25e-5 "
             "--warmup-lr 5e-7 --min-lr 1e-6 --drop-path 0.2 --finetune STAGE1 --output_dir OUT"
         ),
+        twins,
     )
     assert (config.model.model, config.model.attn_type) == ("alt_gvt_small", "ecoformer")
     assert not config.data.repeated_aug
     assert (config.optim.clip_grad, config.model.drop_path) == (5.0, 0.2)
     file = CONFIGS / "twins" / "alt_gvt_small_ecoformer.py"
     short = f"--config {file} --data-path IMAGENET --finetune STAGE1 --output_dir OUT"
-    by_file = parse_config(twins, shlex.split(short)).to_flat()
+    by_file = parse_config(shlex.split(short), twins).to_flat()
     assert by_file == config.to_flat() | {"config": str(file)}
 
 
 def test_evaluation_and_throughput(pvt: ModelFamily) -> None:
-    config = parse_config(pvt, shlex.split("--resume https://a.org/b.pth --eval"))
+    config = parse_config(shlex.split("--resume https://a.org/b.pth --eval"), pvt)
     assert config.run.eval
     assert config.run.resume == "https://a.org/b.pth"
-    assert parse_config(pvt, []).run.throughput is None
-    assert parse_config(pvt, ["--throughput"]).run.throughput == "median"
-    assert parse_config(pvt, ["--throughput", "--eval"]).run.throughput == "median"
-    assert parse_config(pvt, ["--throughput", "released"]).run.throughput == "released"
+    assert parse_config([], pvt).run.throughput is None
+    assert parse_config(["--throughput"], pvt).run.throughput == "median"
+    assert parse_config(["--throughput", "--eval"], pvt).run.throughput == "median"
+    assert parse_config(["--throughput", "released"], pvt).run.throughput == "released"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,11 @@ def test_evaluation_and_throughput(pvt: ModelFamily) -> None:
         ("--clip-grad none", "clip_grad", None),
         ("--aa none", "aa", None),
         ("--aa v0", "aa", "v0"),
+        # Off in the released scripts, too.
+        ("--aa ''", "aa", None),
+        ("--aa=", "aa", None),
+        ("--opt-betas ''", "opt_betas", None),
+        ("--throughout", "throughput", "median"),
         ("--resume none", "resume", None),
         ("--amp-dtype none", "amp_dtype", "none"),
         ("--amp_dtype bfloat16", "amp_dtype", "bfloat16"),
@@ -157,7 +162,7 @@ def test_evaluation_and_throughput(pvt: ModelFamily) -> None:
     ],
 )
 def test_spellings(pvt: ModelFamily, line: str, name: str, value: object) -> None:
-    expected = parse_config(pvt, []).to_flat()
+    expected = parse_config([], pvt).to_flat()
     if "--eval" in line:
         expected["eval"] = True
     assert flat(pvt, line) == expected | {name: value}
@@ -167,7 +172,6 @@ def test_spellings(pvt: ModelFamily, line: str, name: str, value: object) -> Non
     ("line", "names"),
     [
         ("--p 6", ["--p"]),
-        ("--throughout", ["--throughout"]),
         ("--world_size 8 --dist-url env://", ["--world_size", "--dist-url"]),
         ("--local_rank=0", ["--local_rank"]),
         ("--use-mcloader --fp32-resume", ["--use-mcloader", "--fp32-resume"]),
@@ -186,15 +190,15 @@ def test_released_flags_without_meaning(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = Config.from_flat({"epochs": 3}, parse_config(pvt, []))
-    assert parse_config(pvt, shlex.split(f"{line} --epochs 3")) == expected
+    expected = Config.from_flat({"epochs": 3}, parse_config([], pvt))
+    assert parse_config(shlex.split(f"{line} --epochs 3"), pvt) == expected
     messages = [record.getMessage() for record in caplog.records]
     assert [message.split()[0] for message in messages] == names
     assert all("has no meaning any more and is ignored" in message for message in messages)
     # One voice is enough.
     caplog.clear()
     monkeypatch.setenv("RANK", "1")
-    assert parse_config(pvt, shlex.split(f"--epochs 3 {line}")) == expected
+    assert parse_config(shlex.split(f"--epochs 3 {line}"), pvt) == expected
     assert not caplog.records
 
 
@@ -222,7 +226,7 @@ def test_released_flags_without_meaning(
 )
 def test_what_does_not_exist(pvt: ModelFamily, line: str, expected: str) -> None:
     with pytest.raises(InputError) as caught:
-        parse_config(pvt, shlex.split(line))
+        parse_config(shlex.split(line), pvt)
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
 
@@ -234,7 +238,10 @@ def test_what_does_not_exist(pvt: ModelFamily, line: str, expected: str) -> None
         ("--epochs", "--epochs"),
         ("--epochs 3 4", "4"),
         ("--eval now", "now"),
-        ("--sched cosin", "'cosine'"),
+        ("--sched cosin", "--sched is 'cosin'; expected 'cosine' or"),
+        ("--lr x", "--lr is 'x'; expected float."),
+        ("--seed 9223372036854775808", "--seed has 64 bits"),
+        ("--train-mode now", "--train-mode is 'now'; expected bool or None."),
         ("--opt-betas 0.9", "--opt-betas"),
         ("--throughput fast", "--throughput"),
         ("--config", "--config"),
@@ -252,7 +259,7 @@ def test_values_that_do_not_fit(
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(InputError) as caught:
-            parse_config(pvt, shlex.split(line))
+            parse_config(shlex.split(line), pvt)
         assert caught.value.exit_code == 2
         # One line, and nothing printed beside it.
         message = str(caught.value)
@@ -263,13 +270,13 @@ def test_values_that_do_not_fit(
 @pytest.mark.parametrize("line", ["--help", "-h", "--eval --help", "--eval -h"])
 def test_help(twins: ModelFamily, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse_config(twins, shlex.split(line))
+        parse_config(shlex.split(line), twins)
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "python -m twins.main" in text
     for name in Config().to_flat():
         assert f"--{name.replace('_', '-')}" in text
-    for spelling in ("--nbits", "--anchor", "--topk", "--k)"):
+    for spelling in ("--nbits ", "--anchor ", "--topk ", "--k "):
         assert spelling in text
 
 
@@ -303,7 +310,7 @@ def test_help(twins: ModelFamily, line: str, capsys: pytest.CaptureFixture[str])
 def test_names_of_models_and_folders(
     twins: ModelFamily, line: str, model: str, kind: str, folder: str
 ) -> None:
-    config = parse_config(twins, shlex.split(line))
+    config = parse_config(shlex.split(line), twins)
     assert (config.model.model, config.model.attn_type) == (model, kind)
     assert config.run.output_dir == f"runs/{folder}"
 
@@ -318,12 +325,12 @@ def test_names_of_models_and_folders(
 )
 def test_train_msa_wants_a_softmax_model(twins: ModelFamily, line: str) -> None:
     with pytest.raises(InputError, match=r"^--train_msa "):
-        parse_config(twins, shlex.split(line))
+        parse_config(shlex.split(line), twins)
 
 
 def test_train_msa_blames_nobody_for_a_name_that_was_not_given(twins: ModelFamily) -> None:
     with pytest.raises(InputError, match=r"the default model alt_gvt_small_ecoformer .* --model"):
-        parse_config(twins, ["--train_msa"])
+        parse_config(["--train_msa"], twins)
 
 
 def test_released_name_beats_the_attention_of_a_file(twins: ModelFamily, tmp_path: Path) -> None:
@@ -340,8 +347,27 @@ def test_released_name_beats_the_attention_of_a_file(twins: ModelFamily, tmp_pat
 def test_a_run_starts_again_from_its_own_file(pvt: ModelFamily, tmp_path: Path) -> None:
     from ecoformer.config import to_yaml
 
-    first = parse_config(pvt, ["--model", "pvt_v2_b1", "--attn_type", "msa", "--lr", "1e-3"])
+    first = parse_config(["--model", "pvt_v2_b1", "--attn_type", "msa", "--lr", "1e-3"], pvt)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(first), encoding="utf-8")
-    again = parse_config(pvt, ["--config", str(path)])
+    again = parse_config(["--config", str(path)], pvt)
     assert again.to_flat() == first.to_flat() | {"config": str(path)}
+
+
+def test_a_configuration_from_python(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text("lr = 1.0\nepochs = 3\n")
+    config = make_config(model="alt_gvt_small", config=str(path), epochs=4, opt_betas=[0.9, 0.95])
+    line = f"--model alt_gvt_small --config {path} --epochs 4 --opt-betas 0.9 0.95"
+    assert config == parse_config(shlex.split(line))
+    assert (config.optim.lr, config.optim.epochs, config.model.attn_type) == (1.0, 4, "msa")
+    # The recipe of the family that the model belongs to, named or in a file.
+    assert config.optim.clip_grad == 5.0
+    path.write_text("model = 'pvt_v2_b1'\n")
+    assert make_config(config=str(path)).optim.clip_grad is None
+    with pytest.raises(InputError, match=r"^epochs is '3'; expected int\.$"):
+        make_config(model="pvt_v2_b0", epochs="3")
+    with pytest.raises(InputError, match="there is no field 'epoch', did you mean 'epochs'"):
+        make_config(model="pvt_v2_b0", epoch=3)
+    with pytest.raises(InputError, match="name a model"):
+        make_config(epochs=3)

@@ -38,7 +38,7 @@ def parse_own_command(
     assert command
     assert command[1] == FAMILY_OF_FOLDER[path.parent.name]
     family: ModelFamily = request.getfixturevalue(command[1])
-    return parse_config(family, shlex.split(command[2].replace("\\\n", " ")))
+    return parse_config(shlex.split(command[2].replace("\\\n", " ")), family)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -81,12 +81,12 @@ def test_file_trains_and_evaluates(path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(ROOT)
     family = importlib.import_module(FAMILY_OF_FOLDER[path.parent.name]).FAMILY
     small = ["--input-size", "32", "--num-fit-steps", "1"]
-    config = parse_config(family, ["--config", str(path), *small])
+    config = parse_config(["--config", str(path), *small], family)
     model = family.create_model(
         config.model.model,
         config.model.attn_type,
         num_classes=2,
-        hashing=config.model.hashing,
+        hashing=config.hashing,
         drop_path_rate=config.model.drop_path,
     )
     state = start_as_configured(model, config)

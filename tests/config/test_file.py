@@ -28,16 +28,16 @@ def test_plain_and_released_form_are_the_same(tmp_path: Path) -> None:
     released = write(tmp_path, "cfg.py", "cfg = dict(nbits=8, lr=5e-5, clip_grad=None)\n")
     base = Config.from_flat({"clip_grad": 5.0})
     config = read_config(plain, base)
-    assert (config.model.num_bits, config.optim.lr, config.optim.clip_grad) == (8, 5e-5, None)
+    assert (config.hashing.num_bits, config.optim.lr, config.optim.clip_grad) == (8, 5e-5, None)
     assert read_config(released, base) == config
 
 
 def test_released_names(tmp_path: Path) -> None:
     text = "cfg = dict(nbits=8, m=20, k=3, topk=5)\n"
-    model = read_config(write(tmp_path, "a.py", text)).model
-    assert (model.num_bits, model.num_anchors, model.refit_every_epochs) == (8, 20, 3)
-    assert model.num_similar == 5
-    assert read_config(write(tmp_path, "b.py", "anchor = 20")).model.num_anchors == 20
+    config = read_config(write(tmp_path, "a.py", text))
+    assert (config.hashing.num_bits, config.hashing.num_anchors) == (8, 20)
+    assert (config.hashing.num_similar, config.optim.refit_every_epochs) == (5, 3)
+    assert read_config(write(tmp_path, "b.py", "anchor = 20")).hashing.num_anchors == 20
 
 
 def test_base_files_and_code(tmp_path: Path) -> None:
@@ -181,3 +181,10 @@ def test_no_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
     with pytest.raises(InputError, match=r"is no regular file\.$"):
         read_config(tmp_path / "config.yaml")
+
+
+def test_yaml_numbers_as_people_write_them(tmp_path: Path) -> None:
+    text = "lr: 5e-5\ndata_path: 1e5\nclip_grad: none\namp_dtype: none\nepochs: '3'\n"
+    config = read_config(write(tmp_path, "config.yml", text))
+    assert (config.optim.lr, config.optim.clip_grad, config.optim.epochs) == (5e-5, None, 3)
+    assert (config.data.data_path, config.run.amp_dtype) == ("1e5", "none")

@@ -3,11 +3,12 @@ from __future__ import annotations
 import ast
 import inspect
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from ecoformer.config import Config, describe_changes, schema
+from ecoformer.config.types import read_words
 from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
 
@@ -20,7 +21,7 @@ def test_defaults_are_the_released_recipe() -> None:
     assert flat["epochs"] == 300
     assert flat["aa"] == "rand-m9-mstd0.5-inc1"
     assert (flat["smoothing"], flat["mixup"], flat["cutmix"]) == (0.1, 0.8, 1.0)
-    assert Config().model.hashing == HashConfig()
+    assert Config().hashing == HashConfig()
 
 
 def test_field_names_are_unique_over_sections() -> None:
@@ -132,3 +133,26 @@ def test_describe_changes() -> None:
     assert set(describe_changes(old, new)) == {"lr", "aa"}
     # A field that is gone since then is told.
     assert describe_changes({"gone": 3}, {}) == {"gone": "3 -> None"}
+
+
+@pytest.mark.parametrize(
+    ("words", "hint", "value"),
+    [
+        ("3", int, 3),
+        ("3.0", int, "3.0"),
+        ("5e-5", float, 5e-5),
+        ("x", float, "x"),
+        ("1e5", str, "1e5"),
+        ("None", str, "None"),
+        ("NONE", float | None, None),
+        ("none", Literal["none", "float16"] | None, "none"),
+        ("none", Literal["released"] | None, None),
+        (["0.9", "1"], tuple[float, float], [0.9, 1.0]),
+        (["0.9", "x"], tuple[float, ...], [0.9, "x"]),
+        (["none"], tuple[float, ...] | None, None),
+        (["config"], tuple[Literal["config"], ...], ["config"]),
+    ],
+)
+def test_words(words: str | list[str], hint: Any, value: object) -> None:
+    read = read_words(words, hint)
+    assert (read, type(read)) == (value, type(value))

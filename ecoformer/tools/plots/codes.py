@@ -125,7 +125,7 @@ def load_run(folder: Path) -> nn.Module:
         settings.model,
         settings.attn_type,
         num_classes=len(images.class_names),
-        hashing=settings.hashing,
+        hashing=config.hashing,
     )
     load_checkpoint(model, folder / LAST_CHECKPOINT, strict=True)
     return model.eval()

@@ -84,7 +84,7 @@ def test_runs_share_stage_1_and_are_not_run_again(
     stage1 = seed / "msa_stage1" / "last_checkpoint.pth"
     for name in names[:2]:
         assert read_config(seed / name / "config.yaml").run.finetune == str(stage1)
-    assert read_config(seed / names[1] / "config.yaml").model.value_bias == "normalized"
+    assert read_config(seed / names[1] / "config.yaml").hashing.value_bias == "normalized"
 
     rows = json.loads((folder / "bias.json").read_text())["rows"]
     for row, name in zip(rows, names, strict=False):

@@ -1,0 +1,82 @@
+"""The one place where settings are merged and completed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+from ecoformer.config.file import blame_file, read_fields
+from ecoformer.config.schema import Config
+from ecoformer.errors import InputError
+from ecoformer.models.registry import ModelFamily
+
+
+def make_config(**values: object) -> Config:
+    """Build the settings of a run in Python, as ``parse_config`` does from a command line.
+
+    Args:
+        values: fields by name; ``config`` names a file, whose fields they beat.
+
+    Raises:
+        InputError: a field, file or value that cannot be used.
+    """
+    return merge(values)
+
+
+def merge(values: Mapping[str, object], family: ModelFamily | None = None) -> Config:
+    """Lay values over the file that they name, that over the family's recipe and the defaults."""
+    path = values.get("config")
+    in_file = read_fields(str(path)) if path else {}
+    family = family or _find_family(values.get("model") or in_file.get("model"))
+    config = Config.from_flat({"model": family.default_model, **family.recipe})
+    if path:
+        with blame_file(str(path)):
+            config = Config.from_flat(in_file, config)
+    config = Config.from_flat(values, config)
+    if (
+        "model" in values
+        and "attn_type" not in values
+        and config.model.model not in family.variants
+    ):
+        # A released name that spells its attention out beats the file's attn_type.
+        config = replace(config, model=replace(config.model, attn_type=None))
+    return _complete(config, family)
+
+
+def _find_family(model: object) -> ModelFamily:
+    if not model:
+        raise InputError("name a model, for example --model pvt_v2_b0.")
+    families: list[ModelFamily] = [import_module(name).FAMILY for name in ("pvt", "twins")]
+    for family in families:
+        if model in family.variants or model in family.released_names:
+            return family
+    raise InputError(f"unknown model {model!r}.")
+
+
+def _complete(config: Config, family: ModelFamily) -> Config:
+    """Fill in what follows from other settings."""
+    model, run = config.model, config.run
+    variant, attention = family.resolve(model.model, model.attn_type)
+    if model.train_msa and attention not in ("msa", "lsa_msa"):
+        if model.attn_type or model.model.endswith("_ecoformer"):
+            whose = "the default model " if model.model == family.default_model else ""
+            raise InputError(
+                "--train_msa fine-tunes original weights into softmax attention, and "
+                f"{whose}{model.model} is to have {attention!r}; name a softmax model with "
+                "--model, or drop --train_msa."
+            )
+        variant, attention = family.resolve(variant, "msa")
+    if run.config:
+        name = Path(run.config).stem
+    elif attention == family.resolve(model.model)[1]:
+        name = model.model
+    else:
+        # Two stages of one model must not share a folder.
+        name = f"{variant}_{attention}"
+    return replace(
+        config,
+        model=replace(model, model=variant, attn_type=attention),
+        run=replace(run, output_dir=run.output_dir or f"runs/{name}"),
+    )
