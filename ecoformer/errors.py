@@ -1,7 +1,8 @@
-"""Errors that a person can act on, and the exit code that each becomes."""
+"""Errors that a person can act on, the exit code that each becomes, and how they are printed."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -12,6 +13,9 @@ EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
+
+# Longer than any sentence of ours; what is longer holds a name out of somebody's file.
+_MAX_CHARACTERS = 2000
 
 
 class InputError(ValueError):
@@ -24,7 +28,6 @@ class NonFiniteError(ArithmeticError):
     """A loss, gradient, weight or hash function became NaN or infinite.
 
     Args:
-        message: one line.
         step: of the epoch, where it is not the last one that was done.
         loss_scale: that the step had.
     """
@@ -45,25 +48,39 @@ class Preempted(Exception):
     exit_code = EXIT_PREEMPTED
 
 
-def print_error(message: object) -> None:
-    """Say on stderr, in one line, why a command ends.
+def one_line(message: object) -> str:
+    """Make text safe to print, whoever wrote it: names in files can hold anything.
 
-    Args:
-        message: an error, or what stands in for one.
+    White space becomes single spaces, and what a terminal would obey (escape sequences, bells,
+    changes of direction) or cannot encode (bytes of a name) an escape. The middle of what is
+    longer than 2,000 characters is left out.
     """
-    print("error:", *str(message).split(), file=sys.stderr, flush=True)
+    # Twice: the first bounds the time, and escapes are longer than what they stand for.
+    text = _shorten(" ".join(str(message).split()))
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _shorten("".join(escaped))
+
+
+def _shorten(text: str) -> str:
+    half = _MAX_CHARACTERS // 2
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
+
+
+class LineFormatter(logging.Formatter):
+    """Write what is logged as one line each."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        """Write the message alone; a traceback keeps its lines."""
+        return one_line(record.message)
+
+
+def print_error(message: object) -> None:
+    """Say on stderr, in one line, why a command ends."""
+    print("error:", one_line(message), file=sys.stderr, flush=True)
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
-    """End a sentence about an unknown name with the closest one that exists.
-
-    Args:
-        name: what was typed.
-        choices: the names that exist.
-
-    Returns:
-        ``", did you mean 'x'?"``, or ``"."`` where nothing comes close.
-    """
+    """End a sentence about an unknown name: ``", did you mean 'x'?"``, or ``"."``."""
     # Imported here: only a failing command pays for it.
     import difflib
 
@@ -72,9 +89,5 @@ def suggest(name: str, choices: Iterable[str]) -> str:
 
 
 def is_main_process() -> bool:
-    """Tell from torchrun's environment whether this process speaks to the user.
-
-    Returns:
-        True for rank 0, and where there is no torchrun.
-    """
+    """Tell from torchrun's environment whether this process speaks to the user."""
     return os.environ.get("RANK", "0") == "0"

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from ecoformer.errors import InputError
+from ecoformer.errors import InputError, LineFormatter
 from ecoformer.files import write_text
 from ecoformer.ranks import is_main, run_on_main
 
@@ -34,7 +34,7 @@ def print_log() -> Iterator[None]:
     logger = logging.getLogger("ecoformer")
     handlers, propagate, level = logger.handlers, logger.propagate, logger.level
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(LineFormatter())
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO if is_main() else logging.WARNING)
     try:
