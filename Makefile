@@ -23,9 +23,10 @@ test: $(installed) ## all tests but the slow ones
 test-all: $(installed) ## all tests
 	@$(python) -m pytest -m ""
 
-lint: $(installed) ## ruff and mypy
+lint: $(installed) ## ruff, who may import whom, mypy
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
+	@$(VENV)/bin/lint-imports --no-logo --no-cache
 	@$(python) -m mypy
 
 clean: ## remove the environment and all caches; runs/ stays

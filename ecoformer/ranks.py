@@ -149,4 +149,5 @@ def download_on_main(action: Callable[[], object]) -> None:
 
 
 def default_store() -> dist.Store:
+    """Key-value store that the ranks of this run share."""
     return dist.distributed_c10d._get_default_store()
