@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,19 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "environment" / "train.sbatch"
 FLAGS = ["pvt.main", "--data-path", "a folder"]
 
-# Writes its words, one a line, and ends as FATE says: at once, or when it is told to stop.
+# Writes its words, one a line, and ends as FATE says: at once, or when it is told to stop. A second
+# signal would end it while it saves.
 SRUN = """#!/bin/bash
-trap 'echo saving; sleep 0.3; exit "$FATE"' USR1
+trap 'trap - USR1; touch "$FOLDER/told"; sleep 0.5; exit "$FATE"' USR1
 printf '%s\\n' "$@" > "$FOLDER/part" && mv "$FOLDER/part" "$FOLDER/words"
 [[ $WAITS ]] || exit "$FATE"
 while :; do sleep 0.05; done
 """
 SCONTROL = """#!/bin/bash
-[[ $1 == show ]] && printf 'node7\\nnode8\\n' || echo "$@" >> "$FOLDER/requeued"
+[[ $1 == show ]] || { echo "$@" >> "$FOLDER/requeued"; exit; }
+touch "$FOLDER/asked"
+sleep "$DELAY"
+printf 'node7\\nnode8\\n'
 """
 
 
@@ -38,6 +43,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "FOLDER": str(tmp_path),
         "FATE": "0",
         "WAITS": "",
+        "DELAY": "0",
         "SLURM_JOB_ID": "31234",
         "SLURM_JOB_NODELIST": "node[7-8]",
         "SLURM_NNODES": "2",
@@ -45,13 +51,13 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def run(environment: dict[str, str], flags: list[str], *, is_time_up: bool) -> int:
-    """Start the script, and signal it, and it alone, once its run has begun."""
+def run(environment: dict[str, str], flags: list[str], *, signals_at: Sequence[str] = ()) -> int:
+    """Start the script, and signal it, and it alone, as soon as each of some files is there."""
     process = subprocess.Popen(["bash", str(SCRIPT), *flags], env=environment)
     try:
-        if is_time_up:
+        for name in signals_at:
             deadline = time.monotonic() + 20
-            while not Path(environment["FOLDER"], "words").exists():
+            while not Path(environment["FOLDER"], name).exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             process.send_signal(signal.SIGUSR1)
@@ -61,31 +67,41 @@ def run(environment: dict[str, str], flags: list[str], *, is_time_up: bool) -> i
 
 
 @pytest.mark.parametrize(
-    ("is_time_up", "fate", "is_requeued"),
+    ("signals_at", "fate", "is_requeued"),
     [
-        (True, "1", True),
+        (["words"], "1", True),
+        (["words", "told"], "1", True),
         # It came to its end while it was told to stop.
-        (True, "0", False),
-        (False, "1", False),
-        (False, "0", False),
+        (["words"], "0", False),
+        ([], "1", False),
+        ([], "0", False),
     ],
 )
 def test_only_a_run_that_was_stopped_is_queued_again(
-    environment: dict[str, str], is_time_up: bool, fate: str, is_requeued: bool
+    environment: dict[str, str], signals_at: list[str], fate: str, is_requeued: bool
 ) -> None:
-    environment |= {"FATE": fate, "WAITS": "yes" if is_time_up else ""}
-    assert run(environment, FLAGS, is_time_up=is_time_up) == int(fate)
+    environment |= {"FATE": fate, "WAITS": "yes" if signals_at else ""}
+    assert run(environment, FLAGS, signals_at=signals_at) == int(fate)
     requeued = Path(environment["FOLDER"], "requeued")
     assert requeued.exists() == is_requeued
     if is_requeued:
         assert requeued.read_text() == "requeue 31234\n"
 
 
+def test_a_run_whose_time_is_up_before_it_begins_is_queued_again(
+    environment: dict[str, str],
+) -> None:
+    environment["DELAY"] = "0.3"
+    assert run(environment, FLAGS, signals_at=["asked"]) == 75
+    assert not Path(environment["FOLDER"], "words").exists()
+    assert Path(environment["FOLDER"], "requeued").read_text() == "requeue 31234\n"
+
+
 def test_nodes_meet_at_the_first_one(environment: dict[str, str]) -> None:
-    assert run(environment, FLAGS, is_time_up=False) == 0
+    assert run(environment, FLAGS) == 0
     words = Path(environment["FOLDER"], "words").read_text().splitlines()
     torchrun = words.index("torchrun")
-    assert "--cpus-per-task=64" in words[:torchrun]
+    assert words[:torchrun] == ["--cpus-per-task=64", "--wait=180"]
     assert {
         "--nnodes=2",
         "--rdzv-endpoint=node7:21234",
@@ -99,7 +115,7 @@ def test_nodes_meet_at_the_first_one(environment: dict[str, str]) -> None:
 def test_torchrun_knows_the_flags(environment: dict[str, str]) -> None:
     from torch.distributed.run import get_args_parser
 
-    run(environment, FLAGS, is_time_up=False)
+    run(environment, FLAGS)
     words = Path(environment["FOLDER"], "words").read_text().splitlines()
     args = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
     assert args.module
@@ -107,8 +123,15 @@ def test_torchrun_knows_the_flags(environment: dict[str, str]) -> None:
     assert args.signals_to_handle.endswith(",SIGUSR1")
 
 
+def test_gpus_may_bring_their_cores(environment: dict[str, str]) -> None:
+    del environment["SLURM_CPUS_PER_TASK"]
+    assert run(environment, FLAGS) == 0
+    words = Path(environment["FOLDER"], "words").read_text().splitlines()
+    assert words[: words.index("torchrun")] == ["--wait=180"]
+
+
 def test_nothing_to_run(environment: dict[str, str]) -> None:
-    assert run(environment, [], is_time_up=False) == 2
+    assert run(environment, []) == 2
     assert not Path(environment["FOLDER"], "words").exists()
 
 
