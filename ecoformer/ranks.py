@@ -5,6 +5,7 @@ Without torchrun there is no process group, and every helper gives the answer of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -16,73 +17,41 @@ T = TypeVar("T")
 
 # How long it waits for a download, which no collective is to limit.
 _DOWNLOAD_TIMEOUT = timedelta(days=1)
-_DOWNLOAD_KEY = "ecoformer/download"
+# Counts this process's downloads, alike on all ranks: a name in the store serves once.
+_downloads = itertools.count()
 
 
 def rank() -> int:
-    """Ask which of all processes of the run this is.
-
-    Returns:
-        Its number; 0 for a process alone.
-    """
+    """Which of all processes of the run this is; 0 for a process alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Count the processes of the run.
-
-    Returns:
-        At least 1.
-    """
+    """The number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Ask whether this process prints and saves.
-
-    Returns:
-        True on rank 0.
-    """
+    """Whether this process prints and saves: that is rank 0."""
     return rank() == 0
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Add a tensor up over all ranks, in place.
-
-    Args:
-        tensor: any shape, the same on all ranks.
-
-    Returns:
-        The same tensor.
-    """
+    """Add a tensor up over all ranks, in place; its shape is the same on each."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def max_over_ranks(tensor: Tensor) -> Tensor:
-    """Take the largest of each entry over all ranks, in place.
-
-    Args:
-        tensor: any shape, the same on all ranks.
-
-    Returns:
-        The same tensor.
-    """
+    """Take the largest of each entry over all ranks, in place; its shape is the same on each."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
 def broadcast_object(value: T) -> T:
-    """Give all ranks what one of them has.
-
-    Args:
-        value: anything that pickles; looked at on rank 0 only.
-
-    Returns:
-        Rank 0's ``value``; on the other ranks a copy of it.
-    """
+    """Give all ranks a copy of what rank 0 has; anything that pickles."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -91,14 +60,7 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Exchange a value among all ranks.
-
-    Args:
-        value: anything that pickles.
-
-    Returns:
-        The values of all, by rank.
-    """
+    """Give all ranks the values of all, by rank; anything that pickles."""
     if not dist.is_initialized():
         return [value]
     values: list[T | None] = [None] * world_size()
@@ -107,10 +69,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def run_on_main(action: Callable[[], object]) -> None:
-    """Do something on rank 0 while the others wait, and fail on all ranks where it fails.
-
-    Args:
-        action: what rank 0 does.
+    """Do something on rank 0 while the others wait.
 
     Raises:
         Exception: what the action raised, on every rank.
@@ -127,27 +86,25 @@ def run_on_main(action: Callable[[], object]) -> None:
 
 
 def download_on_main(action: Callable[[], object]) -> None:
-    """As ``run_on_main``, for what may take hours; once in a process group.
-
-    Args:
-        action: what rank 0 does.
+    """As ``run_on_main``, for what may take hours.
 
     Raises:
         Exception: what the action raised, on every rank.
     """
+    key = f"ecoformer/download{next(_downloads)}"
 
     def download() -> None:
         try:
             action()
         finally:
             if dist.is_initialized():
-                default_store().set(_DOWNLOAD_KEY, "done")
+                default_store().set(key, "done")
 
     if not is_main():
-        default_store().wait([_DOWNLOAD_KEY], _DOWNLOAD_TIMEOUT)
+        default_store().wait([key], _DOWNLOAD_TIMEOUT)
     run_on_main(download)
 
 
 def default_store() -> dist.Store:
-    """Key-value store that the ranks of this run share."""
+    """What the ranks of the group write to and read from, besides collectives."""
     return dist.distributed_c10d._get_default_store()

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ecoformer.engine.main import run_main
+from ecoformer.engine.command import run_command
 from twins import FAMILY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the words after the program's name; ``sys.argv`` if not given.
-
-    Returns:
-        The process's exit code.
-    """
-    return run_main(FAMILY, argv)
+    """Run the command line; returns the process's exit code."""
+    return run_command(argv, FAMILY)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Collection
+from multiprocessing.process import BaseProcess
 
 
 def prepare_worker(worker: int) -> None:
@@ -28,13 +30,17 @@ def prepare_worker(worker: int) -> None:
         threading.Thread(target=_end_when_parent_says, daemon=True).start()
 
 
-def end_workers() -> None:
+def end_workers(spared: Collection[BaseProcess] = ()) -> None:
     """End those that read for this process, also in the middle of an image that never ends.
 
     At exit PyTorch waits for each of them, five seconds where one is busy.
+
+    Args:
+        spared: children of this process that are somebody else's.
     """
     for worker in multiprocessing.active_children():
-        worker.terminate()
+        if worker not in spared:
+            worker.terminate()
 
 
 def _end_when_parent_says() -> None:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from ecoformer.tasks.base import Network
+
 
 def compile_model(model: nn.Module) -> nn.Module:
-    """Hand a model to ``torch.compile``; it stays usable itself, for a fit say.
-
-    Args:
-        model: the bare model.
-
-    Returns:
-        The compiled model, over the same parameters and buffers.
-    """
+    """Hand a model to ``torch.compile``; it stays usable itself, for a fit say."""
     compiled = torch.compile(model)
     assert isinstance(compiled, nn.Module)
     return compiled
 
 
-def vary_batch_size(images: Tensor) -> Tensor:
-    """Announce to a compiled model that other batches hold more or fewer images than this one.
+def vary_batch_size(network: Network) -> Network:
+    """Announce to a compiled network that other batches have another size.
 
-    It then compiles once for all sizes, but for batches of a single image, which are a case of
-    their own. To a model that is not compiled it means nothing.
-
-    Args:
-        images: [B, ...], any dtype.
-
-    Returns:
-        ``images``.
+    It then compiles once for all sizes, but for batches of one, which are a case of their own. To
+    a network that is not compiled it means nothing. Tensors that it is called with have the batch
+    on their first axis.
     """
-    torch._dynamo.maybe_mark_dynamic(images, 0)
-    return images
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+        return network(*args, **kwargs)
+
+    return call

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,9 @@ from ecoformer.ranks import default_store
 # How long a rank waits in a collective: longer than a fit or a save on a slow disk takes.
 _TIMEOUT = timedelta(minutes=10)
 _ERROR_KEY = "ecoformer/error"
+
+# Counts the groups that this process has joined: a name in the store serves once.
+_numbers = itertools.count()
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -58,44 +63,65 @@ def choose_device(name: str | None) -> torch.device:
 def process_group(device_name: str | None = None) -> Iterator[torch.device]:
     """Join the processes that torchrun started, for the time of a block.
 
+    A group that is there already is used and left as it is. Without torchrun there is none.
+
     Args:
         device_name: see ``choose_device``.
 
     Yields:
-        This process's device.
+        This process's device; it is the current one in the block.
 
     Raises:
-        InputError: there is no such device.
+        InputError: there is no such device, or the group that is there cannot reach the CPU.
     """
     device = choose_device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield device
-        return
-    store, number, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-    # After a restart torchrun lets the ranks meet in the same store, where the addresses of those
-    # that died still are. On several nodes counts may differ, and torchrun needs
-    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store each time.
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(
-        store=store,
-        rank=number,
-        world_size=size,
-        # gloo also beside NCCL: what processors agree on need not wait for devices.
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
-    )
-    try:
-        yield device
-    # All ranks raise these at one place. After another error the others may be inside a
-    # collective, and leaving the group together with them would hang.
-    except (NonFiniteError, Preempted):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if dist.is_initialized():
+            if "cpu:" not in dist.get_backend_config():
+                raise InputError(
+                    f"the process group has the backend {dist.get_backend()!r} alone, and ranks "
+                    "agree on their CPUs; start it with "
+                    "init_process_group('cpu:gloo,cuda:nccl')."
+                )
+            yield device
+            return
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            yield device
+            return
+        store, number, size = _meet()
+        # After a restart torchrun lets the ranks meet in the same store, where the addresses of
+        # those that died still are. On several nodes counts may differ, and torchrun needs
+        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store each time.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(
+            store=dist.PrefixStore(str(next(_numbers)), store),
+            rank=number,
+            world_size=size,
+            # gloo also beside NCCL: what processors agree on need not wait for devices.
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+        try:
+            yield device
+        # All ranks raise these at one place. After another error the others may be inside a
+        # collective, and leaving the group together with them would hang.
+        except (NonFiniteError, Preempted):
+            dist.destroy_process_group()
+            raise
         dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+
+
+@cache
+def _meet() -> tuple[dist.Store, int, int]:
+    """The store of all ranks, this rank's number and how many there are.
+
+    Kept for the life of the process: a rank that asks for the next group early would find the
+    store of the last one, which is about to go.
+    """
+    store, number, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    return store, number, size
 
 
 def claim_error() -> bool:

@@ -35,8 +35,10 @@ def print_log() -> Iterator[None]:
     handlers, propagate, level = logger.handlers, logger.propagate, logger.level
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(LineFormatter())
+    # Asked for each record: ranks may be joined inside the block only.
+    handler.addFilter(lambda record: is_main() or record.levelno >= logging.WARNING)
     logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO if is_main() else logging.WARNING)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:

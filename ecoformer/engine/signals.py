@@ -8,6 +8,7 @@ process where it is.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -42,15 +43,22 @@ _may_leave = False
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Take the signals as a wish to stop, which ``agree`` reports, inside a block."""
+    """Take the signals as a wish to stop, which ``agree`` reports, inside a block.
+
+    Only the main thread can: in another one the signals do what they did before.
+    """
     global _is_stop_asked
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     _is_stop_asked = False
     previous = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
     try:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # None stands for a handler that was not set from Python, and is lost.
+            signal.signal(number, handler or signal.SIG_DFL)
         _is_stop_asked = False
 
 

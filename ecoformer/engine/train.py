@@ -1,50 +1,174 @@
-"""One epoch of training."""
+"""The training loop, from the first epoch to the last."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from multiprocessing import active_children
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ecoformer.config import Config
-from ecoformer.engine.logs import format_seconds, track
-from ecoformer.engine.precision import autocast
-from ecoformer.engine.signals import Request, agree, leave_at_signal
+from ecoformer.data.workers import end_workers
+from ecoformer.engine.compiling import compile_model
+from ecoformer.engine.evaluate import measure
+from ecoformer.engine.health import Health, report_non_finite
+from ecoformer.engine.logs import RunLog, format_seconds, track
+from ecoformer.engine.optim import scale_learning_rate
+from ecoformer.engine.saving import Saver
+from ecoformer.engine.session import Session
+from ecoformer.engine.signals import Request, agree, leave_at_signal, stop_signals
 from ecoformer.engine.state import TrainState
 from ecoformer.errors import NonFiniteError, Preempted
 from ecoformer.hashing import fit_hash_functions, hash_layers
-from ecoformer.ranks import max_over_ranks, rank, run_on_main, world_size
+from ecoformer.ranks import rank, run_on_main, world_size
 from ecoformer.seeding import derive_seed, seed_everything
-
-if TYPE_CHECKING:
-    from ecoformer.data import Loader, Loaders
-
-# Below this scale a gradient of one vanishes in float16: what overflows is not the scale's doing.
-_SMALLEST_SCALE = 2.0**-24
 
 _logger = logging.getLogger(__name__)
 
 
-def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
-    """Make the gradients of all ranks one. Alone, a model stays what it is.
+def train_model(session: Session, state: TrainState) -> None:
+    """Train the epochs that are left; after each, evaluate, log and save.
+
+    Raises:
+        InputError: the data, or the disk at the last save.
+        NonFiniteError: a loss, gradient, weight or hash function; all ranks raise at one step.
+        Preempted: a signal asked for it, and the state is saved.
+    """
+    config, folder, num_epochs = session.config, session.folder, session.config.optim.epochs
+    network = compile_model(state.model) if config.run.compile else state.model
+    parallel = parallelize(network, session.device)
+    num_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    _log_start(session, num_parameters)
+
+    began, first_epoch, children = time.monotonic(), state.epoch, active_children()
+    with (
+        RunLog(folder, first_epoch=first_epoch) as log,
+        stop_signals(),
+        Saver(state, config) as saver,
+        report_non_finite(session, state),
+    ):
+        try:
+            while state.epoch < num_epochs:
+                train_epoch(session, state, parallel, saver)
+                metrics = measure(session, network)
+                is_best = metrics.score > state.best_score
+                if is_best:
+                    state.best_score = metrics.score
+                record = {
+                    "train_lr": state.learning_rate,
+                    "train_loss": state.loss.mean(),
+                    **metrics.values,
+                    "epoch": state.epoch,
+                    "n_parameters": num_parameters,
+                }
+                state.finish_epoch(metrics.score)
+                is_last = state.epoch == num_epochs
+                # Before the checkpoint: a run that dies between them writes this line again.
+                log.write(record, is_last=is_last)
+                saver.save(is_best=is_best, is_last=is_last)
+                num_done = state.epoch - first_epoch
+                left = (time.monotonic() - began) / num_done * (num_epochs - state.epoch)
+                _logger.info(
+                    "epoch %d, %d of %d done: train loss %.4f, %s, best %s, %s left",
+                    record["epoch"],
+                    state.epoch,
+                    num_epochs,
+                    record["train_loss"],
+                    metrics,
+                    metrics.format_score(state.best_score),
+                    format_seconds(left),
+                )
+        except Preempted as stop:
+            saver.save(is_last=True)
+            end_workers(spared=children)
+            where = f"epoch {state.epoch}, step {state.step}"
+            raise Preempted(f"{stop}, saved at {where}; the same command goes on.") from None
+
+
+def train_epoch(session: Session, state: TrainState, network: nn.Module, saver: Saver) -> None:
+    """Train ``state.epoch``, or what is left of it, counting its losses in ``state.loss``.
+
+    A step draws from generators that are seeded by where it stands, so a resumed epoch draws
+    what an uninterrupted one does.
 
     Args:
-        model: the model, compiled or not; its parameters and buffers become rank 0's.
-        device: where it is.
+        network: ``state.model`` as it is called for a step: compiled, on many ranks.
 
-    Returns:
-        What to call in training, in place of the model.
+    Raises:
+        NonFiniteError: a loss or gradient is not finite; all ranks raise at the same step.
+        Preempted: a signal asked for it; all ranks raise with the same steps done.
+    """
+    config, task, loader = session.config, session.task, session.data.train
+    assert loader is not None
+    epoch, seed, num_steps = state.epoch, config.run.seed, len(loader)
+    num_accumulated = config.optim.grad_accum_steps
+    is_fit_due = epoch % config.optim.refit_every_epochs == 0 and bool(hash_layers(state.model))
+    network.train(config.run.is_train_mode)
+    compute = session.compute(network)
+    health = Health(state, session.device)
+    loader.set_epoch(epoch, start_step=state.step)
+    batches = iter(loader)
+    steps = range(state.step, num_steps)
+    for step in track(
+        steps, f"epoch {epoch}", total=num_steps, start=state.step, note=lambda: str(health)
+    ):
+        # Stop or save, where all ranks agree, but never with gradients that wait for more batches:
+        # no checkpoint holds them.
+        group_start = step - step % num_accumulated
+        if step > group_start:
+            batch = next(batches)
+        else:
+            batch = leave_at_signal(lambda: next(batches))
+            request = agree(is_save_due=saver.is_due)
+            if request is not Request.NONE:
+                health.finish()
+            if request is Request.STOP:
+                raise Preempted("stopped between two steps")
+            if request is Request.SAVE:
+                saver.save()
+
+        seed_everything(derive_seed("step", seed, epoch, step, rank()))
+        batch = task.prepare(session.move(batch))
+        if is_fit_due and step == 0:
+            _refit(state.model, task.fit_inputs(batch), seed=derive_seed("fit", seed, epoch))
+
+        # The last step of an epoch updates, whether its group of batches is full or not.
+        group_end = min(group_start + num_accumulated, num_steps)
+        is_update = step + 1 == group_end
+        with nullcontext() if is_update else _without_sync(network):
+            loss = task.loss(compute, batch)
+            state.scaler.scale(loss / (group_end - group_start)).backward()
+        norm = update_weights(state, config.optim.clip_grad) if is_update else loss
+        state.loss.add(loss)
+        state.step = step + 1
+        health.check(loss, norm)
+    health.finish()
+
+
+def update_weights(state: TrainState, clip_grad: float | None) -> Tensor:
+    """Move the weights and forget the gradients; returns their norm before clipping, []."""
+    state.scaler.unscale_(state.optimizer)
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_grad is not None:
+        clip_grads_with_norm_(parameters, clip_grad, norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
+    """Average the gradients of all ranks; their parameters and buffers become rank 0's.
+
+    Alone, a model stays what it is.
     """
     if world_size() == 1:
         return model
@@ -61,135 +185,19 @@ def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
     return parallel
 
 
-def train_epoch(
-    state: TrainState,
-    network: nn.Module,
-    loaders: Loaders,
-    config: Config,
-    *,
-    device: torch.device,
-    amp_dtype: torch.dtype,
-    save: Callable[[], None] | None = None,
-) -> None:
-    """Train ``state.epoch``, or what is left of it, counting its losses in ``state.loss``.
-
-    A step draws from generators that are seeded by where it stands, so a resumed epoch draws
-    what an uninterrupted one does.
-
-    Args:
-        state: what is trained, and how far it is.
-        network: ``state.model`` as it is called for a step: compiled, on many ranks.
-        loaders: training batches and mixup.
-        config: of the run.
-        device: where the model is.
-        amp_dtype: from ``choose_amp_dtype``.
-        save: writes the state; called every ``config.run.checkpoint_every`` minutes.
-
-    Raises:
-        NonFiniteError: a loss or gradient is not finite; all ranks raise at the same step.
-        Preempted: a signal asked for it; all ranks raise with the same steps done.
-    """
-    optim, epoch, seed = config.optim, state.epoch, config.run.seed
-    is_fit_due = epoch % config.optim.refit_every_epochs == 0 and bool(hash_layers(state.model))
-    network.train(config.run.is_train_mode)
-    assert loaders.train is not None
-    loaders.train.set_epoch(epoch, start_step=state.step)
-    num_steps = len(loaders.train)
-    health = _Health(state, device)
-    batches = track(
-        _until_stopped(loaders.train, state, health, config, save),
-        f"epoch {epoch}",
-        total=num_steps,
-        start=state.step,
-        note=lambda: str(health),
-    )
-    for step, (images, targets) in enumerate(batches, start=state.step):
-        seed_everything(derive_seed("step", seed, epoch, step, rank()))
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
-        if loaders.mixup is not None:
-            images, targets = loaders.mixup(images, targets)
-        if is_fit_due and step == 0:
-            _refit(state.model, images, seed=derive_seed("fit", seed, epoch))
-
-        # The last step of an epoch updates, whether its group of batches is full or not.
-        group_start = step - step % optim.grad_accum_steps
-        group_end = min(group_start + optim.grad_accum_steps, num_steps)
-        is_update = step + 1 == group_end
-        with nullcontext() if is_update else _without_sync(network):
-            with autocast(device, amp_dtype):
-                logits = network(images)
-            loss = _cross_entropy(logits.float(), targets, config.augment.smoothing)
-            state.scaler.scale(loss / (group_end - group_start)).backward()
-        norm = _update(state, optim.clip_grad) if is_update else loss
-        state.loss.add(loss)
-        state.step = step + 1
-        health.check(loss, norm)
-    health.finish()
-    if state.step < num_steps:
-        raise Preempted("stopped between two steps")
-
-
-def _until_stopped(
-    loader: Loader,
-    state: TrainState,
-    health: _Health,
-    config: Config,
-    save: Callable[[], None] | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of an epoch, until all ranks agree to stop; between some, the state is saved."""
-    batches, last_save = iter(loader), time.monotonic()
-    seconds_between_saves = 60 * config.run.checkpoint_every
-    for step in range(state.step, len(loader)):
-        # No checkpoint holds gradients that wait for more batches.
-        if step % config.optim.grad_accum_steps:
-            yield next(batches)
-            continue
-        batch = leave_at_signal(lambda: next(batches))
-        is_save_due = 0 < seconds_between_saves <= time.monotonic() - last_save
-        request = agree(is_save_due=is_save_due)
-        if request is Request.STOP:
-            return
-        if request is Request.SAVE and save is not None:
-            health.finish()
-            save()
-            last_save = time.monotonic()
-        assert batch is not None
-        yield batch
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Mixed targets [B, classes] are smoothed already; labels [B] are not."""
-    is_mixed = targets.is_floating_point()
-    return F.cross_entropy(logits, targets, label_smoothing=0.0 if is_mixed else smoothing)
-
-
 def _without_sync(network: nn.Module) -> AbstractContextManager[None]:
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
-def _update(state: TrainState, clip_grad: float | None) -> Tensor:
-    """Move the weights; returns the gradient's norm before clipping."""
-    state.scaler.unscale_(state.optimizer)
-    parameters = [p for p in state.model.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if clip_grad is not None:
-        clip_grads_with_norm_(parameters, clip_grad, norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def _refit(model: nn.Module, images: Tensor, *, seed: int) -> None:
+def _refit(model: nn.Module, inputs: Any, *, seed: int) -> None:
     """Fit on rank 0's batch, in the mode that the model is in, and share the outcome."""
     began = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
     before = {layer: deepcopy(layer.state_dict()) for layer in hash_layers(model).values()}
     try:
-        run_on_main(lambda: leave_at_signal(lambda: fit_hash_functions(model, images, generator)))
+        run_on_main(lambda: leave_at_signal(lambda: fit_hash_functions(model, inputs, generator)))
     except NonFiniteError as error:
-        # The images are those of the step to come.
+        # The inputs are those of the step to come.
         error.step = 0
         raise
     if agree() is Request.STOP:
@@ -202,11 +210,7 @@ def _refit(model: nn.Module, images: Tensor, *, seed: int) -> None:
 
 
 def broadcast_hash_functions(model: nn.Module) -> None:
-    """Give every rank the hash functions of rank 0.
-
-    Args:
-        model: the bare model, the same on every rank.
-    """
+    """Give every rank the hash functions of rank 0; the bare model is alike on all."""
     if not torch.distributed.is_initialized():
         return
     for layer in hash_layers(model).values():
@@ -215,53 +219,30 @@ def broadcast_hash_functions(model: nn.Module) -> None:
         layer.refresh_fitted()
 
 
-class _Health:
-    """Stops all ranks at one step when a loss or gradient is not finite.
-
-    The outcome of a step is read after the next one has been queued, so the device never waits
-    for the host. Nothing is saved before ``finish``.
-    """
-
-    def __init__(self, state: TrainState, device: torch.device) -> None:
-        self._loss = math.nan
-        self._state = state
-        self._is_cuda = device.type == "cuda"
-        self._pending: tuple[Tensor, torch.cuda.Event | None, int] | None = None
-
-    def __str__(self) -> str:
-        if math.isnan(self._loss):
-            return ""
-        return f"loss {self._loss:.4f} lr {self._state.learning_rate:.3g}"
-
-    def check(self, loss: Tensor, norm: Tensor) -> None:
-        """Queue this step's outcome, and look at the one before."""
-        state, loss = self._state, loss.detach()
-        is_bad = ~loss.isfinite()
-        if not state.scaler.is_enabled():
-            # With a scaler, a gradient that overflows only lowers the scale.
-            is_bad |= ~norm.isfinite()
-        is_bad = max_over_ranks(is_bad.to(loss.dtype))
-        scale = state.scaler.scale(torch.ones_like(loss))
-        outcome = torch.stack([loss, is_bad, scale])
-        self.finish()
-        outcome = outcome.to("cpu", non_blocking=True)
-        event = torch.cuda.current_stream().record_event() if self._is_cuda else None
-        self._pending = outcome, event, state.step - 1
-
-    def finish(self) -> None:
-        """Look at the last outcome that is queued."""
-        if self._pending is None:
-            return
-        outcome, event, step = self._pending
-        self._pending = None
-        if event is not None:
-            event.synchronize()
-        self._loss, is_bad, scale = outcome.tolist()
-        if is_bad or scale < _SMALLEST_SCALE:
-            raise NonFiniteError(
-                f"the loss or a gradient is not finite at epoch {self._state.epoch}, step {step}, "
-                f"learning rate {self._state.learning_rate:g}, loss scale {scale:g}; the last "
-                "checkpoint is untouched. Try a lower --lr, --clip-grad, or --amp-dtype bfloat16.",
-                step=step,
-                loss_scale=scale,
-            )
+def _log_start(session: Session, num_parameters: int) -> None:
+    """What is about to run, in three lines: most surprises show here, before an epoch is spent."""
+    config, data, samples = session.config, session.data, session.task.samples
+    assert data.train is not None
+    dtype, device = str(session.amp_dtype).removeprefix("torch."), session.device.type
+    parts = (
+        f"{config.model.model}/{config.model.attn_type}",
+        f"{num_parameters / 1e6:.2f} M parameters",
+        session.task.describe_inputs(),
+        f"{dtype} on {world_size()} x {device}",
+        f"{'train' if config.run.is_train_mode else 'eval'} mode",
+        f"into {session.folder}",
+    )
+    _logger.info("%s", ", ".join(filter(None, parts)))
+    batch_size = config.data.batch_size
+    peak_lr = scale_learning_rate(config.optim, batch_size=batch_size, world_size=world_size())
+    plan = (
+        f"{config.optim.epochs} epochs of {len(data.train)} steps of {batch_size * world_size()} "
+        f"{samples}, peak learning rate {peak_lr:.3g}"
+    )
+    _logger.info("%s", "; ".join(filter(None, (data.summary, plan))))
+    if config.optim.warmup_epochs >= config.optim.epochs:
+        _logger.warning(
+            "all %d epochs are warm-up (--warmup-epochs %d), so the peak is never reached",
+            config.optim.epochs,
+            config.optim.warmup_epochs,
+        )

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from ecoformer.config import Config, parse_config
-from ecoformer.engine.evaluate import evaluate
 from ecoformer.models.registry import ModelFamily
-from tests.engine.training import CPU, make_batches, start_as_configured, train
+from tests.engine.training import evaluate, make_batches, start_as_configured, train
 
 ROOT = Path(__file__).parents[2]
 FAMILY_OF_FOLDER = {"pvt_v2": "pvt", "twins": "twins"}
@@ -95,5 +94,5 @@ def test_file_trains_and_evaluates(path: Path, monkeypatch: pytest.MonkeyPatch) 
     batches = make_batches(1, 7)
     train(state, config, batches)
     assert not torch.equal(before, model.state_dict()["head.bias"])
-    result = evaluate(model, batches, device=CPU, amp_dtype=torch.float32)
+    result = evaluate(model, batches)
     assert result.num_images == 7

@@ -13,7 +13,7 @@ from multiprocessing.context import ForkServerContext
 from typing import Any
 
 # Importing torch and timm takes seconds; a process forked after that starts in milliseconds.
-_PRELOAD = ["ecoformer.data.samplers", "ecoformer.engine.main", "pvt", "timm.optim"]
+_PRELOAD = ["ecoformer.data.samplers", "ecoformer.engine.run", "pvt", "timm.optim"]
 _TIMEOUT_S = 120.0
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pvt
-from ecoformer.engine.main import run_main
+from ecoformer.engine.command import run_command
 from pvt import FAMILY
 from tests.privileges import without_privileges
 
@@ -22,7 +22,7 @@ def refuse(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> Refuse:
 
     def run(flags: Sequence[str]) -> str:
         capsys.readouterr()
-        assert run_main(FAMILY, [*tiny_flags, *flags]) == 2
+        assert run_command([*tiny_flags, *flags], FAMILY) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1, lines
         assert lines[0].startswith("error: ")
@@ -117,7 +117,7 @@ def test_weights_alone_do_not_go_on(refuse: Refuse, tmp_path: Path) -> None:
 
 
 def test_state_of_another_optimizer(refuse: Refuse, tiny_flags: list[str], tmp_path: Path) -> None:
-    assert run_main(FAMILY, [*tiny_flags, "--epochs", "1", "--attn_type", "msa"]) == 0
+    assert run_command([*tiny_flags, "--epochs", "1", "--attn_type", "msa"], FAMILY) == 0
     path = tmp_path / "run" / "last_checkpoint.pth"
     checkpoint = torch.load(path, weights_only=True)
     state = checkpoint["optimizer"]["state"]
@@ -145,13 +145,13 @@ def test_run_with_other_settings(
     weight_decay: float,
 ) -> None:
     flags = ["--attn_type", "msa"]
-    assert run_main(FAMILY, [*tiny_flags, *flags, "--epochs", "1"]) == 0
+    assert run_command([*tiny_flags, *flags, "--epochs", "1"], FAMILY) == 0
     line = refuse([*flags, "--epochs", "1", *change])
     assert f"{change[0].strip('-').replace('-', '_').removeprefix('no_')} " in line
     assert f"--allow-resume-change {permission}," in line
     # Another number of epochs is a change too, so both are allowed here.
     allowed = ["--epochs", "2", "--allow-resume-change", "config", "batch-size"]
-    assert run_main(FAMILY, [*tiny_flags, *flags, *change, *allowed]) == 0
+    assert run_command([*tiny_flags, *flags, *change, *allowed], FAMILY) == 0
     checkpoint = torch.load(tmp_path / "run" / "last_checkpoint.pth", weights_only=True)
     assert checkpoint["epoch"] == 1
     for group in checkpoint["optimizer"]["param_groups"]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from ecoformer.engine.command import run_command
 from ecoformer.engine.logs import read_log
-from ecoformer.engine.main import run_main
 from pvt import FAMILY
 from tests.engine.conftest import NUM_VAL
 
@@ -32,11 +32,11 @@ def test_a_run_compiles_once_to_train_and_once_to_evaluate(
 ) -> None:
     # The last batch of an evaluation is smaller, and not of one image.
     assert NUM_VAL % 8 > 1
-    assert run_main(FAMILY, [*tiny_flags, "--epochs", "2", "--compile"]) == 0
+    assert run_command([*tiny_flags, "--epochs", "2", "--compile"], FAMILY) == 0
     assert counter.frame_count == 2
 
     torch.compiler.reset()
-    assert run_main(FAMILY, [*tiny_flags, "--eval", "--compile"]) == 0
+    assert run_command([*tiny_flags, "--eval", "--compile"], FAMILY) == 0
     assert counter.frame_count == 3
     last = read_log(tmp_path / "run")[-1]
     assert f"top-1 {last['test_acc1']:.2f} %" in capsys.readouterr().out.splitlines()[-1]

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecoformer.engine.evaluate import Evaluation, evaluate
 from ecoformer.engine.launch import process_group
 from ecoformer.errors import InputError, NonFiniteError
 from ecoformer.ranks import rank, world_size
+from ecoformer.tasks.classification import Accuracy
 from tests.engine.ranks import run_ranks
-
-CPU = torch.device("cpu")
+from tests.engine.training import evaluate
 
 
 class Rows(nn.Module):
@@ -30,7 +29,7 @@ def draw(num_images: int, num_classes: int = 10) -> tuple[Tensor, Tensor]:
     return logits, labels
 
 
-def evaluate_share(num_images: int, batch_size: int, num_classes: int = 10) -> Evaluation:
+def evaluate_share(num_images: int, batch_size: int, num_classes: int = 10) -> Accuracy:
     """This rank's images: number rank, rank + world_size, ..."""
     logits, labels = draw(num_images, num_classes)
     share = slice(rank(), None, world_size())
@@ -38,10 +37,10 @@ def evaluate_share(num_images: int, batch_size: int, num_classes: int = 10) -> E
     batches = list(zip(logits.split(batch_size), labels.split(batch_size), strict=True))
     # Of nothing, split makes one empty batch; a loader makes none.
     batches = batches if len(labels) else []
-    return evaluate(Rows(), batches, device=CPU, amp_dtype=torch.float32)
+    return evaluate(Rows(), batches)
 
 
-def _evaluate_all(cases: list[tuple[int, int]]) -> list[Evaluation]:
+def _evaluate_all(cases: list[tuple[int, int]]) -> list[Accuracy]:
     with process_group("cpu"):
         return [evaluate_share(*case) for case in cases]
 
@@ -70,7 +69,7 @@ def test_counts_are_right() -> None:
 
 def test_equal_logits_are_no_right_guess() -> None:
     batches = [(torch.zeros(10, 10), torch.arange(10))]
-    result = evaluate(Rows(), batches, device=CPU, amp_dtype=torch.float32)
+    result = evaluate(Rows(), batches)
     assert result.num_top1 == 1
     assert result.num_top5 == 5
 
@@ -82,9 +81,9 @@ def test_fewer_than_five_classes() -> None:
 def test_bad_output_is_no_accuracy() -> None:
     batches = [(torch.tensor([[1.0, float("nan")]]), torch.tensor([0]))]
     with pytest.raises(NonFiniteError, match="amp-dtype none"):
-        evaluate(Rows(), batches, device=CPU, amp_dtype=torch.float32)
+        evaluate(Rows(), batches)
 
 
 def test_no_image() -> None:
     with pytest.raises(InputError, match="no image"):
-        evaluate(Rows(), [], device=CPU, amp_dtype=torch.float32)
+        evaluate(Rows(), [])

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-import ecoformer.engine.main as engine
 from ecoformer.checkpoint import read_checkpoint, save_atomic
-from ecoformer.engine.main import run_main
+from ecoformer.engine.command import run_command
+from ecoformer.engine.saving import Saver
 from pvt import FAMILY
 from tests.engine.ranks import run_ranks
 from tests.engine.training import assert_same_state
@@ -37,22 +37,22 @@ def moved(flags: list[str], folder: Path) -> list[str]:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, num_saves: int) -> None:
     """Let a run be interrupted once it has saved so many epochs."""
-    real, count = engine.save_checkpoint, 0
+    real, count = Saver.save, 0
 
-    def save(*args: Any, **kwargs: Any) -> None:
+    def save(self: Saver, **kwargs: Any) -> None:
         nonlocal count
-        real(*args, **kwargs)
+        real(self, **kwargs)
         count += 1
         if count == num_saves:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "save_checkpoint", save)
+    monkeypatch.setattr(Saver, "save", save)
 
 
 def test_a_run_leaves_what_it_promises(
     tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_main(FAMILY, tiny_flags) == 0
+    assert run_command(tiny_flags, FAMILY) == 0
     folder = folder_of(tiny_flags)
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2]
@@ -66,14 +66,14 @@ def test_a_run_leaves_what_it_promises(
     assert last["epoch"] == 2
     accuracies = [line["test_acc1"] for line in lines]
     assert best["epoch"] == accuracies.index(max(accuracies))
-    assert last["best_acc1"] == best["best_acc1"] == max(accuracies)
+    assert last["best_score"] == best["best_score"] == max(accuracies)
     assert "epoch 2, 3 of 3 done" in capsys.readouterr().out
 
     # A checkpoint gives the accuracy that the log says.
-    assert run_main(FAMILY, [*tiny_flags, "--eval"]) == 0
+    assert run_command([*tiny_flags, "--eval"], FAMILY) == 0
     assert f"top-1 {accuracies[-1]:.2f} %" in capsys.readouterr().out
     best_path = str(folder / "best_checkpoint.pth")
-    assert run_main(FAMILY, [*tiny_flags, "--resume", best_path, "--eval"]) == 0
+    assert run_command([*tiny_flags, "--resume", best_path, "--eval"], FAMILY) == 0
     assert f"top-1 {max(accuracies):.2f} %" in capsys.readouterr().out
 
 
@@ -86,24 +86,24 @@ def test_resumed_run_equals_uninterrupted(
     # Resumed just after the first fit's epoch, and just before the second fit.
     flags = [*tiny_flags, "--k", "2"]
     whole, broken = folder_of(flags), tmp_path / "broken"
-    assert run_main(FAMILY, flags) == 0
+    assert run_command(flags, FAMILY) == 0
 
     for epoch in (1, 2):
         with monkeypatch.context() as patch:
             interrupt_after(patch, 1)
-            assert run_main(FAMILY, moved(flags, broken)) == 130
+            assert run_command(moved(flags, broken), FAMILY) == 130
         assert "interrupted" in capsys.readouterr().err
         # An epoch that is done again, and a line that the crash cut.
         with (broken / "log.txt").open("a") as file:
             file.write(json.dumps({"epoch": epoch}) + '\n{"epoch": 0, "tr')
-    assert run_main(FAMILY, moved(flags, broken)) == 0
+    assert run_command(moved(flags, broken), FAMILY) == 0
     assert "going on at epoch 2" in capsys.readouterr().out
 
     assert (broken / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
     for name in ("last_checkpoint.pth", "best_checkpoint.pth"):
         assert_same_state(broken / name, whole / name)
 
-    assert run_main(FAMILY, flags) == 0
+    assert run_command(flags, FAMILY) == 0
     assert "nothing is left to do" in capsys.readouterr().out
     assert_same_state(broken / "last_checkpoint.pth", whole / "last_checkpoint.pth")
 
@@ -112,10 +112,10 @@ def test_finetuning_converts_fits_and_keeps_eval_mode(
     tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage1 = moved(tiny_flags, tmp_path / "stage1")
-    assert run_main(FAMILY, [*stage1, "--attn_type", "msa", "--epochs", "1"]) == 0
+    assert run_command([*stage1, "--attn_type", "msa", "--epochs", "1"], FAMILY) == 0
     weights = str(tmp_path / "stage1" / "last_checkpoint.pth")
     capsys.readouterr()
-    assert run_main(FAMILY, [*tiny_flags, "--epochs", "1", "--finetune", weights]) == 0
+    assert run_command([*tiny_flags, "--epochs", "1", "--finetune", weights], FAMILY) == 0
     assert "derived" in capsys.readouterr().out
     last = read_checkpoint(folder_of(tiny_flags) / "last_checkpoint.pth")
     assert last["config"]["train_mode"] is False
@@ -129,14 +129,14 @@ def test_finetuning_leaves_out_weights_only_where_that_is_asked_for(
     del state["norm4.weight"]
     save_atomic(state, tmp_path / "part.pth")
     command = [*tiny_flags, "--epochs", "1", "--finetune", str(tmp_path / "part.pth")]
-    assert run_main(FAMILY, command) == 2
+    assert run_command(command, FAMILY) == 2
     assert "norm4.weight" in capsys.readouterr().err
-    assert run_main(FAMILY, [*command, "--allow-missing"]) == 0
+    assert run_command([*command, "--allow-missing"], FAMILY) == 0
     assert "1 left as they were (norm*)" in capsys.readouterr().out
 
 
 def _run(flags: list[str]) -> int:
-    return run_main(FAMILY, flags)
+    return run_command(flags, FAMILY)
 
 
 def test_two_ranks_train_and_one_evaluates(
@@ -147,9 +147,9 @@ def test_two_ranks_train_and_one_evaluates(
     accuracy = json.loads((folder_of(flags) / "log.txt").read_text().splitlines()[-1])["test_acc1"]
 
     # One process evaluates to the same accuracy, and does not train on unasked.
-    assert run_main(FAMILY, [*flags, "--eval"]) == 0
+    assert run_command([*flags, "--eval"], FAMILY) == 0
     assert f"top-1 {accuracy:.2f} %" in capsys.readouterr().out
-    assert run_main(FAMILY, flags) == 2
+    assert run_command(flags, FAMILY) == 2
     assert "--allow-resume-change world-size" in capsys.readouterr().err
 
 
@@ -175,7 +175,7 @@ def _run_at_home(flags: list[str], home: Path) -> tuple[int, int]:
     """The exit code, and how often it was said that nobody has verified the weights."""
     os.environ.update(TORCH_HOME=str(home), no_proxy="127.0.0.1")
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        code = run_main(FAMILY, flags)
+        code = run_command(flags, FAMILY)
     return code, said.getvalue().count("not verified")
 
 
@@ -195,7 +195,7 @@ def test_one_rank_downloads_and_warns_for_all(tiny_flags: list[str], tmp_path: P
 
 def _run_and_listen(flags: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        return run_main(FAMILY, flags), said.getvalue()
+        return run_command(flags, FAMILY), said.getvalue()
 
 
 def test_the_rank_that_fails_says_why(

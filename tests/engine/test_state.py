@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,10 @@ import torch
 
 from ecoformer.checkpoint import read_checkpoint
 from ecoformer.config import Config
-from ecoformer.engine import background
-from ecoformer.engine.background import BackgroundWriter
-from ecoformer.engine.state import (
-    BEST_CHECKPOINT,
-    LAST_CHECKPOINT,
-    TrainState,
-    save_checkpoint,
-)
+from ecoformer.engine import saving
+from ecoformer.engine.resume import restore
+from ecoformer.engine.saving import Saver
+from ecoformer.engine.state import BEST_CHECKPOINT, LAST_CHECKPOINT, TrainState
 from ecoformer.errors import InputError, NonFiniteError
 from tests.engine.training import Classifier, assert_equal, make_batches, start, train, weights
 
@@ -33,10 +30,15 @@ def run_epochs(state: TrainState, config: Config, num_epochs: int) -> None:
         state.finish_epoch(50.0)
 
 
+def open_saver(state: TrainState, config: Config, folder: Path) -> Saver:
+    """Saves into a folder of the test's."""
+    return Saver(state, replace(config, run=replace(config.run, output_dir=str(folder))))
+
+
 def save(state: TrainState, config: Config, folder: Path, *, is_best: bool = False) -> None:
     """A last save, which comes back when the files are there."""
-    with BackgroundWriter() as writer:
-        save_checkpoint(state, config, folder, writer, is_best=is_best, is_last=True)
+    with open_saver(state, config, folder) as saver:
+        saver.save(is_best=is_best, is_last=True)
 
 
 def states_of(state: TrainState) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def test_goes_on_in_the_middle_of_an_epoch(num_done: int, tmp_path: Path) -> Non
 
     second, config = start(Classifier(drop_rate=0.3), **FIELDS)
     path = tmp_path / LAST_CHECKPOINT
-    second.restore(read_checkpoint(path), config, str(path))
+    restore(second, read_checkpoint(path), config, str(path))
     assert (second.epoch, second.step) == (1, num_done)
     run_epochs(second, config, 2)
     assert_equal(states_of(second), states_of(whole))
@@ -78,14 +80,14 @@ def test_losses_before_and_after_a_checkpoint_make_one_mean(tmp_path: Path) -> N
     train(first, config, batches[:3])
     save(first, config, tmp_path)
     second, config = start(Classifier())
-    second.restore(read_checkpoint(tmp_path / LAST_CHECKPOINT), config, "it")
+    restore(second, read_checkpoint(tmp_path / LAST_CHECKPOINT), config, "it")
     train(second, config, batches)
     assert second.loss.mean() == whole.loss.mean()
 
 
 def test_best_is_written_before_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(background, "save_atomic", lambda _, path: names.append(path.name))
+    monkeypatch.setattr(saving, "save_atomic", lambda _, path: names.append(path.name))
     state, config = start(Classifier())
     save(state, config, tmp_path, is_best=True)
     save(state, config, tmp_path)
@@ -98,10 +100,10 @@ def test_bad_weights_are_not_written(tmp_path: Path) -> None:
     torch.nn.init.constant_(state.model.get_parameter("head.bias"), float("nan"))
     with pytest.raises(NonFiniteError, match=r"head\.bias"):
         save(state, config, tmp_path, is_best=True)
-    with BackgroundWriter() as writer:
-        save_checkpoint(state, config, tmp_path, writer, is_best=True)
+    with open_saver(state, config, tmp_path) as saver:
+        saver.save(is_best=True)
         with pytest.raises(NonFiniteError, match=r"head\.bias"):
-            save_checkpoint(state, config, tmp_path, writer)
+            saver.save()
     assert not list(tmp_path.iterdir())
 
 
@@ -114,9 +116,18 @@ def test_goes_on_from_a_released_training_file() -> None:
         for name in ("model", "optimizer", "lr_scheduler", "epoch", "scaler")
     }
     second, config = start(Classifier(), **FIELDS)
-    second.restore(released, config, "released.pth")
+    restore(second, released, config, "released.pth")
     assert (second.epoch, second.step, second.learning_rate) == (2, 0, first.learning_rate)
     assert_equal(states_of(second), states_of(first))
+
+
+def test_the_best_accuracy_of_earlier_files_goes_on() -> None:
+    first, config = start(Classifier(), **FIELDS)
+    checkpoint = first.to_checkpoint(config) | {"best_acc1": 71.5}
+    del checkpoint["best_score"]
+    second, config = start(Classifier(), **FIELDS)
+    restore(second, checkpoint, config, "it")
+    assert second.best_score == 71.5
 
 
 def test_all_changes_are_named_and_what_allows_them() -> None:
@@ -124,7 +135,7 @@ def test_all_changes_are_named_and_what_allows_them() -> None:
     checkpoint = first.to_checkpoint(config)
     second, config = start(Classifier(), lr=2e-3, batch_size=64, num_workers=3, data_path="/moved")
     with pytest.raises(InputError) as refusal:
-        second.restore(checkpoint, config, "it")
+        restore(second, checkpoint, config, "it")
     said = str(refusal.value)
     assert "lr 0.001 -> 0.002" in said
     assert "batch_size 32 -> 64" in said
@@ -153,4 +164,4 @@ def test_damaged_state_is_refused(damage: dict[str, Any]) -> None:
     checkpoint = {**first.to_checkpoint(config), **damage}
     second, config = start(Classifier(), **FIELDS)
     with pytest.raises(InputError, match=r"^broken\.pth: "):
-        second.restore(checkpoint, config, "broken.pth")
+        restore(second, checkpoint, config, "broken.pth")

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 from ecoformer.checkpoint import read_checkpoint
 from ecoformer.config import Config
-from ecoformer.data import Loaders
+from ecoformer.engine.evaluate import measure
 from ecoformer.engine.precision import choose_amp_dtype
+from ecoformer.engine.saving import Saver
+from ecoformer.engine.session import Session
 from ecoformer.engine.state import TrainState
 from ecoformer.engine.train import parallelize, train_epoch
+from ecoformer.tasks.base import Data
+from ecoformer.tasks.classification import Accuracy, Classification
 
 Batch = tuple[Tensor, Tensor]
 
@@ -84,17 +88,22 @@ def start_as_configured(model: nn.Module, config: Config) -> TrainState:
     return TrainState.create(model, config, device=CPU, amp_dtype=amp_dtype)
 
 
+def open_session(config: Config, batches: Sequence[Batch]) -> Session:
+    """Classification of a list of batches, on the CPU."""
+    loader = ListLoader(batches)
+    amp_dtype = choose_amp_dtype(config.run.amp_dtype, CPU)
+    return Session(config, Classification(config), Data(loader, loader), CPU, amp_dtype)
+
+
 def train(state: TrainState, config: Config, batches: Sequence[Batch]) -> None:
     """One epoch over a list of batches, on all ranks there are."""
-    loader = cast(Any, ListLoader(batches))
-    train_epoch(
-        state,
-        parallelize(state.model, CPU),
-        Loaders(loader, loader, ["dark", "bright"], mixup=None),
-        config,
-        device=CPU,
-        amp_dtype=choose_amp_dtype(config.run.amp_dtype, CPU),
-    )
+    session = open_session(config, batches)
+    train_epoch(session, state, parallelize(state.model, CPU), Saver(state, config))
+
+
+def evaluate(model: nn.Module, batches: Sequence[Batch]) -> Accuracy:
+    """Measure a model on a list of batches, of this rank among all."""
+    return cast(Accuracy, measure(open_session(Config(), batches), model))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

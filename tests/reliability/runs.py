@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import pkgutil
 import random
 import signal
 import time
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from ecoformer import HashConfig
-from ecoformer.engine.main import run_main
+from ecoformer.engine.command import run_command
 from ecoformer.models.registry import ModelFamily
 from tests.engine.ranks import torchrun_environments, warm_context
 from tests.engine.training import assert_same_state
@@ -134,7 +135,7 @@ def _enter(
     os.environ.update(environment)
     if hook is not None:
         hook(rank)
-    raise SystemExit(run_main(TINY, command))
+    raise SystemExit(run_command(command, TINY))
 
 
 def lead_session(said: Path) -> None:
@@ -190,11 +191,9 @@ class Strike:
                 time.sleep(600)
 
 
-def patch(module: str, name: str, strike: Strike) -> None:
-    """Strike at the start of a function's call, in all that look it up in a module."""
-    import importlib
-
-    owner = importlib.import_module(module)
+def patch(place: str, name: str, strike: Strike) -> None:
+    """Strike at the start of a function's call, in all that look it up in ``"module:class"``."""
+    owner = pkgutil.resolve_name(place)
     real, count = getattr(owner, name), -1
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -247,10 +246,11 @@ def _patch_read(strike: Strike) -> None:
     SampleReader.__getitem__ = read  # type: ignore[method-assign]
 
 
+_CLASSIFICATION = "ecoformer.tasks.classification"
 _PHASES: dict[str, Callable[[Strike], None]] = {
-    "step": lambda strike: patch("ecoformer.engine.train", "_update", strike),
+    "step": lambda strike: patch("ecoformer.engine.train", "update_weights", strike),
     "fit": lambda strike: patch("ecoformer.hashing.calibration", "fit_hash", strike),
-    "evaluation": lambda strike: patch("ecoformer.engine.evaluate", "autocast", strike),
+    "evaluation": lambda strike: patch(f"{_CLASSIFICATION}:AccuracyMeter", "add", strike),
     "write": _patch_write,
     "flush": lambda strike: patch("os", "fsync", strike),
     "rename": lambda strike: patch("os", "replace", strike),

@@ -118,14 +118,14 @@ def launch(flags: list[str], said: Path, max_restarts: int, strike: Strike) -> N
 
 def work(flags: list[str], said: Path, strike: Strike) -> None:
     """A rank under torchrun."""
-    from ecoformer.engine.main import run_main
+    from ecoformer.engine.command import run_command
 
     lead_session(said)
     with said.with_name("sessions").open("a") as file:
         print(os.getpid(), file=file)
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         strike(int(os.environ["RANK"]))
-    code = run_main(TINY, flags)
+    code = run_command(flags, TINY)
     if code:
         raise SystemExit(code)
 

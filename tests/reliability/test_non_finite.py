@@ -24,9 +24,13 @@ def poison(rank: int, *, kind: str) -> None:
     """One number of rank 1 becomes NaN in the second step of the second epoch."""
     from ecoformer.engine import train
     from ecoformer.hashing import calibration
+    from ecoformer.tasks.classification import Classification
 
-    name = {"loss": "_cross_entropy", "fit": "fit_hash"}.get(kind, "_update")
-    owner: Any = calibration if kind == "fit" else train
+    places: dict[str, tuple[Any, str]] = {
+        "loss": (Classification, "loss"),
+        "fit": (calibration, "fit_hash"),
+    }
+    owner, name = places.get(kind, (train, "update_weights"))
     real, count = getattr(owner, name), -1
 
     def wrapped(first: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +86,7 @@ def poison_the_end(rank: int, *, kind: str) -> None:
     from ecoformer.engine import train
     from ecoformer.engine.state import TrainState
 
-    real_update, real_finish, count = train._update, TrainState.finish_epoch, 0
+    real_update, real_finish, count = train.update_weights, TrainState.finish_epoch, 0
 
     def update(state: TrainState, clip_grad: float | None) -> Any:
         nonlocal count
@@ -95,12 +99,12 @@ def poison_the_end(rank: int, *, kind: str) -> None:
             next(state.model.parameters()).data.fill_(math.nan)
         return norm
 
-    def finish(self: TrainState, acc1: float) -> None:
-        real_finish(self, acc1)
+    def finish(self: TrainState, score: float) -> None:
+        real_finish(self, score)
         if (self.epoch, kind) in ((2, "save"), (3, "last save")):
             next(self.model.parameters()).data.fill_(math.nan)
 
-    setattr(train, "_update", update)  # noqa: B010 - private
+    train.update_weights = update
     TrainState.finish_epoch = finish  # type: ignore[method-assign]
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -26,10 +26,9 @@ from torch import Tensor, nn
 import pvt
 from ecoformer import export_released, load_checkpoint
 from ecoformer.checkpoint import read_checkpoint
-from ecoformer.engine.evaluate import Batches, evaluate
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash_functions, hash_layers
-from tests.engine.training import make_batches
+from tests.engine.training import evaluate, make_batches
 from tests.reliability.runs import BEST, LAST, Run, Strike, assert_same_run, run, start
 
 SETTINGS = [
@@ -189,18 +188,11 @@ def test_all_forms_of_a_file_give_the_same_logits(
 def test_shuffled_evaluation_changes_nothing(fitted: nn.Module) -> None:
     before = buffers(fitted)
     batches = make_batches(6, 4)
-    results = set()
+    results = []
     for seed in range(3):
         shuffled: Sequence[tuple[Tensor, Tensor]] = random.Random(seed).sample(batches, 6)
-        results.add(
-            evaluate(
-                fitted,
-                cast(Batches, shuffled),
-                device=torch.device("cpu"),
-                amp_dtype=torch.float32,
-            )
-        )
-    assert len(results) == 1
+        results.append(evaluate(fitted, shuffled))
+    assert results[0] == results[1] == results[2]
     assert all(torch.equal(before[name], value) for name, value in buffers(fitted).items())
 
 
@@ -208,10 +200,10 @@ def test_shuffled_evaluation_changes_nothing(fitted: nn.Module) -> None:
 DEMO = """
 import os, signal, sys, time
 from ecoformer.engine import train
-from ecoformer.engine.main import run_main
+from ecoformer.engine.command import run_command
 from pvt import FAMILY
 
-real, count = train._update, 0
+real, count = train.update_weights, 0
 
 def update(*args):
     global count
@@ -223,8 +215,8 @@ def update(*args):
         os._exit(0)
     return norm
 
-train._update = update
-raise SystemExit(run_main(FAMILY, sys.argv[2:]))
+train.update_weights = update
+raise SystemExit(run_command(sys.argv[2:], FAMILY))
 """
 
 

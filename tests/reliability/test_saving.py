@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ecoformer.checkpoint import read_checkpoint
-from ecoformer.engine.background import BackgroundWriter
-from ecoformer.engine.state import LAST_CHECKPOINT, save_checkpoint
+from ecoformer.engine.saving import BackgroundWriter, Saver
+from ecoformer.engine.state import LAST_CHECKPOINT
 from tests.engine.training import start as start_state
 from tests.reliability.runs import LAST, Run, assert_same_run, run, start
 
@@ -72,22 +72,24 @@ def test_copies_are_of_their_moment(tmp_path: Path) -> None:
 def test_cost_of_a_save(tmp_path: Path) -> None:
     """100 MB with AdamW's moments, in turns with a plain ``torch.save``; medians."""
     state, config = start_state(
-        nn.Sequential(*(nn.Linear(500, 833) for _ in range(20))), opt="adamw"
+        nn.Sequential(*(nn.Linear(500, 833) for _ in range(20))),
+        opt="adamw",
+        output_dir=str(tmp_path),
     )
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
     times_s = []
-    with BackgroundWriter() as writer:
+    with Saver(state, config) as saver:
         # The first rounds make files and fill memory.
         for _ in range(53):
             began = time.perf_counter()
             torch.save(state.to_checkpoint(config), tmp_path / "plain.pth")
             plain = time.perf_counter() - began
             began = time.perf_counter()
-            save_checkpoint(state, config, tmp_path, writer)
+            saver.save()
             stop = time.perf_counter() - began
-            writer.wait()
+            saver.wait()
             times_s.append((plain, stop, time.perf_counter() - began))
     plain, stop, total = (statistics.median(column) for column in zip(*times_s[3:], strict=True))
     size = (tmp_path / LAST_CHECKPOINT).stat().st_size

@@ -15,13 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ecoformer.attention import EcoFormerAttention, SoftmaxAttention
 from ecoformer.attention.heads import split_heads
-from ecoformer.checkpoint import load_checkpoint
-from ecoformer.config.file import read_config
 from ecoformer.data.datasets import open_dataset
-from ecoformer.engine.state import LAST_CHECKPOINT
+from ecoformer.engine.run import load_run
 from ecoformer.errors import InputError
 from ecoformer.tools.figures import make_figure
-from ecoformer.tools.tables.models import find_family
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,33 +101,6 @@ def _capture(
     return modules[layer], *seen[0]
 
 
-def load_run(folder: Path) -> nn.Module:
-    """Build the model of a run, with the weights after its last epoch.
-
-    Args:
-        folder: of the run.
-
-    Returns:
-        The model on the CPU, in eval mode.
-
-    Raises:
-        InputError: it is no run, holds no finished epoch, or its data are gone.
-    """
-    if not (folder / "config.yaml").exists():
-        raise InputError(f"{folder} is no run: it holds no config.yaml; give a run's folder.")
-    config = read_config(folder / "config.yaml")
-    data, settings = config.data, config.model
-    images = open_dataset(data.data_set, data.data_path, "val", input_size=settings.input_size)
-    model = find_family(settings.model).create_model(
-        settings.model,
-        settings.attn_type,
-        num_classes=len(images.class_names),
-        hashing=config.hashing,
-    )
-    load_checkpoint(model, folder / LAST_CHECKPOINT, strict=True)
-    return model.eval()
-
-
 def draw_codes(
     softmax_run: Path,
     ecoformer_run: Path,
@@ -156,8 +126,8 @@ def draw_codes(
     """
     from ecoformer.data.transforms import build_eval_transform
 
-    softmax, ecoformer = load_run(softmax_run), load_run(ecoformer_run)
-    config = read_config(ecoformer_run / "config.yaml")
+    run = load_run(ecoformer_run)
+    softmax, ecoformer, config = load_run(softmax_run).model, run.model, run.config
     side = config.model.input_size
     images = open_dataset(config.data.data_set, config.data.data_path, "val", input_size=side)
     if not 0 <= index < len(images):

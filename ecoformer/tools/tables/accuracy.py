@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 
-from ecoformer.checkpoint import load_checkpoint, resolve_source
+from ecoformer.checkpoint import resolve_source
 from ecoformer.config import Config
-from ecoformer.engine.evaluate import evaluate
-from ecoformer.engine.precision import choose_amp_dtype
+from ecoformer.data.datasets import open_dataset
+from ecoformer.engine.run import evaluate
 from ecoformer.errors import InputError
 from ecoformer.files import write_text
-from ecoformer.tools.tables.models import find_family
 from ecoformer.tools.tables.report import Value, format_csv
 
 # What two evaluations share that must give the same accuracy.
@@ -59,20 +58,8 @@ def evaluate_models(
         InputError: data or weights cannot be used.
         NonFiniteError: a model's output is not finite.
     """
-    # Brings timm along, which takes seconds.
-    from ecoformer.data import build_loaders
-
-    config = Config.from_flat(
-        {
-            "data_set": validation.data_set,
-            "data_path": validation.data_path,
-            "batch_size": validation.batch_size,
-        }
-    )
-    device = validation.device
-    loaders = build_loaders(
-        config.data, config.augment, input_size=validation.input_size, train=False
-    )
+    # Before weights are downloaded: the data may not be there.
+    open_dataset(validation.data_set, validation.data_path, "val", input_size=validation.input_size)
     done = _read_rows(record)
     results: dict[str, dict[str, Value]] = {}
     for name, source in weights.items():
@@ -90,18 +77,16 @@ def evaluate_models(
             results[name] = row | {key: float(earlier[-1][key] or 0) for key in ("top1", "top5")}
             continue
         variant, attention = name.split("/")
-        model = find_family(variant).create_model(
-            variant, attention, num_classes=loaders.num_classes
-        )
-        load_checkpoint(model, path, strict=True)
-        result = evaluate(
-            model.to(device),
-            loaders.eval,
-            device=device,
-            amp_dtype=choose_amp_dtype(None, device),
-        )
-        print(f"{name}: {result}", flush=True)
-        results[name] = row | {"top1": result.acc1, "top5": result.acc5}
+        settings = {
+            **{"model": variant, "attn_type": attention, "resume": str(path), "eval": True},
+            **{"data_set": validation.data_set, "data_path": validation.data_path},
+            **{"batch_size": validation.batch_size, "input_size": validation.input_size},
+            "device": str(validation.device),
+        }
+        metrics = evaluate(Config.from_flat(settings))
+        print(f"{name}: {metrics}", flush=True)
+        top1, top5 = (metrics.values[f"test_acc{k}"] for k in (1, 5))
+        results[name] = row | {"top1": top1, "top5": top5}
         done.append(results[name])
         write_text(record, format_csv(done))
     return results

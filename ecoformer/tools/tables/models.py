@@ -231,12 +231,9 @@ def add_throughput(
     for row in rows:
         variant, attention = str(row["name"]).split("/")
         model = find_family(variant).create_model(variant, attention)
+        images = torch.randn(batch_size, 3, sizes[variant], sizes[variant])
         result = measure_throughput(
-            model.to(device),
-            protocol="median",
-            batch_size=batch_size,
-            input_size=sizes[variant],
-            device=device,
+            model.to(device), [images], batch_size=batch_size, protocol="median", samples="images"
         )
         print(f"{row['name']}: {result}", flush=True)
         row["images_per_s"] = result.median

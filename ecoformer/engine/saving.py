@@ -1,12 +1,12 @@
-"""Checkpoints that are written while training goes on."""
+"""When a run saves, and checkpoints that are written while training goes on."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,9 +14,61 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from ecoformer.checkpoint import save_atomic
+from ecoformer.config import Config
+from ecoformer.engine.state import BEST_CHECKPOINT, LAST_CHECKPOINT, TrainState
 from ecoformer.errors import InputError, NonFiniteError
+from ecoformer.ranks import run_on_main
 
 _logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves a run's state into its folder, in a ``with`` block that ends when all is written.
+
+    A save costs a copy of the state; the disk works while training goes on.
+    """
+
+    def __init__(self, state: TrainState, config: Config) -> None:
+        self._state = state
+        self._config = config
+        self._writer = BackgroundWriter()
+        self._last_save = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether ``checkpoint_every`` minutes have passed since the last save."""
+        return 0 < 60 * self._config.run.checkpoint_every <= time.monotonic() - self._last_save
+
+    def save(self, *, is_best: bool = False, is_last: bool = False) -> None:
+        """Write the last checkpoint, and the best one before it where this is the best.
+
+        Every rank must call. A run that dies between the two does this epoch again, and the best
+        one again with it.
+
+        Args:
+            is_last: whether the run ends here, so that the files must be there afterwards.
+
+        Raises:
+            InputError: the disk refuses the run's last save; any other costs a warning.
+            NonFiniteError: a weight is not finite, here or in the save before; nothing was
+                written.
+        """
+        checkpoint = self._state.to_checkpoint(self._config)
+        names = (BEST_CHECKPOINT, LAST_CHECKPOINT) if is_best else (LAST_CHECKPOINT,)
+        paths = [Path(self._config.run.output_dir, name) for name in names]
+        write = self._writer.write_now if is_last else self._writer.write
+        run_on_main(lambda: write(checkpoint, paths))
+        self._last_save = time.monotonic()
+
+    def wait(self) -> None:
+        """Come back when nothing is being written."""
+        self._writer.wait()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._writer.__exit__(*exception)
 
 
 class BackgroundWriter:
@@ -49,11 +101,7 @@ class BackgroundWriter:
         self._pending = self._thread.submit(_save_or_warn, self._copy, paths)
 
     def write_now(self, checkpoint: Mapping[str, Any], paths: Sequence[Path]) -> None:
-        """Write a checkpoint, and come back when its files are there.
-
-        Args:
-            checkpoint: see ``write``.
-            paths: files, written one after the other.
+        """Write a checkpoint as ``write`` does, and come back when its files are there.
 
         Raises:
             InputError: the disk refuses.
@@ -75,12 +123,7 @@ class BackgroundWriter:
     def __enter__(self) -> BackgroundWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._thread.shutdown()
 
 

@@ -1,0 +1,67 @@
+"""A run as a command: from words to a run, and from errors to exit codes.
+
+Only the configuration is imported before the words are understood: torch and timm take seconds,
+and whoever mistyped a flag need not wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ecoformer.config import Config, parse_config
+from ecoformer.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    InputError,
+    NonFiniteError,
+    Preempted,
+    is_main_process,
+    print_error,
+)
+from ecoformer.models.registry import ModelFamily
+
+
+def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = None) -> int:
+    """Train, evaluate or time a model, as a command line says.
+
+    Args:
+        argv: ``sys.argv`` without its first word if not given.
+        family: where models and defaults come from; the one that ``--model`` belongs to where
+            None.
+
+    Returns:
+        The process's exit code: 0 done, 1 another rank failed and says why, 2 bad input,
+        3 non-finite, 75 preempted and saved, 130 interrupted.
+    """
+    try:
+        config = parse_config(argv, family)
+    except InputError as error:
+        if is_main_process():
+            print_error(error)
+        return error.exit_code
+    return _run(config, family)
+
+
+def _run(config: Config, family: ModelFamily | None) -> int:
+    from ecoformer.engine.launch import claim_error, has_failed_elsewhere
+    from ecoformer.engine.logs import print_log
+    from ecoformer.engine.run import evaluate, time_model, train
+
+    action = time_model if config.run.throughput else evaluate if config.run.eval else train
+    try:
+        with print_log():
+            action(config, family=family)
+    except (InputError, NonFiniteError, Preempted) as error:
+        if claim_error():
+            print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if claim_error():
+            print_error("interrupted; what was saved is untouched.")
+        return EXIT_INTERRUPTED
+    except RuntimeError:
+        if not has_failed_elsewhere():
+            raise
+        return EXIT_FAILED
+    return EXIT_DONE

@@ -1,0 +1,190 @@
+"""A run as a Python call. The command line, the demo and the tables call these, too.
+
+What a run has to say goes to the logger ``ecoformer``; ``print_log`` shows it as the command line
+does. Progress goes to standard error. No call ends the process or reads its arguments. The global
+random generators are seeded anew in every step.
+
+Under torchrun each call joins the ranks and leaves them at its end. Where ``torch.distributed`` is
+initialised already, a run uses that group, which must reach the CPU (``cpu:gloo,cuda:nccl``), and
+leaves it as it is; every rank must call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ecoformer.checkpoint import load_checkpoint
+from ecoformer.config import Config, read_config, to_yaml
+from ecoformer.engine.compiling import compile_model
+from ecoformer.engine.evaluate import measure
+from ecoformer.engine.launch import process_group
+from ecoformer.engine.logs import read_log
+from ecoformer.engine.precision import choose_amp_dtype
+from ecoformer.engine.resume import load_for_evaluation, start_state
+from ecoformer.engine.session import Session, TaskMaker, create_model, create_task
+from ecoformer.engine.state import LAST_CHECKPOINT
+from ecoformer.engine.throughput import NUM_BATCHES, Throughput, measure_throughput
+from ecoformer.engine.train import train_model
+from ecoformer.errors import InputError
+from ecoformer.files import write_text
+from ecoformer.models.registry import ModelFamily
+from ecoformer.ranks import run_on_main
+from ecoformer.tasks.base import Metrics
+
+_logger = logging.getLogger(__name__)
+
+
+class Run:
+    """A run that has been trained, at least for an epoch.
+
+    Args:
+        build: makes ``model``, when it is first asked for.
+    """
+
+    def __init__(self, folder: Path, config: Config, build: Callable[[], nn.Module]) -> None:
+        self.folder = folder
+        self.config = config
+        self._build = build
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model after the last epoch, in eval mode; of ``load_run`` on the CPU.
+
+        Raises:
+            InputError: the run holds no finished epoch, or its data are gone.
+        """
+        return self._build().eval()
+
+    @property
+    def log(self) -> list[dict[str, float]]:
+        """The records of ``log.txt``, one an epoch.
+
+        Raises:
+            InputError: there is none yet.
+        """
+        return read_log(self.folder)
+
+
+def train(
+    config: Config, *, family: ModelFamily | None = None, task: TaskMaker | None = None
+) -> Run:
+    """Train, or go on from the checkpoint in ``config.run.output_dir``.
+
+    SIGTERM, SIGUSR1 and Ctrl-C save and stop while this lasts, if called in the main thread;
+    afterwards the handlers are those of before.
+
+    Args:
+        family: of the backbone, where it is not a registered one.
+        task: class of a task that is not registered, in place of the one of ``config.run.task``.
+
+    Returns:
+        The run, its model where it was trained.
+
+    Raises:
+        InputError: a setting, the data, a checkpoint or the disk.
+        NonFiniteError: a loss, gradient, weight or hash function became NaN or infinite.
+        Preempted: a signal came, and the state is saved; the same call goes on.
+    """
+    with process_group(config.run.device) as device:
+        session = Session.open(config, device, task=task, is_train=True)
+        model = create_model(config, session.task, family).to(device)
+        state = start_state(session, model)
+        run_on_main(lambda: write_text(session.folder / "config.yaml", to_yaml(config)))
+        train_model(session, state)
+        return Run(session.folder, config, lambda: model)
+
+
+def evaluate(
+    config: Config, *, family: ModelFamily | None = None, task: TaskMaker | None = None
+) -> Metrics:
+    """Measure the weights of ``config.run.resume``; ``"auto"`` are the folder's.
+
+    Args:
+        family: see ``train``.
+        task: see ``train``.
+
+    Raises:
+        InputError: a setting, the data or the weights.
+        NonFiniteError: the model's output is not finite.
+    """
+    with process_group(config.run.device) as device:
+        session = Session.open(config, device, task=task, is_train=False)
+        model = create_model(config, session.task, family).to(device)
+        load_for_evaluation(model, config)
+        metrics = measure(session, compile_model(model) if config.run.compile else model)
+        _logger.info("%s", metrics)
+        return metrics
+
+
+def load_run(
+    folder: str | Path, *, family: ModelFamily | None = None, task: TaskMaker | None = None
+) -> Run:
+    """Open the folder of a run; its model is built when it is asked for.
+
+    Args:
+        family: see ``train``.
+        task: see ``train``.
+
+    Raises:
+        InputError: it is no run.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").exists():
+        raise InputError(f"{folder} is no run: it holds no config.yaml; give a run's folder.")
+    config = read_config(folder / "config.yaml")
+
+    def build() -> nn.Module:
+        session = Session.open(config, torch.device("cpu"), task=task, is_train=False)
+        model = create_model(config, session.task, family)
+        load_checkpoint(model, folder / LAST_CHECKPOINT, strict=True)
+        return model
+
+    return Run(folder, config, build)
+
+
+def time_model(
+    config: Config, *, family: ModelFamily | None = None, task: TaskMaker | None = None
+) -> Throughput:
+    """Time the model of a configuration in eval mode, without data or weights.
+
+    Args:
+        config: ``config.run.throughput`` names the protocol; the median of single batches where
+            None. No mixed precision unless it names one: the released protocol has none.
+        family: see ``train``.
+        task: see ``train``.
+
+    Raises:
+        InputError: a setting, or there is no such model.
+    """
+    batch_size = config.data.batch_size
+    with process_group(config.run.device) as device:
+        amp_dtype = choose_amp_dtype(config.run.amp_dtype or "none", device)
+        made = create_task(config, task)
+        _logger.info("timing %d batches of %d %s", NUM_BATCHES, batch_size, made.samples)
+        throughput = measure_throughput(
+            create_model(config, made, family).to(device),
+            made.draw_inputs(batch_size, torch.Generator().manual_seed(0)),
+            batch_size=batch_size,
+            samples=made.samples,
+            protocol=config.run.throughput or "median",
+            amp_dtype=amp_dtype,
+            is_compiled=config.run.compile,
+        )
+        size = made.describe_inputs()
+        _logger.info(
+            "%s/%s, batch %d%s, %s on %s: %s",
+            config.model.model,
+            config.model.attn_type,
+            batch_size,
+            f" of {size}" if size else "",
+            str(amp_dtype).removeprefix("torch."),
+            device,
+            throughput,
+        )
+        return throughput

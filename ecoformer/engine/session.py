@@ -1,0 +1,130 @@
+"""What a run has from its start to its end; what changes is in ``TrainState``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecoformer.config import Config
+from ecoformer.engine.precision import autocast, choose_amp_dtype
+from ecoformer.errors import InputError, suggest
+from ecoformer.models.registry import ModelFamily
+from ecoformer.seeding import derive_seed, seeded
+from ecoformer.tasks import find_task
+from ecoformer.tasks.base import Data, Network, Task
+
+# A class, registered or not; whatever makes a task from a configuration will do.
+TaskMaker = Callable[[Config], Task]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run's settings, task and data, and where and in which precision it computes.
+
+    Args:
+        amp_dtype: from ``choose_amp_dtype``.
+    """
+
+    config: Config
+    task: Task
+    data: Data
+    device: torch.device
+    amp_dtype: torch.dtype
+
+    @classmethod
+    def open(
+        cls, config: Config, device: torch.device, *, task: TaskMaker | None, is_train: bool
+    ) -> Session:
+        """Open the data of a task; with ``is_train`` off only those for evaluation.
+
+        Raises:
+            InputError: there is no such task, data or precision.
+        """
+        made = create_task(config, task)
+        return cls(
+            config=config,
+            task=made,
+            data=made.open_data(device, is_train=is_train),
+            device=device,
+            amp_dtype=choose_amp_dtype(config.run.amp_dtype, device),
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.run.output_dir)
+
+    def move(self, batch: Any) -> Any:
+        """Bring the tensors of a batch to the device, whatever they lie in."""
+        return move_to(batch, self.device)
+
+    def compute(self, network: nn.Module) -> Network:
+        """Let a network compute in the run's precision."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with autocast(self.device, self.amp_dtype):
+                return network(*args, **kwargs)
+
+        return call
+
+
+def create_task(config: Config, task: TaskMaker | None = None) -> Task:
+    """Make the given task, or the one that the configuration names."""
+    return (task or find_task(config.run.task))(config)
+
+
+def create_model(config: Config, task: Task, family: ModelFamily | None = None) -> nn.Module:
+    """Build a task's model on the CPU, with weights drawn from the run's seed.
+
+    Args:
+        family: of the backbone; the one that has ``config.model.model`` where None.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    settings = config.model
+
+    def create(**options: Any) -> nn.Module:
+        known = family or find_family(settings.model)
+        return known.create_model(
+            settings.model,
+            settings.attn_type,
+            hashing=config.hashing,
+            drop_rate=settings.drop,
+            drop_path_rate=settings.drop_path,
+            **options,
+        )
+
+    with seeded(derive_seed("model", config.run.seed)):
+        return task.create_model(create)
+
+
+def find_family(model: str) -> ModelFamily:
+    """Find the family that has a variant."""
+    families = [importlib.import_module(package).FAMILY for package in ("pvt", "twins")]
+    for family in families:
+        if model in family.variants:
+            return family
+    names = [name for family in families for name in family.variants]
+    raise InputError(
+        f"unknown model {model!r}{suggest(model, names)} There are: {', '.join(names)}."
+    )
+
+
+def move_to(batch: Any, device: torch.device) -> Any:
+    """Copy a nest of tuples, lists and dicts, its tensors to a device; does not wait for them."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: move_to(item, device) for name, item in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        items = [move_to(item, device) for item in batch]
+        # A named tuple takes its fields one by one.
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch

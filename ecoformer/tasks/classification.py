@@ -1,0 +1,178 @@
+"""Image classification: cross-entropy, mixup, top-1 and top-5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecoformer.data import Loaders, build_loaders
+from ecoformer.errors import InputError, NonFiniteError
+from ecoformer.ops import as_full_precision
+from ecoformer.ranks import rank, sum_over_ranks, world_size
+from ecoformer.sums import ExactMean
+from ecoformer.tasks.base import Data, Meter, Metrics, Network, Task
+
+if TYPE_CHECKING:
+    from ecoformer.config import Config
+
+# Of a model that is timed without data.
+_NUM_CLASSES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(Metrics):
+    """What a classifier got right.
+
+    Args:
+        num_images: seen by all ranks together.
+        num_top1: images whose label was the first guess.
+        num_top5: images whose label was among the first five guesses, or among all of fewer.
+    """
+
+    num_images: int
+    num_top1: int
+    num_top5: int
+
+    @classmethod
+    def count(cls, num_images: int, num_top1: int, num_top5: int, loss: float) -> Accuracy:
+        """Turn counts into percent; ``loss`` is the mean cross-entropy."""
+        values = {
+            "test_loss": loss,
+            "test_acc1": 100 * num_top1 / num_images,
+            "test_acc5": 100 * num_top5 / num_images,
+        }
+        return cls(values, "test_acc1", num_images=num_images, num_top1=num_top1, num_top5=num_top5)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return self.values["test_loss"]
+
+    @property
+    def acc1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return self.values["test_acc1"]
+
+    @property
+    def acc5(self) -> float:
+        """Top-5 accuracy in percent."""
+        return self.values["test_acc5"]
+
+    def format_score(self, score: float) -> str:
+        """Write a top-1 accuracy."""
+        return f"top-1 {score:.2f} %"
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 {self.acc1:.2f} % ({self.num_top1} of {self.num_images}), "
+            f"top-5 {self.acc5:.2f} %, loss {self.loss:.4f}"
+        )
+
+
+class AccuracyMeter(Meter):
+    """Counts right guesses. All sums are of integers: one process and many give equal numbers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, top-1, top-5
+        self._loss = ExactMean(device)
+
+    def add(self, network: Network, batch: Any) -> None:
+        """Count images [B, 3, height, width] with labels [B], int64."""
+        images, labels = batch
+        logits = as_full_precision(network(images))
+        guesses = logits.topk(min(5, logits.shape[-1])).indices  # [B, 5]
+        hits = guesses == labels.unsqueeze(-1)
+        self._counts[0] += len(labels)
+        self._counts[1:] += torch.stack([hits[:, 0].sum(), hits.sum()])
+        self._loss.add(F.cross_entropy(logits, labels, reduction="none"))
+
+    def finish(self) -> Accuracy:
+        """Add up over ranks."""
+        num_images, num_top1, num_top5 = sum_over_ranks(self._counts).tolist()
+        if not num_images:
+            raise InputError("there is no image to evaluate on.")
+        loss = self._loss.mean()
+        if loss != loss:
+            raise NonFiniteError(
+                "the model's output is not finite; check its weights, or evaluate with "
+                "--amp-dtype none."
+            )
+        return Accuracy.count(num_images, num_top1, num_top5, loss)
+
+
+class Classification(Task):
+    """Batches are images [B, 3, height, width], float32, and labels [B], int64.
+
+    Mixup turns labels into targets [B, classes], float32, that are smoothed already.
+    """
+
+    samples = "images"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._loaders: Loaders | None = None
+
+    def open_data(self, device: torch.device, *, is_train: bool) -> Data:
+        """Open the data set of ``config.data``."""
+        self._loaders = loaders = build_loaders(
+            self.config.data,
+            self.config.augment,
+            input_size=self.config.model.input_size,
+            seed=self.config.run.seed,
+            rank=rank(),
+            world_size=world_size(),
+            pin_memory=device.type == "cuda",
+            train=is_train,
+        )
+        num_train = len(loaders.train.images) if loaders.train is not None else 0
+        return Data(
+            loaders.train,
+            loaders.eval,
+            f"{self.config.data.data_set}: {num_train} training and {len(loaders.eval.images)} "
+            f"validation images of {loaders.num_classes} classes",
+        )
+
+    def create_model(self, create: Callable[..., nn.Module]) -> nn.Module:
+        """Build the backbone with one output a class."""
+        return create(num_classes=self._loaders.num_classes if self._loaders else _NUM_CLASSES)
+
+    def prepare(self, batch: Any) -> Any:
+        """Mix images up, where that is on."""
+        mixup = self._loaders.mixup if self._loaders else None
+        return batch if mixup is None else mixup(*batch)
+
+    def fit_inputs(self, batch: Any) -> Tensor:
+        """The images."""
+        return batch[0]
+
+    def loss(self, network: Network, batch: Any) -> Tensor:
+        """Cross-entropy, with label smoothing where the targets are labels."""
+        images, targets = batch
+        logits = as_full_precision(network(images))
+        is_mixed = targets.is_floating_point()
+        smoothing = 0.0 if is_mixed else self.config.augment.smoothing
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    def start_evaluation(self, device: torch.device) -> AccuracyMeter:
+        """Begin to count."""
+        return AccuracyMeter(device)
+
+    def draw_inputs(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor]:
+        """Standard-normal images of the configured size."""
+        side = self.config.model.input_size
+        return (torch.randn(batch_size, 3, side, side, generator=generator),)
+
+    def describe_inputs(self) -> str:
+        """The image side in pixels."""
+        return f"{self.config.model.input_size} px"
+
+    def name_samples(self, epoch: int, step: int) -> Mapping[str, Sequence[int]]:
+        """The images' numbers; seed, epoch, step and place tell their augmentation, too."""
+        assert self._loaders is not None and self._loaders.train is not None
+        self._loaders.train.set_epoch(epoch, start_step=step)
+        return {"image_indices": [draw.image for draw in next(iter(self._loaders.train.batches))]}
