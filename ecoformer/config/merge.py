@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 from ecoformer.config.file import blame_file, read_fields
+from ecoformer.config.released import ATTENTION
 from ecoformer.config.schema import Config
-from ecoformer.errors import InputError
+from ecoformer.errors import InputError, is_main_process
 from ecoformer.models.registry import ModelFamily
+
+_logger = logging.getLogger(__name__)
 
 
 def make_config(**values: object) -> Config:
@@ -68,6 +72,8 @@ def _complete(config: Config, family: ModelFamily) -> Config:
                 "--model, or drop --train_msa."
             )
         variant, attention = family.resolve(variant, "msa")
+    elif model.attn_type is None:
+        _tell_attention(family, model.model, variant, attention)
     if run.config:
         name = Path(run.config).stem
     elif attention == family.resolve(model.model)[1]:
@@ -80,3 +86,17 @@ def _complete(config: Config, family: ModelFamily) -> Config:
         model=replace(model, model=variant, attn_type=attention),
         run=replace(run, output_dir=run.output_dir or f"runs/{name}"),
     )
+
+
+def _tell_attention(family: ModelFamily, name: str, variant: str, attention: str) -> None:
+    """Say what a model without an attention is taken for, where somebody may expect another."""
+    default = family.variants[variant][0]
+    released = ATTENTION.get(family.name)
+    if name == variant and attention != default:
+        expected = f"as released; {family.name}.create_model builds {default}"
+    elif released in family.variants[variant] and released != attention:
+        expected = f"the released scripts built {released} (--attn_type {released})"
+    else:
+        return
+    if is_main_process():
+        _logger.info("%s without --attn_type: taken as %s; %s", name, attention, expected)

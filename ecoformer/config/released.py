@@ -34,6 +34,9 @@ WITHOUT_MEANING = {
     "num_features": "Performer takes D ln D features",
 }
 
+# What the released scripts of a package built where neither file nor flag names an attention.
+ATTENTION = {"pvt": "sra"}
+
 
 def find_field(spelling: str) -> str | None:
     """Return the field that a released or present spelling means.
@@ -42,7 +45,7 @@ def find_field(spelling: str) -> str | None:
         spelling: a key of a file, or a flag with its dashes; ``-`` and ``_`` are the same.
 
     Returns:
-        The field; ``None`` for a released name without a meaning, which is said in the log.
+        None for a released name without a meaning, which is said in the log.
 
     Raises:
         InputError: nothing has that name; the nearest one is shown.

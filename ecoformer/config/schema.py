@@ -46,7 +46,7 @@ class DataConfig:
 
     data_path: str | None = None
     """Data folder; with train/ and val/ for IMNET. DIGITS needs none."""
-    data_set: Literal["IMNET", "CIFAR", "FMNIST", "DIGITS", "INAT", "INAT19"] = "IMNET"
+    data_set: Literal["IMNET", "CIFAR", "FMNIST", "DIGITS", "INAT", "INAT19", "IMNET100"] = "IMNET"
     """IMNET is any folder of class folders."""
     batch_size: int = 32
     """Images a process takes a step."""

@@ -214,7 +214,7 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
         InputError: the data are not there, or not as they should be.
     """
     assert split in SPLITS
-    if name in ("INAT", "INAT19"):
+    if name in ("INAT", "INAT19", "IMNET100"):
         raise InputError(
             f"{name} has no reader of its own; lay it out as train/CLASS/*.jpg and "
             "val/CLASS/*.jpg and give --data-set IMNET."

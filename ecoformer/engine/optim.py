@@ -57,7 +57,7 @@ def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Op
 
     given: dict[str, Any] = {"eps": optim.opt_eps, "betas": optim.opt_betas}
     try:
-        return create_optimizer_v2(
+        optimizer: Optimizer = create_optimizer_v2(
             model,
             opt=optim.opt,
             lr=peak_lr,
@@ -65,9 +65,13 @@ def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Op
             momentum=optim.momentum,
             **{name: value for name, value in given.items() if value is not None},
         )
-    except (ValueError, TypeError, ImportError) as error:
+    # The last three are how timm says that CUDA, APEX or bitsandbytes are missing.
+    except (ValueError, TypeError, ImportError, AssertionError, NameError, RuntimeError) as error:
         near = suggest(optim.opt, [str(name) for name in list_optimizers()])
         raise InputError(f"--opt {optim.opt!r} cannot be built ({error}){near}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--opt {optim.opt!r} needs second derivatives; choose another, as adamw.")
+    return optimizer
 
 
 def create_schedule(optimizer: Optimizer, optim: OptimConfig, *, seed: int) -> Scheduler:
@@ -114,7 +118,18 @@ def create_schedule(optimizer: Optimizer, optim: OptimConfig, *, seed: int) -> S
             f"--sched {optim.sched} cannot be built for {optim.epochs} epochs with these settings; "
             f"change --epochs or the schedule's flags. {error}"
         ) from error
+    if optim.sched == "tanh":
+        _use_released_bounds(schedule, optim)
     return schedule
+
+
+def _use_released_bounds(schedule: Any, optim: OptimConfig) -> None:
+    """Let tanh run from -6 to 4, as timm 0.4.9 did for the released scripts; now it is -7 to 3."""
+    schedule.lb, schedule.ub = -6.0, 4.0
+    if optim.warmup_epochs:
+        # Warm-up leads to where the curve is when it ends.
+        ends = schedule._get_lr(optim.warmup_epochs)
+        schedule.warmup_steps = [(end - optim.warmup_lr) / optim.warmup_epochs for end in ends]
 
 
 def schedule_state(schedule: Scheduler) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -371,3 +372,52 @@ def test_a_configuration_from_python(tmp_path: Path) -> None:
         make_config(model="pvt_v2_b0", epoch=3)
     with pytest.raises(InputError, match="name a model"):
         make_config(epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("family", "line", "expected"),
+    [
+        (
+            "pvt",
+            "",
+            "pvt_v2_b0 without --attn_type: taken as ecoformer; the released scripts built sra "
+            "(--attn_type sra)",
+        ),
+        ("pvt", "--model pvt_v2_b1", "pvt_v2_b1 without --attn_type: taken as ecoformer;"),
+        ("pvt", "--config {released}", "pvt_v2_b2 without --attn_type: taken as ecoformer;"),
+        ("pvt", "--attn_type ecoformer", None),
+        ("pvt", "--config {released} --attn_type sra", None),
+        # It has no other.
+        ("pvt", "--model pvt_v2_b2_li", None),
+        ("twins", "", None),
+        (
+            "twins",
+            "--model alt_gvt_small",
+            "alt_gvt_small without --attn_type: taken as msa; as released; twins.create_model "
+            "builds ecoformer",
+        ),
+        ("twins", "--model pcpvt_base_v0", "pcpvt_base_v0 without --attn_type: taken as sra;"),
+        ("twins", "--model alt_gvt_small --attn_type msa", None),
+        ("twins", "--model alt_gvt_small_ecoformer", None),
+        ("twins", "--model alt_gvt_small_sra_to_msa", None),
+    ],
+)
+def test_what_a_model_without_attention_is_taken_for(
+    request: pytest.FixtureRequest,
+    family: str,
+    line: str,
+    expected: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO, "ecoformer")
+    (tmp_path / "b2.py").write_text("cfg = dict(model='pvt_v2_b2', drop_path=0.1)")
+    words = shlex.split(line.format(released=tmp_path / "b2.py"))
+    parse_config(words, request.getfixturevalue(family))
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message[: len(expected or "")] for message in messages] == [expected] * bool(expected)
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    parse_config(words, request.getfixturevalue(family))
+    assert not caplog.records

@@ -85,7 +85,7 @@ def test_data_path_is_needed(name: str, tmp_path: Path) -> None:
     assert f"{tmp_path / 'nowhere'} is no folder" in refusal(name, tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["INAT", "INAT19"])
+@pytest.mark.parametrize("name", ["INAT", "INAT19", "IMNET100"])
 def test_inat_is_laid_out_as_imnet(name: str) -> None:
     assert "--data-set IMNET" in refusal(name, None)
 

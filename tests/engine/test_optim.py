@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,41 @@ def test_noise_comes_from_the_seed() -> None:
     )
     assert first == again
     assert first != other
+
+
+def test_tanh_schedule_is_the_released_one() -> None:
+    config = Config.from_flat({"sched": "tanh", "epochs": 20, "min_lr": 1e-5, "warmup_lr": 1e-6})
+
+    def expected(t: int) -> float:
+        """timm 0.4.9, from its source: bounds of -6 and 4."""
+        share = t / 20
+        if t < 5:
+            return 1e-6 + t * (expected(5) - 1e-6) / 5
+        return 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 - math.tanh(-6 * (1 - share) + 4 * share))
+
+    # Epochs 0 and 1 share a value, as with every schedule.
+    curve = [expected(max(0, epoch - 1)) for epoch in range(20)]
+    assert rates(config, 1e-3, 20) == pytest.approx(curve, rel=1e-9, abs=0)
+    # What that version gave when it was run.
+    given = {3: 0.0004002392237270174, 6: 0.0009990980593175434, 15: 0.00012801089280189645}
+    assert {epoch: curve[epoch] for epoch in given} == pytest.approx(given, rel=1e-9)
+    cold = rates(Config.from_flat({**config.to_flat(), "warmup_epochs": 0}), 1e-3, 3)
+    assert cold == pytest.approx([1e-3, 0.9999939172671438e-3, 0.9999834655923703e-3], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("fusedadamw", "CUDA required"),
+        ("bnbadamw", "CUDA required"),
+        ("lookahead_fusedadamw", "CUDA required"),
+        ("adahessian", "needs second derivatives"),
+        ("", "cannot be built"),
+    ],
+)
+def test_optimizer_that_cannot_run_here(name: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        create_optimizer(nn.Linear(2, 2), Config.from_flat({"opt": name}).optim, 1e-3)
 
 
 def test_unknown_optimizer_shows_the_nearest() -> None:
