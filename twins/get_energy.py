@@ -9,14 +9,7 @@ from twins import FAMILY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the words after the program's name; ``sys.argv`` if not given.
-
-    Returns:
-        The process's exit code.
-    """
+    """Run the command line; returns its exit code."""
     return run_get_energy(FAMILY, argv)
 
 

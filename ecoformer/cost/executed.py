@@ -1,4 +1,4 @@
-"""What today's hardware executes of a model, beside what the paper's model prices."""
+"""Count what today's hardware executes of a model, beside what the paper's model prices."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ def count_executed(model: nn.Module, input_size: int | tuple[int, int] = 224) ->
     A processor of today multiplies and adds in one instruction. A product with a code of +1 and
     -1 is an addition on paper, but costs it as much as any other.
 
-    Args:
-        model: on any device, in any mode; it needs no fit, is not touched, and computes nothing.
-        input_size: pixels, a side or (height, width).
+    Normalisation, activations and other work by value are not among them. The model needs no fit,
+    is not touched, and computes nothing.
 
-    Returns:
-        Multiply-adds; normalisation, activations and other work by value are not among them.
+    Args:
+        input_size: pixels, a side or (height, width).
     """
     shadow, image = without_data(model, input_size)
     # PyTorch's counter cannot look inside an operator of our own.

@@ -1,4 +1,4 @@
-"""Joules, measured: by NVML on NVIDIA GPUs, by RAPL on CPUs where the kernel offers it."""
+"""Measure joules: by NVML on NVIDIA GPUs, by RAPL on CPUs where the kernel offers it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,7 @@ class EnergyNotMeasurable(Exception):
 
 @dataclass(frozen=True)
 class EnergyMeter:
-    """Counters of energy that only rise, but for starting over at their ends.
-
-    Args:
-        source: what is counted, in words.
-        read_uj: returns each counter's present value, microjoules.
-        ranges_uj: value at which each counter starts over.
-    """
+    """Counters of energy in microjoules, which only rise and start over at ``ranges_uj``."""
 
     source: str
     read_uj: Callable[[], list[int]]
@@ -34,10 +28,6 @@ class EnergyMeter:
 
     def measure(self, call: Callable[[], object], device: torch.device) -> float:
         """Repeat a call for two seconds or longer and share out the energy.
-
-        Args:
-            call: what takes energy.
-            device: where it runs.
 
         Returns:
             Joules a call, of all that the counters see: idle power, and others at work, too.
@@ -55,14 +45,7 @@ class EnergyMeter:
 
 
 def find_meter(device: torch.device, powercap: Path = _POWERCAP) -> EnergyMeter:
-    """Find the counters of a device.
-
-    Args:
-        device: CPU or CUDA.
-        powercap: where Linux shows RAPL.
-
-    Returns:
-        A meter of the whole GPU, or of all CPU packages together.
+    """Find the counters of the whole GPU, or of all CPU packages together.
 
     Raises:
         EnergyNotMeasurable: there are none, or they may not be read.
