@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import io
+import json
 import os
-import pickletools
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from ecoformer.checkpoint.pickles import ARGUMENTS, MAX_PICKLE_BYTES, PickleScan
 from ecoformer.errors import InputError
 from ecoformer.files import open_atomic, remove_stale
 
@@ -29,14 +30,10 @@ class _ConfigDict:
         return OrderedDict()
 
 
-# All that released files hold beside tensors and plain Python values: the arguments of a run.
 _ALLOWED_GLOBALS: list[Any] = [
     argparse.Namespace,
-    (_ConfigDict, "mmcv.utils.config.ConfigDict"),
-    (_ConfigDict, "addict.addict.Dict"),
+    *((_ConfigDict, name) for name in ARGUMENTS if not name.startswith("argparse")),
 ]
-# First parts of names that a harmless file may hold; used for messages only.
-_HARMLESS_ROOTS = {"torch", "collections", "_codecs", "argparse", "mmcv", "addict"}
 
 # How files begin that come in place of weights, and what to do about them.
 _IMPOSTORS = (
@@ -44,12 +41,17 @@ _IMPOSTORS = (
     (rb"(\xef\xbb\xbf)?\s*<", "a web page, not weights: download the file itself"),
 )
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+_ZIP_START = b"PK\x03\x04"
+# Some 100,000 tensors; the list of an archive's members is read at once.
+_MAX_INDEX_BYTES = 8 * 2**20
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a weight file without running anything that it holds.
 
-    PyTorch's zip and legacy files and safetensors are told apart by content, not by name.
+    PyTorch's zip and legacy files and safetensors are told apart by content, not by name. No more
+    memory is taken than a few times the file's size.
 
     Args:
         path: a bare state dict, or a training dictionary with one in ``model`` or ``state_dict``.
@@ -59,8 +61,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         DistributedDataParallel and torch.compile; beside it the rest of a training dictionary.
 
     Raises:
-        InputError: the file is missing, unreadable or damaged, asks for code to be run, or holds
-            no state dict.
+        InputError: the file is missing, unreadable or damaged, asks for code to be run, unpacks
+            to more than it may, or holds no state dict.
     """
     try:
         with open(path, "rb") as file:
@@ -87,91 +89,137 @@ def parse_checkpoint(file: IO[bytes], origin: str) -> object:
         What was saved: tensors, on the CPU, in containers of plain values.
 
     Raises:
-        InputError: it is no weight file, damaged, or asks for code to be run.
+        InputError: it is no weight file, damaged, asks for code to be run, or unpacks to more
+            than it may.
     """
     start = file.read(512)
     file.seek(0)
     if not start:
         raise InputError(f"{origin}: empty, 0 bytes; download or save it again.")
     for pattern, advice in _IMPOSTORS:
-        if re.match(pattern, start):
+        # Text has no zeros, which the length of a header always has.
+        if re.match(pattern, start) and 0 not in start[:8]:
             raise InputError(f"{origin}: {advice}.")
     # The length of a JSON header, then the header. Before pickle: a length may begin with 0x80.
     is_safetensors = start[8:9] == b"{"
-    is_torch = start.startswith((b"PK\x03\x04", b"\x80"))
-    error: Exception | None = None
+    is_torch = start.startswith((_ZIP_START, b"\x80"))
     try:
         if is_safetensors:
-            import safetensors.torch
-
-            return safetensors.torch.load(file.read())
-        if is_torch:
-            with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED_GLOBALS):
-                warnings.simplefilter("ignore")
-                return torch.load(file, map_location="cpu", weights_only=True)
-    # Bytes from anywhere: both libraries raise a dozen types, from KeyError to OSError.
-    except Exception as caught:
-        error = caught
-    culprit = _find_blocked_global(file, error)
-    if culprit:
+            return _load_safetensors(file)
+        if start.startswith(_ZIP_START):
+            _check_archive(file)
+        else:
+            _check_legacy(file)
+        return _load_pickle(file)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from error
+    # Bytes from anywhere: the libraries raise a dozen types, from KeyError to OSError.
+    except Exception as error:
+        if not is_safetensors and not is_torch:
+            raise InputError(
+                f"{origin}: neither a PyTorch file nor safetensors, begins with {start[:8]!r}; "
+                "name a weight file."
+            ) from error
+        # PyTorch's long texts advise to load the file unsafely; the first sentence is the reason.
+        reason = re.split(r"\. |\n", str(error), maxsplit=1)[0] or type(error).__name__
+        kind = "safetensors" if is_safetensors else "PyTorch"
         raise InputError(
-            f"{origin}: asks for {culprit!r} to be run, which is refused; "
-            "get a plain state dict or safetensors file from a source that you trust."
+            f"{origin}: damaged, cut short or no {kind} weight file ({reason}); "
+            "download or save it again."
         ) from error
-    if error is None:
-        raise InputError(
-            f"{origin}: neither a PyTorch file nor safetensors, begins with {start[:8]!r}; "
-            "name a weight file."
-        )
-    # PyTorch's long texts advise to load the file unsafely; their first sentence is the reason.
-    reason = re.split(r"\. |\n", str(error), maxsplit=1)[0] or type(error).__name__
-    kind = "safetensors" if is_safetensors else "PyTorch"
-    raise InputError(
-        f"{origin}: damaged, cut short or no {kind} weight file ({reason}); "
-        "download or save it again."
-    ) from error
 
 
-def _find_blocked_global(file: IO[bytes], error: Exception | None) -> str | None:
-    """Name what a refused pickle wanted to import, by reading it; nothing is run."""
-    named = re.search(r"GLOBAL (\S+)", str(error))
-    if named:
-        return named[1]
-    # Pickles that PyTorch's safe reader gives up on before it meets the name.
-    with contextlib.suppress(Exception):
-        is_zip = zipfile.is_zipfile(file)
-        file.seek(0)
-        if is_zip:
-            archive = zipfile.ZipFile(file)
-            inner = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            file = archive.open(inner)
-        # A legacy file is four pickles in a row, then the raw tensors.
-        for _ in range(4):
-            for name in list(_list_globals(file)):
-                if name.split(".")[0] not in _HARMLESS_ROOTS:
-                    return name
-    return None
+class _BoundedReader(io.RawIOBase):
+    """A file of which no piece is read that is larger than an archive's index may be."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MAX_INDEX_BYTES:
+            raise ValueError(f"an index of {size} bytes")
+        return self._file.read(size)
 
 
-def _list_globals(file: IO[bytes]) -> Iterator[str]:
-    """Yield the dotted name of each thing that the next pickle in a file would import."""
-    texts: list[str] = []
-    memo: dict[int, str] = {}
-    value: Any
-    for opcode, value, _ in pickletools.genops(file):
-        match opcode.name:
-            case "GLOBAL" | "INST":
-                yield str(value).replace(" ", ".")
-            case "STACK_GLOBAL":
-                yield ".".join(texts[-2:])
-            case "MEMOIZE":
-                memo[len(memo)] = texts[-1] if texts else ""
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[value] = texts[-1] if texts else ""
-            case "GET" | "BINGET" | "LONG_BINGET":
-                texts.append(memo.get(value, ""))
-            case _ if isinstance(value, str):
-                texts.append(value)
+def _check_archive(file: IO[bytes]) -> None:
+    """Refuse a zip archive that unpacks to more than its size."""
+    num_bytes = file.seek(0, os.SEEK_END)
+    try:
+        archive = zipfile.ZipFile(_BoundedReader(file))
+    except zipfile.BadZipFile:
+        raise ValueError("no central directory at its end") from None
+    with archive:
+        members = {member.filename: member for member in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise ValueError("two members of one name")
+        for name, member in members.items():
+            # PyTorch writes nothing else; its reader would unpack.
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"member {name} is compressed")
+        if sum(member.file_size for member in members.values()) > num_bytes:
+            raise ValueError("members that are larger than the file")
+        root = next(iter(members)).partition("/")[0]
+        pickled = members.get(f"{root}/data.pkl")
+        if pickled is None:
+            raise ValueError("no data.pkl")
+        if pickled.file_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"a data.pkl of {pickled.file_size} bytes")
+        scan = PickleScan()
+        scan.run(io.BytesIO(archive.read(pickled)))
+        scan.check_sharing()
+        for key, storage in scan.storages.items():
+            if members[f"{root}/data/{key}"].file_size != storage.num_bytes:
+                raise ValueError(f"storage {key} of another size than its tensors")
+
+
+def _check_legacy(file: IO[bytes]) -> None:
+    """Refuse a row of pickles, and what comes after it, that unpacks to more than its size."""
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    pickles = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+    scan = PickleScan()
+    # A magic number, the format's version, sizes of integers, the object, the storages' order.
+    for _ in range(4):
+        scan.run(pickles)
+    keys = scan.run(pickles)
+    scan.check_sharing()
+    # Before each storage stands its length.
+    expected = pickles.tell() + sum(8 + scan.storages[key].num_bytes for key in keys)
+    if expected > num_bytes or set(keys) != set(scan.storages):
+        raise ValueError("storages that are larger than the file")
+
+
+def _load_pickle(file: IO[bytes]) -> object:
+    file.seek(0)
+    with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED_GLOBALS):
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _load_safetensors(file: IO[bytes]) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_PICKLE_BYTES:
+        raise ValueError(f"a header of {length} bytes")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(
+                f"entry {name!r} is of the unusual type {entry['dtype']}; save it as float32."
+            )
+    file.seek(0)
+    return safetensors.torch.load(file.read())
 
 
 def unwrap_state(content: object, origin: str) -> dict[str, Any]:
@@ -185,7 +233,7 @@ def unwrap_state(content: object, origin: str) -> dict[str, Any]:
         ``model``: name -> tensor without wrapper prefixes, and the rest of a training dictionary.
 
     Raises:
-        InputError: there is no state dict, or it holds more than dense tensors.
+        InputError: there is no state dict, or it holds more than dense tensors with values.
     """
     expected = "expected a state dict, or a training dictionary with one in 'model'"
     rest: dict[str, Any] = {}
@@ -206,6 +254,8 @@ def unwrap_state(content: object, origin: str) -> dict[str, Any]:
             raise InputError(f"{origin}: entry {name!r} is a {kind}, not a tensor; {expected}.")
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise InputError(f"{origin}: entry {name!r} is sparse or quantized; save it dense.")
+        if tensor.is_meta or tensor.is_nested:
+            raise InputError(f"{origin}: entry {name!r} is a meta or nested tensor; save it dense.")
         short = _WRAPPERS.sub("", name)
         if short in tensors:
             raise InputError(f"{origin}: has {short!r} twice, bare and wrapped; keep one of them.")

@@ -26,11 +26,16 @@ from ecoformer.checkpoint import resolve_source, zoo
 from ecoformer.errors import InputError
 from tests.privileges import without_privileges
 
-BUFFER = io.BytesIO()
-torch.save({"w": torch.arange(5000.0)}, BUFFER)
-GOOD = BUFFER.getvalue()
+
+def to_bytes(name: str) -> bytes:
+    """A weight file of one entry."""
+    buffer = io.BytesIO()
+    torch.save({name: torch.arange(5000.0)}, buffer)
+    return buffer.getvalue()
+
+
+GOOD, OLD = to_bytes("w"), to_bytes("v")
 SHA256 = hashlib.sha256(GOOD).hexdigest()
-OLD = GOOD.replace(b"w", b"v")
 FLIPPED = bytes([*GOOD[:9000], GOOD[9000] ^ 1, *GOOD[9001:]])
 PAGE = b"<!DOCTYPE html><html>Please sign in</html>"
 # Path -> what is sent, and the length that is claimed.
