@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import io
 import os
 import secrets
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +18,26 @@ from typing import IO, Any
 from ecoformer.errors import InputError
 
 _BYTES_TO_SEND = 8 * 2**20
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading.
+
+    Raises:
+        OSError: also for a FIFO, a socket or a device, which would block or never end.
+    """
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    # Without waiting for somebody who writes into a FIFO; nothing changes for a regular file.
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    # open() itself refuses folders.
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "a FIFO, socket or device, not a file", path)
+    return descriptor
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ecoformer.checkpoint.pickles import ARGUMENTS, MAX_PICKLE_BYTES, PickleScan
 from ecoformer.errors import InputError
-from ecoformer.files import open_atomic, remove_stale
+from ecoformer.files import open_atomic, open_regular, remove_stale
 
 
 class _ConfigDict:
@@ -65,7 +65,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             to more than it may, or holds no state dict.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             content = parse_checkpoint(file, str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path.") from None
@@ -74,7 +74,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except PermissionError:
         raise InputError(f"{path}: no permission to read it; ask its owner or chmod it.") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); check the disk.") from error
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be read ({reason}); check the disk.") from error
     return unwrap_state(content, str(path))
 
 

@@ -5,24 +5,35 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+import re
+import time
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import IO
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import IO, Any
+from urllib.error import URLError
 from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
 
 from ecoformer.checkpoint.files import parse_checkpoint
 from ecoformer.errors import InputError, suggest
-from ecoformer.files import open_atomic, remove_stale
+from ecoformer.files import open_atomic, open_regular, remove_stale
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _RELEASE = "https://github.com/ziplab/EcoFormer/releases/download/v1.0"
 _CHUNK_BYTES = 1 << 20
+# Of silence.
 _TIMEOUT_S = 30
+_MAX_BYTES = 16 * 2**30
+# A download may take so long, and a second more for so many bytes that have come.
+_PATIENCE_S = 60.0
+_MIN_BYTES_PER_S = 10_000
 
 _logger = logging.getLogger(__name__)
 
@@ -140,7 +151,14 @@ def _resolve(text: str, cache_dir: str | os.PathLike[str] | None) -> Path:
                 f" The zoo has: {', '.join(ZOO)}."
             )
         text = ZOO[text].url
-    url, _, expected = text.partition("#sha256=")
+    url, mark, fragment = text.partition("#")
+    named = re.fullmatch("sha256=([0-9a-f]{64})", fragment, re.IGNORECASE)
+    if mark and not named:
+        raise InputError(
+            f"{text}: after # an address has sha256= and 64 hexadecimal digits; give all of them, "
+            "or leave the # out."
+        )
+    expected = named[1].lower() if named else None
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
         raise InputError(f"{text}: {parts.scheme} is not read; give https, or a file by its path.")
@@ -151,7 +169,7 @@ def _resolve(text: str, cache_dir: str | os.PathLike[str] | None) -> Path:
     else:
         # Files of one name from two places are two files.
         digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-        name, checksum = f"{remote.stem}-{digest}{remote.suffix}", expected or None
+        name, checksum = f"{remote.stem}-{digest}{remote.suffix}", expected
     folder = Path(cache_dir or f"{torch.hub.get_dir()}/checkpoints").expanduser()
     return _fetch(url, folder / name, checksum)
 
@@ -163,40 +181,93 @@ def _fetch(url: str, path: Path, expected: str | None) -> Path:
         # Who waits longer for a piece has given up.
         remove_stale(path, min_age_s=2 * _TIMEOUT_S)
         with open_atomic(path) as file:
-            for chunk in _download(url, path):
-                file.write(chunk)
+            num_promised = _download(url, path, file)
+            num_bytes = file.tell()
             _verify(file, url, expected)
+            if num_promised not in (None, num_bytes):
+                raise InputError(
+                    f"{url}: damaged, cut short: {num_bytes} of {num_promised} bytes came; repeat "
+                    "the command."
+                )
             # Where no checksum is known, no login page and no half file may enter the cache either.
             file.seek(0)
             parse_checkpoint(file, url)
     # Again where it lies: a person may have put it there.
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         digest = _verify(file, str(path), expected)
     if expected is None:
         _logger.warning("%s: sha256 %s, not verified: no checksum is known yet", path, digest)
     return path
 
 
-def _download(url: str, path: Path) -> Iterator[bytes]:
-    """Yield what a URL serves, with a progress bar on terminals."""
-    # Imported here: few runs download anything.
-    from http.client import HTTPException
-    from urllib.request import urlopen
+def _download(url: str, path: Path, file: IO[bytes]) -> int | None:
+    """Write what a URL serves into a file, with a progress bar on terminals.
 
+    Returns:
+        The number of bytes that were promised, if one was.
+    """
+    # Imported here: few runs download anything.
     from tqdm import tqdm
 
+    began, num_bytes = time.monotonic(), 0
     try:
-        with urlopen(url, timeout=_TIMEOUT_S) as response:
-            total = int(response.headers.get("Content-Length", 0)) or None
+        with _open_url(url) as response:
+            length = response.headers.get("Content-Length")
+            total = None if length is None else int(length)
+            if total and total > _MAX_BYTES:
+                raise ValueError(f"{total} bytes, more than {_MAX_BYTES}")
             with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
-                while chunk := response.read(_CHUNK_BYTES):
+                # One system call each: a piece of full size may take days to come.
+                while chunk := response.read1(_CHUNK_BYTES):
+                    num_bytes += len(chunk)
+                    elapsed_s = time.monotonic() - began
+                    if num_bytes > _MAX_BYTES:
+                        raise ValueError(f"no end after {_MAX_BYTES} bytes")
+                    if elapsed_s > _PATIENCE_S + num_bytes / _MIN_BYTES_PER_S:
+                        raise TimeoutError(f"too slow, {num_bytes} bytes in {elapsed_s:.0f} s")
                     progress.update(len(chunk))
-                    yield chunk
+                    file.write(chunk)
+            return total
     except (OSError, ValueError, HTTPException) as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{url}: cannot be downloaded ({error}); repeat the command where there is a network, "
+            f"{url}: cannot be downloaded ({reason}); repeat the command where there is a network, "
             f"or fetch the file elsewhere and put it at {path}."
         ) from error
+
+
+def _open_url(url: str) -> Any:
+    """Ask for a URL, in a thread that is left alone where the answer comes drop by drop."""
+    answers: SimpleQueue[Any] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(build_opener(_Redirects).open(url, timeout=_TIMEOUT_S))
+        except Exception as error:
+            answers.put(error)
+
+    Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=_PATIENCE_S)
+    except Empty:
+        raise TimeoutError(f"no answer in {_PATIENCE_S:.0f} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows to where a web address may lead, and says when that is another host."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> Request | None:
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
+            raise URLError(f"redirected from {old.scheme} to {new.scheme}")
+        if old.hostname != new.hostname:
+            _logger.warning("%s: redirected to another host, %s", req.full_url, new.hostname)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _verify(file: IO[bytes], what: str, expected: str | None) -> str:
@@ -206,7 +277,7 @@ def _verify(file: IO[bytes], what: str, expected: str | None) -> str:
     while chunk := file.read(_CHUNK_BYTES):
         digest.update(chunk)
     found = digest.hexdigest()
-    if expected is not None and found != expected.lower():
+    if expected is not None and found != expected:
         raise InputError(
             f"{what}: its sha256 is {found}, expected {expected}; download it again (remove it "
             "first if it is here), or give the right checksum."

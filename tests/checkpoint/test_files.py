@@ -111,6 +111,7 @@ BROKEN_FILES: dict[str, tuple[bytes | None, str]] = {
     "the same name twice": (to_bytes({"w": torch.ones(1), "module.w": torch.ones(1)}), "twice"),
     "a whole module": (to_bytes(torch.nn.Linear(2, 2)), "torch.nn.modules.linear.Linear"),
     "a folder": (None, "a folder"),
+    "a FIFO": (None, "a FIFO, socket or device"),
     "missing": (None, "no such file"),
     "no permission": (None, "no permission"),
     "wrong names": (to_bytes({f"net.{name}": t for name, t in STATE.items()}), "no source"),
@@ -132,6 +133,8 @@ def test_broken_file_is_one_line(name: str, tmp_path: Path) -> None:
     context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if name == "a folder":
         path.mkdir()
+    elif name == "a FIFO":
+        os.mkfifo(path)
     elif name == "no permission":
         path.write_bytes(GOOD_ZIP)
         path.chmod(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,6 +17,8 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request
 
 import pytest
 import torch
@@ -39,24 +42,59 @@ SHA256 = hashlib.sha256(GOOD).hexdigest()
 FLIPPED = bytes([*GOOD[:9000], GOOD[9000] ^ 1, *GOOD[9001:]])
 PAGE = b"<!DOCTYPE html><html>Please sign in</html>"
 # Path -> what is sent, and the length that is claimed.
-PAGES = {
+PAGES: dict[str, tuple[bytes, object]] = {
     "/good.pth": (GOOD, len(GOOD)),
     "/old/good.pth": (OLD, len(OLD)),
     "/flipped.pth": (FLIPPED, len(GOOD)),
     "/cut.pth": (GOOD[:9000], len(GOOD)),
+    "/cut-at-the-end.pth": (GOOD, len(GOOD) + 1),
+    "/huge.pth": (GOOD, 2**60),
+    "/no-length.pth": (GOOD, "many"),
     "/login": (PAGE, len(PAGE)),
 }
 
 
+REDIRECTS = {
+    "/redirect.pth": "/login",
+    "/to-ftp.pth": "ftp://127.0.0.1/good.pth",
+    "/to-file.pth": "file:///etc/passwd",
+    "/for-ever.pth": "/for-ever.pth",
+}
+# How long a test's server goes on where it would never stop.
+FOR_EVER_S = 5.0
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Serves the pages above, a redirect to the login page, and nothing else."""
+    """Serves the pages above, redirects, pages without end, and nothing else."""
 
     def do_GET(self) -> None:
         """Answer one request."""
-        if self.path == "/redirect.pth":
+        with contextlib.suppress(ConnectionError):
+            self.answer()
+
+    def answer(self) -> None:
+        """Send what the path asks for."""
+        _, port = self.connection.getsockname()
+        if self.path in {**REDIRECTS, "/other-host.pth": None}:
             self.send_response(302)
-            self.send_header("Location", "/login")
+            other = f"http://localhost:{port}/good.pth"
+            self.send_header("Location", REDIRECTS.get(self.path, other))
             self.end_headers()
+            return
+        end = time.monotonic() + FOR_EVER_S
+        if self.path == "/slow-answer.pth":
+            self.wfile.write(b"HTTP/1.0 200 ")
+            while time.monotonic() < end:
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+            return
+        if self.path in ("/slow.pth", "/endless.pth"):
+            self.send_response(200)
+            self.end_headers()
+            is_slow = self.path == "/slow.pth"
+            while time.monotonic() < end:
+                self.wfile.write(b"x" if is_slow else bytes(65536))
+                time.sleep(0.02 if is_slow else 0)
             return
         if self.path not in PAGES:
             self.send_error(404)
@@ -115,17 +153,69 @@ def test_wrong_content_is_refused_with_both_checksums(name: str, server: str, ca
     ("name", "reason"),
     [
         ("cut.pth", "damaged, cut short"),
+        ("cut-at-the-end.pth", f"{len(GOOD)} of {len(GOOD) + 1} bytes came"),
         ("redirect.pth", "a web page"),
         ("absent.pth", "404"),
+        ("to-ftp.pth", "redirected from http to ftp"),
+        ("to-file.pth", "not allowed"),
+        ("for-ever.pth", "infinite loop"),
+        ("huge.pth", "bytes, more than"),
+        ("no-length.pth", "invalid literal"),
+        ("slow.pth", r"too slow, \d+ bytes in 1 s"),
+        ("slow-answer.pth", "no answer in 1 s"),
+        ("endless.pth", "no end after 1000000 bytes"),
     ],
 )
 def test_what_needs_no_checksum_to_be_refused(
-    name: str, reason: str, server: str, cache: Path
+    name: str, reason: str, server: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(zoo, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(zoo, "_MAX_BYTES", 1_000_000)
+    began = time.monotonic()
     with pytest.raises(InputError, match=reason) as caught:
         resolve_source(f"{server}/{name}")
-    assert str(caught.value).startswith(f"{server}/{name}: ")
+    assert time.monotonic() - began < FOR_EVER_S - 1
+    message = str(caught.value)
+    assert message.startswith(f"{server}/{name}: ")
+    assert "\n" not in message
     assert list(cache.iterdir()) == []
+
+
+def test_a_redirect_to_another_host_is_said(
+    server: str, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    with caplog.at_level(logging.WARNING):
+        assert resolve_source(f"{server}/other-host.pth").read_bytes() == GOOD
+    assert f"{server}/other-host.pth: redirected to another host, localhost" in caplog.text
+    assert "another host" not in str(resolve_source(f"{server}/good.pth"))
+
+
+def test_a_redirect_does_not_leave_https() -> None:
+    request = Request("https://127.0.0.1/good.pth")
+    for url in ("http://127.0.0.1/good.pth", "ftp://127.0.0.1/good.pth"):
+        with pytest.raises(URLError, match="redirected from https"):
+            zoo._Redirects().redirect_request(request, io.BytesIO(), 302, "Found", {}, url)
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        *("", "sha256", "sha256=", f"sha256={SHA256[:-1]}", f"sha256={SHA256}0"),
+        *(f"sha256={'g' * 64}", f"sha256={SHA256}#", f"sha256 ={SHA256}", f"md5={SHA256}"),
+    ],
+)
+def test_a_checksum_that_is_none_is_refused(fragment: str, server: str, cache: Path) -> None:
+    with pytest.raises(InputError, match="64 hexadecimal digits"):
+        resolve_source(f"{server}/good.pth#{fragment}")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_checksum_may_be_in_capitals(server: str, cache: Path) -> None:
+    for mark in (f"sha256={SHA256.upper()}", f"SHA256={SHA256}"):
+        assert resolve_source(f"{server}/good.pth#{mark}").read_bytes() == GOOD
+        with pytest.raises(InputError, match="its sha256 is"):
+            resolve_source(f"{server}/flipped.pth#{mark}")
 
 
 def test_without_a_network_the_message_tells_where_to_put_the_file(
