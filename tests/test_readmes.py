@@ -208,7 +208,10 @@ def find_main(module: str) -> Callable[[Sequence[str]], int]:
 
 def parse(module: str, words: Sequence[str]) -> None:
     """Accept the words of a command as its own parser does, and do nothing."""
-    if module == "ecoformer" and words[0] in ("train", "eval"):
+    if "--help" in words:
+        with pytest.raises(SystemExit, match="0"):
+            find_main(module)(words)
+    elif module == "ecoformer" and words[0] in ("train", "eval"):
         parse_config(words[1:])
     elif module in ("pvt.main", "twins.main"):
         parse_config(words, FAMILIES[module])
@@ -232,7 +235,9 @@ def run_module(module: str, words: Sequence[str], *, dry: bool) -> None:
     if dry:
         return
     words = [*words, *ADDITIONS[additions]] if additions else words
-    assert find_main(module)(words) == 0, f"{command} failed"
+    # What the doctor finds of this machine is not ours.
+    codes = (0, 2) if words[0] == "doctor" else (0,)
+    assert find_main(module)(words) in codes, f"{command} failed"
 
 
 def run_command(words: Sequence[str], *, dry: bool = False) -> None:
@@ -263,6 +268,9 @@ def run_command(words: Sequence[str], *, dry: bool = False) -> None:
             extras = re.findall(r"\w+", target)
             project = (ROOT / "pyproject.toml").read_text("utf-8")
             assert all(re.search(rf"^{extra} = \[", project, re.M) for extra in extras)
+        case ["pip", "install" | "uninstall", *packages]:
+            project = (ROOT / "pyproject.toml").read_text("utf-8")
+            assert all(re.search(rf'^ +"{name}\W', project, re.M) for name in packages)
         case ["conda", "env", "create", "-f", file]:
             assert (ROOT / file).is_file()
         case ["conda", "activate", name]:
