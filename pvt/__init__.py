@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from wrapt import when_imported
+
 from ecoformer.hash_config import HashConfig
-from ecoformer.models.registry import ModelFamily, register_with_timm
-from pvt.model import PyramidVisionTransformerV2
+from pvt.family import FAMILY
 from pvt.variants import PVT_VARIANTS
 
-__all__ = ["FAMILY", "PVT_VARIANTS", "PyramidVisionTransformerV2", "create_model"]
+if TYPE_CHECKING:
+    from pvt.model import PyramidVisionTransformerV2
+
+__all__ = ["FAMILY", "PVT_VARIANTS", "create_model"]
 
 
 def create_model(
@@ -20,24 +27,23 @@ def create_model(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
 ) -> PyramidVisionTransformerV2:
-    """Build a PVTv2 with fresh weights.
+    """Build a PVTv2 with fresh weights: [B, in_chans, height, width] -> [B, num_classes].
 
     Args:
         variant: ``"pvt_v2_b0"`` to ``"pvt_v2_b5"``, or ``"pvt_v2_b2_li"``.
-        attention: ``"ecoformer"``, ``"msa"``, ``"msa_share_qk"``, ``"sra"`` or ``"performer"``.
-        num_classes: outputs; 0 gives the features before the classifier.
-        in_chans: channels of the images.
+        attention: ``"ecoformer"``, ``"msa"``, ``"msa_share_qk"``, ``"sra"``, ``"performer"``, or a
+            kind that was registered.
+        num_classes: 0 gives the features before the classifier.
         hashing: settings of EcoFormer attention; the published ones where None.
         drop_rate: dropout in attention and MLP.
         drop_path_rate: stochastic depth of the last block.
-
-    Returns:
-        A model, [B, in_chans, height, width] -> [B, num_classes].
 
     Raises:
         InputError: no such variant, or the variant has no such attention.
     """
     FAMILY.check(variant, attention)
+    from pvt.model import PyramidVisionTransformerV2
+
     return PyramidVisionTransformerV2(
         PVT_VARIANTS[variant],
         attention,
@@ -49,13 +55,9 @@ def create_model(
     )
 
 
-FAMILY = ModelFamily(
-    name="pvt",
-    create_model=create_model,
-    variants={name: variant.attention_kinds for name, variant in PVT_VARIANTS.items()},
-    default_model="pvt_v2_b0",
-    recipe={"drop_path": 0.1, "repeated_aug": True, "clip_grad": None},
-    timm_names={f"ecoformer_{name}": name for name in PVT_VARIANTS},
-    foreign_prefixes={"alt_gvt": "twins", "pcpvt": "twins"},
-)
-register_with_timm(FAMILY)
+# At once where it is imported already; timm takes seconds, which not all who come here need.
+@when_imported("timm.models")
+def _register(_: ModuleType) -> None:
+    from ecoformer.checkpoint.timm_entry import register_with_timm
+
+    register_with_timm(FAMILY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ecoformer.models.pyramid import PyramidSizes
+from ecoformer.models.sizes import PyramidSizes
 
 
 @dataclass(frozen=True)

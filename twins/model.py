@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from ecoformer.attention.maps import Size, map_to_tokens, tokens_to_map
 from ecoformer.hash_config import HashConfig
 from ecoformer.models.pyramid import Backbone, PatchEmbed, build_stages
-from twins.variants import TwinsVariant
-
-# Layouts whose even (local) and odd (global) blocks differ; the others name a kind for all.
-_ALTERNATING = {"lsa_gsa": ("lsa", "sra"), "lsa_msa": ("lsa", "msa")}
+from twins.variants import TWINS_LAYOUTS, TwinsVariant
 
 
 class PositionalConvolution(nn.Module):
@@ -77,11 +74,14 @@ class Twins(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(variant.embed_dims, num_classes)
-        kinds = _ALTERNATING.get(attention, (attention,))
+        layout = TWINS_LAYOUTS.get(attention)
+        kinds = (attention,) if layout is None else layout.kinds
+        # As published; what stands in for softmax leaves it the last stage.
+        is_whole = layout is not None or attention == "sra"
         stages = build_stages(
             variant,
             kinds=kinds,
-            last_kinds=("msa",) if attention == "ecoformer" else kinds,
+            last_kinds=kinds if is_whole else ("msa",),
             hashing=hashing,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ecoformer.models.pyramid import PyramidSizes
+from ecoformer.models.registry import Layout
+from ecoformer.models.sizes import PyramidSizes
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class TwinsVariant(PyramidSizes):
         if self.has_windows:
             return ("ecoformer", "msa", "lsa_msa", "lsa_gsa")
         return ("ecoformer", "msa", "sra")
+
+
+# Even blocks are local, odd ones global.
+TWINS_LAYOUTS = {
+    "lsa_msa": Layout("softmax, windows and all tokens", ("lsa", "msa")),
+    "lsa_gsa": Layout("softmax in windows, spatial reduction", ("lsa", "sra")),
+}
 
 
 def _svt(width: int, depths: tuple[int, ...]) -> TwinsVariant:

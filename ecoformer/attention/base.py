@@ -1,4 +1,4 @@
-"""What the kinds of attention have in common.
+"""What the kinds of attention have in common, and what a kind says of itself.
 
 Shapes: B batch, H heads, N tokens, D head dim, C = H * D.
 """
@@ -6,30 +6,99 @@ Shapes: B batch, H heads, N tokens, D head dim, C = H * D.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ecoformer.attention.heads import divide_heads, split_heads
 from ecoformer.attention.maps import Size
+from ecoformer.hash_config import HashConfig
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a backbone asks of an attention layer; each kind takes what concerns it.
+
+    Args:
+        hashing: settings of EcoFormer attention; the published ones where None.
+        sr_ratio: how much spatial reduction shrinks the map's sides.
+        is_linear: whether spatial reduction pools to a fixed size instead.
+    """
+
+    dim: int
+    num_heads: int
+    qkv_bias: bool = True
+    proj_drop: float = 0.0
+    hashing: HashConfig | None = None
+    sr_ratio: int = 1
+    is_linear: bool = False
+
+
+@dataclass(frozen=True)
+class Derived:
+    """How a projection is made of projections of the parent kind.
+
+    Args:
+        sources: names of the parent's projections.
+        make: called with their weights, and again with their biases; outputs lie along axis 0.
+        leaves_out: what no projection of the new kind takes: modules of the parent, or a named
+            part of a source, as ``"qkv[k]"``.
+    """
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor]
+    leaves_out: tuple[str, ...] = ()
 
 
 class MultiHeadAttention(nn.Module, ABC):
-    """Self-attention; a kind of it says how heads attend, and what that costs.
+    """Self-attention. A kind says how heads attend, and all that others ask of it.
 
-    Args:
-        dim: C.
-        num_heads: H.
+    ``register_attention`` gives it the name by which backbones, tables and plots know it.
+
+    Attributes:
+        kind: that name; the name of the class where it is not registered.
+        label: what tables and plots call it; its name where the class says nothing.
+        cost_note: a sentence to stand beside its cost, where no published figure confirms it.
+        parent: kind that its weights can be made of, if any.
+        derived: its projections that are not the parent's of equal name. The rest is.
+        own_buffers: buffers, or modules of them, that it draws or fits itself: no weights of
+            another kind give them.
+        any_backbone: whether every backbone takes it, or those alone that name it.
 
     Raises:
         InputError: ``num_heads`` does not divide ``dim``.
     """
+
+    kind: ClassVar[str]
+    label: ClassVar[str]
+    cost_note: ClassVar[str] = ""
+    parent: ClassVar[str | None] = None
+    derived: ClassVar[Mapping[str, Derived]] = {}
+    own_buffers: ClassVar[tuple[str, ...]] = ()
+    any_backbone: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls.kind = cls.__name__
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = divide_heads(dim, num_heads)
 
-    def _add_output(self, dim: int, proj_drop: float) -> None:
+    @classmethod
+    def from_spec(cls, spec: LayerSpec) -> MultiHeadAttention:
+        """Build the layer for a backbone; kinds with settings of their own override this.
+
+        Raises:
+            InputError: the heads do not divide the channels.
+        """
+        build: Callable[..., MultiHeadAttention] = cls
+        return build(spec.dim, spec.num_heads, spec.qkv_bias, spec.proj_drop)
+
+    def add_output(self, dim: int, proj_drop: float) -> None:
         """Make the output projection; after those of the inputs, the order of released weights."""
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -52,23 +121,16 @@ class MultiHeadAttention(nn.Module, ABC):
             InputError: ``size`` is missing or too small for the kind, or hash functions are not
                 fitted.
         """
-        return self.proj_drop(self.proj(self._attend(x, size)))
+        return self.proj_drop(self.proj(self.attend(x, size)))
+
+    @abstractmethod
+    def attend(self, x: Tensor, size: Size | None) -> Tensor:
+        """Project the inputs, attend in each head and merge the heads: [B, N, C] to [B, N, C]."""
 
     @abstractmethod
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         """Multiplications and additions of the attention of one image, projections aside.
 
-        Args:
-            num_tokens: N.
-            size: as for ``forward``.
-
-        Returns:
-            (multiplications, additions).
-
         Raises:
             InputError: ``size`` is missing.
         """
-
-    @abstractmethod
-    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
-        """[B, N, C] to [B, N, C], the heads merged."""

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ecoformer.attention.base import MultiHeadAttention
+from ecoformer.attention.base import LayerSpec, MultiHeadAttention
 from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.maps import Size
+from ecoformer.attention.registry import register_attention
+from ecoformer.attention.softmax import SHARED_FROM_SOFTMAX
 from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import KernelHash
 
 
+@register_attention("ecoformer")
 class EcoFormerAttention(MultiHeadAttention):
     """Self-attention whose queries and keys share one projection, hashed to binary codes.
 
@@ -30,6 +33,12 @@ class EcoFormerAttention(MultiHeadAttention):
 
     Source: EcoFormer, arXiv 2209.09004.
     """
+
+    label = "EcoFormer"
+    parent = "msa"
+    derived = SHARED_FROM_SOFTMAX
+    own_buffers = ("hash",)
+    any_backbone = False
 
     def __init__(
         self,
@@ -50,9 +59,13 @@ class EcoFormerAttention(MultiHeadAttention):
                 f"{type(hashing).__name__}."
             )
         self.hash = KernelHash(num_heads, self.head_dim, hashing)
-        self._add_output(dim, proj_drop)
+        self.add_output(dim, proj_drop)
 
-    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
+    @classmethod
+    def from_spec(cls, spec: LayerSpec) -> EcoFormerAttention:
+        return cls(spec.dim, spec.num_heads, spec.qkv_bias, spec.proj_drop, hashing=spec.hashing)
+
+    def attend(self, x: Tensor, size: Size | None) -> Tensor:
         return merge_heads(self.hash(*self._split(self.to_qk(x), self.to_v(x))))
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:

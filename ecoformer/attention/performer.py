@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ecoformer.attention.base import MultiHeadAttention
 from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.maps import Size
+from ecoformer.attention.registry import register_attention
 from ecoformer.ops import as_full_precision, without_autocast
 
 _EPSILON = 1e-4
@@ -90,6 +91,7 @@ class RandomFeatureAttention(nn.Module):
         return kernel * self.projection_matrix.shape[0] ** -0.5
 
 
+@register_attention("performer")
 class PerformerAttention(MultiHeadAttention):
     """Multi-head self-attention through ``RandomFeatureAttention``.
 
@@ -106,6 +108,12 @@ class PerformerAttention(MultiHeadAttention):
     Source: Choromanski et al., arXiv 2009.14794.
     """
 
+    label = "Performer"
+    cost_note = "Performer attention is our own count: the four products with its features."
+    parent = "msa"
+    own_buffers = ("fast_attention.projection_matrix",)
+    any_backbone = False
+
     def __init__(
         self,
         dim: int,
@@ -118,9 +126,9 @@ class PerformerAttention(MultiHeadAttention):
         super().__init__(dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.fast_attention = RandomFeatureAttention(self.head_dim, generator)
-        self._add_output(dim, proj_drop)
+        self.add_output(dim, proj_drop)
 
-    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
+    def attend(self, x: Tensor, size: Size | None) -> Tensor:
         return merge_heads(self.fast_attention(*self._split(*self.qkv(x).chunk(3, dim=-1))))
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:

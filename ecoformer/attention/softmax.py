@@ -1,16 +1,27 @@
-"""Softmax attention over all tokens, with separate or shared queries and keys.
+"""Softmax attention over all tokens.
 
 Shapes: B batch, H heads, N tokens, D head dim, C = H * D.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ecoformer.attention.base import MultiHeadAttention
+from ecoformer.attention.base import Derived, MultiHeadAttention
 from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.maps import Size
+from ecoformer.attention.registry import register_attention
+
+_FROM_SPATIAL_REDUCTION = {
+    "qkv": Derived(("q", "kv"), lambda q, kv: torch.cat([q, kv]), leaves_out=("sr", "norm"))
+}
+# For the kinds whose queries and keys share a projection: they lose that of the keys.
+SHARED_FROM_SOFTMAX = {
+    "to_qk": Derived(("qkv",), lambda qkv: qkv.tensor_split(3)[0], leaves_out=("qkv[k]",)),
+    "to_v": Derived(("qkv",), lambda qkv: qkv.tensor_split(3)[2], leaves_out=("qkv[k]",)),
+}
 
 
 def count_softmax(num_pairs: int, dim: int, num_heads: int) -> tuple[int, int]:
@@ -30,6 +41,7 @@ def count_softmax(num_pairs: int, dim: int, num_heads: int) -> tuple[int, int]:
     return products + num_heads * num_pairs, products
 
 
+@register_attention("msa")
 class SoftmaxAttention(MultiHeadAttention):
     """Multi-head softmax attention with one projection for queries, keys and values.
 
@@ -45,48 +57,21 @@ class SoftmaxAttention(MultiHeadAttention):
     Source: Vaswani et al., arXiv 1706.03762.
     """
 
+    label = "softmax"
+    parent = "sra"
+    derived = _FROM_SPATIAL_REDUCTION
+    any_backbone = False
+
     def __init__(
         self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0
     ) -> None:
         super().__init__(dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self._add_output(dim, proj_drop)
+        self.add_output(dim, proj_drop)
 
-    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
+    def attend(self, x: Tensor, size: Size | None) -> Tensor:
         q, k, v = self._split(*self.qkv(x).chunk(3, dim=-1))
         return merge_heads(scaled_dot_product_attention(q, k, v))
-
-    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
-        return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)
-
-
-class SharedQKAttention(MultiHeadAttention):
-    """Softmax attention whose queries and keys are the same rows, not normalised.
-
-    Args:
-        dim: C.
-        num_heads: H.
-        qkv_bias: whether ``to_qk`` and ``to_v`` have a bias.
-        proj_drop: dropout after the output projection.
-
-    Raises:
-        InputError: ``num_heads`` does not divide ``dim``.
-
-    Source: EcoFormer, arXiv 2209.09004 (comparison); Kitaev et al.,
-        arXiv 2001.04451, for sharing.
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0
-    ) -> None:
-        super().__init__(dim, num_heads)
-        self.to_qk = nn.Linear(dim, dim, bias=qkv_bias)
-        self.to_v = nn.Linear(dim, dim, bias=qkv_bias)
-        self._add_output(dim, proj_drop)
-
-    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
-        q, v = self._split(self.to_qk(x), self.to_v(x))
-        return merge_heads(scaled_dot_product_attention(q, q, v))
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)

@@ -8,15 +8,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, gelu, scaled_dot_product_attention
 
-from ecoformer.attention.base import MultiHeadAttention
+from ecoformer.attention.base import LayerSpec, MultiHeadAttention
 from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.maps import Size, map_to_tokens, require_size, tokens_to_map
+from ecoformer.attention.registry import register_attention
 from ecoformer.attention.softmax import count_softmax
 from ecoformer.errors import InputError
 
 _POOLED_SIZE = 7
 
 
+@register_attention("sra")
 class SpatialReductionAttention(MultiHeadAttention):
     """Softmax attention whose keys and values come from a smaller map.
 
@@ -37,6 +39,10 @@ class SpatialReductionAttention(MultiHeadAttention):
     Source: PVT, arXiv 2102.12122; linear form: PVTv2, arXiv 2106.13797.
     """
 
+    label = "spatial reduction"
+    cost_note = "Spatial reduction is our own count: softmax over the keys that a query sees."
+    any_backbone = False
+
     def __init__(
         self,
         dim: int,
@@ -51,18 +57,29 @@ class SpatialReductionAttention(MultiHeadAttention):
         self.sr_ratio, self.is_linear = sr_ratio, is_linear
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self._add_output(dim, proj_drop)
+        self.add_output(dim, proj_drop)
         if self.is_reducing:
             kernel = 1 if is_linear else sr_ratio
             self.sr = nn.Conv2d(dim, dim, kernel_size=kernel, stride=kernel)
             self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    @classmethod
+    def from_spec(cls, spec: LayerSpec) -> SpatialReductionAttention:
+        return cls(
+            spec.dim,
+            spec.num_heads,
+            spec.qkv_bias,
+            spec.proj_drop,
+            sr_ratio=spec.sr_ratio,
+            is_linear=spec.is_linear,
+        )
 
     @property
     def is_reducing(self) -> bool:
         """Whether keys and values come from a smaller map than queries."""
         return self.is_linear or self.sr_ratio > 1
 
-    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
+    def attend(self, x: Tensor, size: Size | None) -> Tensor:
         source = self._reduce(x, size) if self.is_reducing else x
         q, k, v = self._split(self.q(x), *self.kv(source).chunk(2, dim=-1))
         return merge_heads(scaled_dot_product_attention(q, k, v))

@@ -11,9 +11,11 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ecoformer.attention.heads import merge_heads
 from ecoformer.attention.maps import Size, require_size, tokens_to_grid
+from ecoformer.attention.registry import register_attention
 from ecoformer.attention.softmax import SoftmaxAttention, count_softmax
 
 
+@register_attention("lsa")
 class WindowAttention(SoftmaxAttention):
     """Softmax attention whose tokens see those of their own tile of the map.
 
@@ -34,6 +36,10 @@ class WindowAttention(SoftmaxAttention):
     Source: Twins, arXiv 2104.13840 (locally-grouped self-attention).
     """
 
+    label = "softmax in windows"
+    cost_note = "Window attention is our own count: softmax over the keys that a query sees."
+    any_backbone = False
+
     def __init__(
         self,
         dim: int,
@@ -46,7 +52,7 @@ class WindowAttention(SoftmaxAttention):
         super().__init__(dim, num_heads, qkv_bias, proj_drop)
         self.window_size = window_size
 
-    def _attend(self, x: Tensor, size: Size | None) -> Tensor:
+    def attend(self, x: Tensor, size: Size | None) -> Tensor:
         size = require_size(size)
         # Tiled after the projection, which so spends nothing on what lies outside of the map.
         qkv = self._tile(tokens_to_grid(self.qkv(x), size))  # [B * W, S * S, 3 * C]

@@ -34,7 +34,7 @@ IS_FITTED = "hash.is_fitted"
 # [int(D ln D), D]. Nothing reads it beside a hash function, but the released model demands it;
 # a Performer layer has one of the same name, and needs it.
 PROJECTION = "fast_attention.projection_matrix"
-HASH_BUFFERS = (*(row.ours for row in _TABLE), IS_FITTED)
+HASH_WEIGHT = _WEIGHT.ours
 
 
 def owner_of(name: str, suffix: str) -> str | None:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-import torch
 from torch import Tensor, nn
 
+from ecoformer.checkpoint.conversion import Conversion
 from ecoformer.checkpoint.files import read_checkpoint, unwrap_state
-from ecoformer.checkpoint.layout import HASH_BUFFERS, IS_FITTED, PROJECTION, owner_of, to_ours
+from ecoformer.checkpoint.layout import HASH_WEIGHT, IS_FITTED, PROJECTION, owner_of, to_ours
 from ecoformer.checkpoint.zoo import resolve_source
 from ecoformer.errors import InputError
 
-# What an attention layer makes of the projections of the stage before: from which, and how.
-# Rules chain: original weights (q, kv) become softmax ones (qkv), then EcoFormer's (to_qk, to_v).
-_DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
-    "qkv": (("q", "kv"), lambda q, kv: torch.cat([q, kv])),
-    "to_qk": (("qkv",), lambda qkv: qkv.tensor_split(3)[0]),
-    "to_v": (("qkv",), lambda qkv: qkv.tensor_split(3)[2]),
-}
-_PROJECTION_NAME = re.compile(r"(?P<layer>(?:.*\.)?attn\.)(?P<part>\w+)\.(?P<leaf>weight|bias)")
-# Drawn or fitted by the layer that needs them: no other kind of attention could give them.
-_OWN_BUFFERS = (*HASH_BUFFERS, PROJECTION)
 _HEAD = ("head.weight", "head.bias")
 
 
@@ -108,17 +98,15 @@ def load_checkpoint(
     state = to_ours(raw)
     target = model.state_dict()
 
-    taken: dict[str, Tensor] = {}
-    sources: dict[str, tuple[str, ...]] = {}
-    for name in target:
-        found = _find(name, state, may_derive=not strict)
-        if found is not None:
-            taken[name], sources[name] = found
+    conversion = Conversion(model, state)
+    found = {name: conversion.find(name, may_derive=not strict) for name in target}
+    entries = {name: entry for name, entry in found.items() if entry is not None}
+    taken = {name: entry.tensor for name, entry in entries.items()}
+    sources = {name: entry.sources for name, entry in entries.items()}
 
     dropped = [name for name in raw if owner_of(name, PROJECTION) is not None and name not in state]
-    for name in taken:
-        if sources[name] != (name,):
-            dropped += _list_leftovers(name, sources[name], state)
+    # Two projections made of one entry leave out the same.
+    dropped += dict.fromkeys(left for entry in entries.values() for left in entry.leftovers)
     notes: list[str] = []
     if not strict:
         for name in _HEAD:
@@ -128,11 +116,22 @@ def load_checkpoint(
                 del taken[name]
 
     missing = [
-        name for name in target if name not in taken and (strict or not _is_own(name, taken))
+        name
+        for name in target
+        if name not in taken and (strict or not conversion.is_own(name, taken))
     ]
     used = {source for name in taken for source in sources[name]}
     unused = [name for name in state if name not in used and name not in dropped]
-    _check_fit(taken, target, missing, unused, origin, strict=strict, allow_missing=allow_missing)
+    _check_fit(
+        taken,
+        target,
+        missing,
+        unused,
+        origin,
+        conversion,
+        strict=strict,
+        allow_missing=allow_missing,
+    )
     model.load_state_dict(
         {name: _cast(taken[name], target[name], f"{origin}: {name}") for name in taken},
         strict=False,
@@ -153,54 +152,6 @@ def load_checkpoint(
     )
 
 
-def _find(
-    name: str, state: Mapping[str, Tensor], *, may_derive: bool
-) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Return an entry of the model and the entries of the file that it came from."""
-    if name in state:
-        return state[name], (name,)
-    match = _PROJECTION_NAME.fullmatch(name)
-    if not may_derive or match is None or match["part"] not in _DERIVED:
-        return None
-    tensors: list[Tensor] = []
-    names: tuple[str, ...] = ()
-    parts, make = _DERIVED[match["part"]]
-    for part in parts:
-        found = _find(f"{match['layer']}{part}.{match['leaf']}", state, may_derive=True)
-        if found is None:
-            return None
-        tensors.append(found[0])
-        names += found[1]
-    try:
-        return make(*tensors), names
-    except (RuntimeError, IndexError):
-        # Shapes of a broken file that do not join: what needs them counts as missing.
-        return None
-
-
-def _list_leftovers(name: str, sources: tuple[str, ...], state: Mapping[str, Tensor]) -> list[str]:
-    """List what the rules leave out of a layer when they derive a projection of it."""
-    match = _PROJECTION_NAME.fullmatch(name)
-    assert match is not None
-    layer, part, leaf = match.groups()
-    # One of its two projections speaks for an EcoFormer layer.
-    if part == "to_qk":
-        return []
-    leftovers = [f"{sources[-1]}[k]"] if part == "to_v" else []
-    if f"{layer}kv.{leaf}" in sources:
-        leftovers += [f"{layer}{module}.{leaf}" for module in ("sr", "norm")]
-    return [name for name in leftovers if name in state or name.endswith("[k]")]
-
-
-def _is_own(name: str, taken: Collection[str]) -> bool:
-    """Whether a layer keeps this buffer as it made it, the file having no hash function for it."""
-    for buffer in _OWN_BUFFERS:
-        owner = owner_of(name, buffer)
-        if owner is not None:
-            return not any(owner + other in taken for other in HASH_BUFFERS)
-    return False
-
-
 def _has_other_classes(theirs: Tensor, ours: Tensor) -> bool:
     """Whether two entries of heads differ in the number of classes alone."""
     if theirs.ndim != ours.ndim or theirs.shape[1:] != ours.shape[1:]:
@@ -219,6 +170,7 @@ def _check_fit(
     missing: Sequence[str],
     unused: Sequence[str],
     origin: str,
+    conversion: Conversion,
     *,
     strict: bool,
     allow_missing: bool,
@@ -236,9 +188,9 @@ def _check_fit(
                 "start from it with --finetune, which makes a new head."
             )
         # [H, K, M] with the same heads, in a file that fits in all but hash functions.
-        is_hash_weight = owner_of(mismatched[0], HASH_BUFFERS[0]) is not None
+        is_hash_weight = owner_of(mismatched[0], HASH_WEIGHT) is not None
         has_same_heads = theirs.shape[:-2] == ours.shape[:-2]
-        if is_hash_weight and has_same_heads and all(_is_own(name, ()) for name in mismatched):
+        if is_hash_weight and has_same_heads and all(map(conversion.is_own, mismatched)):
             (bits, anchors), (our_bits, our_anchors) = theirs.shape[-2:], ours.shape[-2:]
             raise InputError(
                 f"{origin}: hash functions of {bits} bits and {anchors} anchors, the model's have "

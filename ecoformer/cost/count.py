@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecoformer.attention import ATTENTION_KINDS
-from ecoformer.attention.base import MultiHeadAttention
+from ecoformer.attention import MultiHeadAttention
 from ecoformer.errors import InputError
 from ecoformer.hashing import hash_layers
 
@@ -144,8 +143,8 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
     for name, module in shadow.named_modules():
         for kind, (counted, count) in _COUNTERS.items():
             if isinstance(module, counted):
-                if kind == "attention":
-                    kind = f"{_name_attention(module)} attention"
+                if isinstance(module, MultiHeadAttention):
+                    kind = f"{module.kind} attention"
                 module.register_forward_hook(watch(name, kind, count), with_kwargs=True)
     try:
         shadow(image)
@@ -184,12 +183,6 @@ def without_data(model: nn.Module, input_size: int | tuple[int, int]) -> tuple[n
     in_chans = next((m.in_channels for m in shadow.modules() if isinstance(m, nn.Conv2d)), 3)
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     return shadow, torch.empty(1, in_chans, height, width, device="meta")
-
-
-def _name_attention(layer: nn.Module) -> str:
-    """The kind of one of our layers; the class of somebody's own."""
-    names: dict[type[nn.Module], str] = {known: kind for kind, known in ATTENTION_KINDS.items()}
-    return names.get(type(layer), type(layer).__name__)
 
 
 def _count_convolution(module: nn.Module, args: Any, keywords: Any, out: Tensor) -> tuple[int, int]:

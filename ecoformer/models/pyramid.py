@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import cycle
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ecoformer.attention import build_attention
+from ecoformer.attention import LayerSpec, attention_class
 from ecoformer.attention.maps import Size, map_to_tokens
 from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
 from ecoformer.models.mlp import Mlp
+from ecoformer.models.sizes import PyramidSizes
 
 
 class PatchEmbed(nn.Module):
@@ -254,27 +254,6 @@ def _init_layer(layer: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
-@dataclass(frozen=True)
-class PyramidSizes:
-    """Sizes of a backbone in four stages; tuples hold a value a stage.
-
-    Args:
-        embed_dims: channels.
-        depths: blocks.
-        num_heads: attention heads.
-        mlp_ratios: hidden channels of the MLP over ``embed_dims``.
-        sr_ratios: how much spatial reduction shrinks the map's sides.
-
-    Source: the defaults are those of PVT-Tiny, arXiv 2102.12122; PVTv2 and Twins-PCPVT build on it.
-    """
-
-    embed_dims: tuple[int, ...] = (64, 128, 320, 512)
-    depths: tuple[int, ...] = (2, 2, 2, 2)
-    num_heads: tuple[int, ...] = (1, 2, 5, 8)
-    mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
-    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
-
-
 def build_stages(
     sizes: PyramidSizes,
     kinds: Sequence[str],
@@ -314,18 +293,18 @@ def build_stages(
     for stage, stage_drop_paths in enumerate(drop_paths.split(list(sizes.depths))):
         dim = sizes.embed_dims[stage]
         stage_kinds = last_kinds if stage == len(sizes.depths) - 1 else kinds
+        spec = LayerSpec(
+            dim,
+            sizes.num_heads[stage],
+            proj_drop=drop_rate,
+            hashing=hashing,
+            sr_ratio=sizes.sr_ratios[stage],
+            is_linear=is_linear,
+        )
         blocks = nn.ModuleList()
         # The kinds go round for as long as there are blocks.
         for drop_path, kind in zip(stage_drop_paths.tolist(), cycle(stage_kinds), strict=False):
-            attention = build_attention(
-                kind,
-                dim,
-                sizes.num_heads[stage],
-                proj_drop=drop_rate,
-                hashing=hashing,
-                sr_ratio=sizes.sr_ratios[stage],
-                is_linear=is_linear,
-            )
+            attention = attention_class(kind).from_spec(spec)
             mlp = Mlp(
                 dim,
                 dim * sizes.mlp_ratios[stage],

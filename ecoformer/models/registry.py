@@ -1,18 +1,36 @@
-"""What the training stack, the cost model and the commands know of a backbone."""
+"""The families of models by name: what commands, the cost model and timm ask about them.
+
+Nothing here imports PyTorch before a model is built: help and wrong flags need none.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from ecoformer.errors import InputError, suggest
 
 if TYPE_CHECKING:
-    from timm.models import PretrainedCfg
+    from torch import nn
+
+# Modules with a FAMILY each; a package of one's own can be appended.
+FAMILIES = ["pvt.family", "twins.family"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An arrangement of attention kinds that stands where a kind could.
+
+    Args:
+        label: what tables and plots call it.
+        kinds: attention kinds that the blocks of a stage take in turn.
+    """
+
+    label: str
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -20,54 +38,82 @@ class ModelFamily:
     """A backbone package seen from outside: its variants, names and recipe.
 
     Args:
-        name: package name, e.g. ``"pvt"``.
-        create_model: ``create_model(variant, attention, *, num_classes, hashing, in_chans,
-            drop_rate, drop_path_rate)``.
-        variants: variant name to the attention kinds that it has, its default first.
+        name: of the package, whose ``create_model`` builds the models.
+        variants: variant name to the kinds and layouts that it was published with, its default
+            first.
         default_model: variant or released model name that a command takes when none is named.
+        layouts: by the names that stand among those of kinds.
         recipe: configuration fields whose default differs from the shared one.
-        released_names: released model name to (variant, attention kind).
+        released_names: released model name to (variant, kind or layout).
         timm_names: name in timm's registry to variant.
         foreign_prefixes: how names begin that belong to another package, to that package.
     """
 
     name: str
-    create_model: Callable[..., nn.Module]
     variants: Mapping[str, tuple[str, ...]]
     default_model: str
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     recipe: Mapping[str, object] = field(default_factory=dict)
     released_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     timm_names: Mapping[str, str] = field(default_factory=dict)
     foreign_prefixes: Mapping[str, str] = field(default_factory=dict)
 
-    def check(self, variant: str, attention: str) -> None:
-        """Refuse what ``create_model`` cannot build.
+    def create_model(
+        self, variant: str, attention: str | None = None, **keywords: Any
+    ) -> nn.Module:
+        """Build a model with fresh weights, by the function of this name of the package.
 
         Args:
-            variant: name of a variant, not a released model name.
-            attention: a kind.
+            attention: a kind or layout; the variant's default where None.
+            keywords: of that function, as ``num_classes`` and ``hashing``.
 
         Raises:
             InputError: no such variant, or the variant has no such attention.
         """
+        attention = attention or self.kinds(variant)[0]
+        model: nn.Module = import_module(self.name).create_model(variant, attention, **keywords)
+        return model
+
+    def kinds(self, variant: str) -> tuple[str, ...]:
+        """Kinds and layouts of a variant: the published ones, then those that a user registered.
+
+        Raises:
+            InputError: no such variant.
+        """
         self._require_name(variant, self.variants)
-        if attention not in self.variants[variant]:
+        published = self.variants[variant]
+        return published + tuple(kind for kind in _list_added() if kind not in published)
+
+    def label(self, attention: str) -> str:
+        """What tables and plots call a kind or layout.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        from ecoformer.attention import attention_class
+
+        layout = self.layouts.get(attention)
+        return attention_class(attention).label if layout is None else layout.label
+
+    def check(self, variant: str, attention: str) -> None:
+        """Refuse what ``create_model`` cannot build.
+
+        Raises:
+            InputError: no such variant, or the variant has no such attention.
+        """
+        kinds = self.kinds(variant)
+        if attention not in kinds:
             raise InputError(
-                f"{variant} has no attention kind {attention!r}; "
-                f"it has: {', '.join(self.variants[variant])}."
+                f"{variant} has no attention kind {attention!r}; it has: {', '.join(kinds)}."
             )
 
     def resolve(self, model: str, attention: str | None = None) -> tuple[str, str]:
-        """Turn what a command line names into what ``create_model`` takes.
+        """Turn what a command line names into a variant and its attention.
 
         Args:
             model: a released model name or a variant. One can be both, with another attention
                 than the default of ``create_model``: released commands keep their meaning.
-            attention: a kind; it wins over the one that the name implies. ``None`` takes that
-                one, or the first that the variant has.
-
-        Returns:
-            The variant's name and the attention kind.
+            attention: beats what the name implies. None takes that, or the variant's default.
 
         Raises:
             InputError: no such model, or the model has no such attention.
@@ -93,90 +139,28 @@ class ModelFamily:
         )
 
 
-def register_with_timm(family: ModelFamily) -> None:
-    """Make ``timm.create_model`` know a family by its timm names, and ``timm.list_models`` too.
+def find_family(model: str) -> ModelFamily:
+    """Look for the family that has a variant or a released model name.
 
-    Args:
-        family: its ``timm_names`` become functions of the package that it is named after.
+    Raises:
+        InputError: none has it.
     """
-    from timm.models import register_model
-
-    # The zoo stands above this module.
-    from ecoformer.checkpoint.zoo import ZOO
-
-    package = sys.modules[family.name]
-    weights = {name: ZOO[name].timm_config() for name in family.timm_names if name in ZOO}
-    # Where timm looks for what it calls a model's pretrained configuration.
-    configs = {name: {"classifier": "head", **weights.get(name, {})} for name in family.timm_names}
-    setattr(package, "default_cfgs", configs)  # noqa: B010
-    for timm_name, variant in family.timm_names.items():
-        entrypoint = _make_entrypoint(family, timm_name, variant)
-        setattr(package, timm_name, entrypoint)
-        register_model(entrypoint)
-
-
-def _make_entrypoint(family: ModelFamily, timm_name: str, variant: str) -> Callable[..., nn.Module]:
-    def entrypoint(
-        pretrained: bool = False,
-        pretrained_cfg: str | dict[str, Any] | None = None,
-        pretrained_cfg_overlay: dict[str, Any] | None = None,
-        cache_dir: str | None = None,
-        attention: str | None = None,
-        features_only: bool = False,
-        **kwargs: Any,
-    ) -> nn.Module:
-        from timm.models import build_model_with_cfg, resolve_pretrained_cfg
-
-        config = resolve_pretrained_cfg(timm_name, pretrained_cfg, pretrained_cfg_overlay)
-
-        def build(**keywords: Any) -> nn.Module:
-            model = family.create_model(
-                variant, attention or family.variants[variant][0], **keywords
-            )
-            if pretrained:
-                _load_pretrained(model, config, cache_dir)
-            return model
-
-        if features_only:
-            kwargs |= {"features_only": True, "num_classes": 0}
-        # Weights are loaded while it builds: timm's own loading verifies nothing.
-        return build_model_with_cfg(
-            build,
-            timm_name,
-            pretrained=False,
-            pretrained_cfg=config.to_dict(),
-            feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3)},
-            **kwargs,
-        )
-
-    entrypoint.__name__ = entrypoint.__qualname__ = timm_name
-    entrypoint.__module__ = family.name
-    entrypoint.__doc__ = (
-        f"timm entry point of {variant}; keywords as for create_model. Pretrained weights are "
-        "those that the zoo has under this name; another number of classes gets a fresh head."
+    families: list[ModelFamily] = [import_module(module).FAMILY for module in FAMILIES]
+    for family in families:
+        if model in family.variants or model in family.released_names:
+            return family
+    names = [name for family in families for name in (*family.variants, *family.released_names)]
+    names = list(dict.fromkeys(names))
+    raise InputError(
+        f"unknown model {model!r}{suggest(model, names)} There are: {', '.join(names)}."
     )
-    return entrypoint
 
 
-def _load_pretrained(model: nn.Module, config: PretrainedCfg, cache_dir: str | None) -> None:
-    """Load what timm's configuration names: a state dict, a file, a URL, or else the zoo's."""
-    from timm.models import adapt_input_conv
-
-    from ecoformer.checkpoint import load_checkpoint, read_checkpoint, resolve_source
-
-    origin, state = "the state dict", config.state_dict
-    if state is None:
-        if config.hf_hub_id and not config.file:
-            raise InputError(
-                f"{config.hf_hub_id}: weights of the Hugging Face hub are not fetched here; "
-                "download them and pass pretrained_cfg_overlay={'file': FILE}."
-            )
-        # The architecture's name has no weights then, which is what the zoo says of it.
-        origin = str(config.file or config.url or config.architecture)
-        state = read_checkpoint(resolve_source(origin, cache_dir))["model"]
-    # As timm does: colours are summed up for grey images, and repeated for more channels.
-    stem, weight = next((n, p) for n, p in model.named_parameters() if p.ndim == 4)
-    theirs, in_chans = state.get(stem), weight.shape[1]
-    if theirs is not None and theirs.ndim == 4 and theirs.shape[1] == 3 != in_chans:
-        state = {**state, stem: adapt_input_conv(in_chans, theirs)}
-    load_checkpoint(model, state, origin=origin)
+def _list_added() -> list[str]:
+    """Kinds that every backbone takes. Published ones are not among them."""
+    # Where nothing has imported this, nothing has registered a kind: PyTorch can stay away.
+    attention = sys.modules.get("ecoformer.attention")
+    if attention is None:
+        return []
+    kinds: tuple[str, ...] = attention.attention_kinds()
+    return [kind for kind in kinds if attention.attention_class(kind).any_backbone]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ecoformer.attention import attention_class, attention_kinds
 from ecoformer.config import Config, parse_config
 from ecoformer.cost.count import (
     ADD_AREA_UM2,
@@ -30,12 +31,6 @@ Counted are the float32 multiplications and additions of one image, priced in 45
 {MUL_ENERGY_PJ} pJ and {ADD_ENERGY_PJ} pJ for energy, {MUL_AREA_UM2:,} and {ADD_AREA_UM2:,} um^2
 for a unit of its own each. GELU, ReLU, softmax, pooling, residual sums and traffic to memory
 count nothing."""
-# The released counter has a figure for softmax over all tokens and for EcoFormer alone.
-_OWN_COUNTS = {
-    "performer": "Performer attention is our own count: the four products with its features.",
-    "sra": "Spatial reduction is our own count: softmax over the keys that a query sees.",
-    "lsa": "Window attention is our own count: softmax over the keys that a query sees.",
-}
 
 
 def run_get_energy(family: ModelFamily, argv: Sequence[str] | None = None) -> int:
@@ -112,7 +107,9 @@ def _format_row(name: str, *cells: str) -> str:
 
 
 def _find_notes(cost: Cost) -> list[str]:
-    return [note for kind, note in _OWN_COUNTS.items() if f"{kind} attention" in cost.by_kind()]
+    classes = map(attention_class, attention_kinds())
+    counted = [cls for cls in classes if f"{cls.kind} attention" in cost.by_kind()]
+    return [cls.cost_note for cls in counted if cls.cost_note]
 
 
 def _to_dict(config: Config, cost: Cost) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ecoformer import InputError
-from ecoformer.attention import ATTENTION_KINDS, build_attention
+from ecoformer.attention import LayerSpec, attention_class, attention_kinds
 from ecoformer.hashing import with_random_hash_functions
 from tests.problems import draw
 
 KINDS: dict[str, dict[str, Any]] = {
-    **{kind: {"kind": kind} for kind in ATTENTION_KINDS},
+    **{kind: {"kind": kind} for kind in attention_kinds()},
     "sra, reduced": {"kind": "sra", "sr_ratio": 2},
     "sra, linear": {"kind": "sra", "is_linear": True},
 }
@@ -33,7 +33,8 @@ PROJECTIONS = {
 def build(options: dict[str, Any], num_heads: int = 3, **more: Any) -> nn.Module:
     """A layer of 12 channels that runs in eval mode, fitted or not."""
     torch.manual_seed(0)
-    layer = build_attention(dim=12, num_heads=num_heads, **options, **more)
+    settings = {key: value for key, value in options.items() if key != "kind"} | more
+    layer = attention_class(options["kind"]).from_spec(LayerSpec(12, num_heads, **settings))
     return with_random_hash_functions(layer).eval()
 
 
@@ -95,7 +96,7 @@ def test_autocast_gives_half_precision_near_the_truth(options: dict[str, Any]) -
 
 def test_projections_may_lack_a_bias_but_the_last_one_has_it(options: dict[str, Any]) -> None:
     kind, settings = options["kind"], {k: v for k, v in options.items() if k != "kind"}
-    attention: Callable[..., nn.Module] = ATTENTION_KINDS[kind]
+    attention: Callable[..., nn.Module] = attention_class(kind)
     bare = attention(12, 3, qkv_bias=False, **settings)
     layer = with_random_hash_functions(bare).eval()
     biased = {
@@ -114,7 +115,7 @@ def test_dropout_follows_the_output_projection(options: dict[str, Any]) -> None:
     torch.testing.assert_close(out[kept] / 2, run(layer.eval(), x, (5, 7))[kept])
 
 
-@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+@pytest.mark.parametrize("kind", attention_kinds())
 def test_parameters_are_named_as_released(kind: str) -> None:
     layer = build({"kind": kind})
     expected = {
@@ -125,14 +126,14 @@ def test_parameters_are_named_as_released(kind: str) -> None:
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == expected
 
 
-@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+@pytest.mark.parametrize("kind", attention_kinds())
 def test_heads_that_do_not_divide_the_channels_are_refused(kind: str) -> None:
     with pytest.raises(InputError, match="5 heads cannot share 12 channels"):
-        build_attention(kind, 12, 5)
+        attention_class(kind).from_spec(LayerSpec(12, 5))
 
 
 def test_an_unknown_kind_shows_the_nearest_and_all() -> None:
     with pytest.raises(
         InputError, match=r"'ecofomer', did you mean 'ecoformer'\? There are: .*msa"
     ):
-        build_attention("ecofomer", 12, 3)
+        attention_class("ecofomer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ecoformer.checkpoint.layout import HASH_BUFFERS, to_ours, to_released
+from ecoformer.checkpoint.layout import to_ours, to_released
 from tests.checkpoint.weights import released_shapes, small_state
 
 ROWS = sorted(released_shapes())
@@ -52,4 +52,5 @@ def test_a_lone_attention_layer_has_the_same_layout() -> None:
     names = ("A", "mvec", "anchor")
     shapes = ((1, 16, 25), (1, 1, 1, 25), (1, 1, 25, 32))
     state = {f"fast_attention.ksh.{n}": torch.ones(s) for n, s in zip(names, shapes, strict=True)}
-    assert set(to_ours(state)) == set(HASH_BUFFERS)
+    buffers = {f"hash.{name}" for name in ("weight", "kernel_mean", "anchors", "is_fitted")}
+    assert set(to_ours(state)) == buffers

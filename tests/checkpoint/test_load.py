@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import pvt
 from ecoformer.checkpoint import load_checkpoint
 from ecoformer.checkpoint.layout import to_ours
 from ecoformer.errors import InputError
-from tests.checkpoint.weights import Entries, released_shapes, small_state
+from ecoformer.hashing import hash_layers
+from ecoformer.models.sizes import PyramidSizes
+from pvt.model import PyramidVisionTransformerV2
+from pvt.variants import PVT_VARIANTS
+from tests.checkpoint.weights import released_shapes, small_state
+from twins.model import Twins
+from twins.variants import TWINS_VARIANTS
+
+Sizes = TypeVar("Sizes", bound=PyramidSizes)
 
 # What the weights of a kind of attention can become.
 STAGES = {
@@ -29,9 +40,30 @@ CONVERSIONS = [
 ]
 
 
-def make_pair(earlier: str, later: str) -> tuple[Mapping[str, Tensor], Entries]:
-    """Weights of one row, and a module with the entries of another."""
-    return small_state(earlier), Entries(to_ours(small_state(later)))
+def shrink(sizes: Sizes) -> Sizes:
+    return replace(sizes, embed_dims=tuple(dim // 32 for dim in sizes.embed_dims))
+
+
+def make_small(row: str) -> nn.Module:
+    """A model with the shapes of ``small_state``, -7 everywhere and nothing fitted."""
+    variant, kind = row.split("/")
+    model: nn.Module
+    if variant in PVT_VARIANTS:
+        model = PyramidVisionTransformerV2(shrink(PVT_VARIANTS[variant]), kind)
+    else:
+        model = Twins(shrink(TWINS_VARIANTS[variant]), kind)
+    for layer in hash_layers(model).values():
+        # Hash functions keep their width there.
+        layer.anchors = layer.anchors.new_zeros(*layer.anchors.shape[:2], 32)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.fill_(-7)
+    return model
+
+
+def make_pair(earlier: str, later: str) -> tuple[Mapping[str, Tensor], nn.Module]:
+    """Weights of one row, and a model of another."""
+    return small_state(earlier), make_small(later)
 
 
 def convert_by_hand(name: str, source: Mapping[str, Tensor]) -> Tensor:
@@ -70,16 +102,23 @@ def test_conversion_entry_by_entry(earlier: str, later: str) -> None:
 
 
 def test_performer_takes_qkv_and_keeps_its_own_features() -> None:
-    source = small_state("pvt_v2_b0/msa")
-    features = {"block1.0.attn.fast_attention.projection_matrix": torch.ones(110, 32)}
-    model = Entries({**source, **features})
+    source = pvt.create_model("pvt_v2_b0", "msa").state_dict()
+    model = pvt.create_model("pvt_v2_b0", "performer")
+    features = "block1.0.attn.fast_attention.projection_matrix"
+    before = model.state_dict()[features].clone()
     report = load_checkpoint(model, source)
     assert set(report.loaded) == set(source)
     assert (report.missing, report.unused, report.derived) == ((), (), ())
-    assert torch.equal(
-        model.state_dict()["block1.0.attn.fast_attention.projection_matrix"],
-        torch.full((110, 32), -7.0),
-    )
+    assert torch.equal(model.state_dict()[features], before)
+
+
+def test_performer_takes_original_weights_by_way_of_softmax() -> None:
+    source = pvt.create_model("pvt_v2_b0", "sra").state_dict()
+    softmax, performer = (pvt.create_model("pvt_v2_b0", kind) for kind in ("msa", "performer"))
+    expected, report = load_checkpoint(softmax, source), load_checkpoint(performer, source)
+    assert (report.derived, report.dropped) == (expected.derived, expected.dropped)
+    for name, tensor in softmax.state_dict().items():
+        assert torch.equal(performer.state_dict()[name], tensor), name
 
 
 def test_half_precision_is_cast_by_copy() -> None:
@@ -138,7 +177,7 @@ def test_unused_entries_are_reported_and_refused_where_strict() -> None:
 @pytest.mark.parametrize(
     ("file", "model", "message"),
     [
-        ("pvt_v2_b1/msa", "pvt_v2_b0/msa", r"patch_embed1.proj.weight: \[2, 3, 7, 7\] in the file"),
+        ("pvt_v2_b1/msa", "pvt_v2_b0/msa", r"head.weight: \[1000, 16\] in the file, \[1000, 8\]"),
         ("pvt_v2_b2/msa", "pvt_v2_b1/msa", "fit nowhere, first block1.2"),
         ("alt_gvt_small/msa", "pvt_v2_b0/msa", "first patch_embed1.proj.weight"),
         ("pvt_v2_b0/ecoformer", "pvt_v2_b0/msa", "no source, first block1.0.attn.qkv.weight"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,20 +12,24 @@ import twins as twins_package
 from ecoformer.models.registry import ModelFamily
 
 
-def build_nothing(*args: object, **kwargs: object) -> nn.Module:
-    raise AssertionError("parsing settings must not build a model")
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_nothing(*args: object, **kwargs: object) -> nn.Module:
+        raise AssertionError("parsing settings must not build a model")
+
+    monkeypatch.setattr(ModelFamily, "create_model", build_nothing)
 
 
 @pytest.fixture
-def pvt() -> ModelFamily:
+def pvt(no_models: None) -> ModelFamily:
     """The PVTv2 family, which cannot build a model."""
-    return replace(pvt_package.FAMILY, create_model=build_nothing)
+    return pvt_package.FAMILY
 
 
 @pytest.fixture
-def twins() -> ModelFamily:
+def twins(no_models: None) -> ModelFamily:
     """The Twins family, which cannot build a model."""
-    return replace(twins_package.FAMILY, create_model=build_nothing)
+    return twins_package.FAMILY
 
 
 @pytest.fixture

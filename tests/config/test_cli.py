@@ -35,7 +35,6 @@ def test_later_sources_win(pvt: ModelFamily, tmp_path: Path) -> None:
     path.write_text("lr = 1.0\nclip_grad = 2.0\nmomentum = 0.7\n")
     family = ModelFamily(
         name="pvt",
-        create_model=pvt.create_model,
         variants=pvt.variants,
         default_model="pvt_v2_b1",
         recipe={"lr": 3.0, "drop_path": 0.4, "epochs": 7},

@@ -10,7 +10,7 @@ from torch import nn
 
 import pvt
 from ecoformer import HashConfig, InputError, fit_hash_functions
-from ecoformer.attention import ATTENTION_KINDS
+from ecoformer.attention import attention_class
 from ecoformer.hashing import hash_layers
 from pvt import FAMILY
 from tests.backbones import (
@@ -51,9 +51,9 @@ def test_norm_eps(row: str) -> None:
 def test_each_stage_has_its_attention(row: str) -> None:
     kind = row.split("/")[1]
     *first, last = stages_of(build_empty(FAMILY, row))
-    assert {type(block.attn) for stage in first for block in stage} == {ATTENTION_KINDS[kind]}
+    assert {type(block.attn) for stage in first for block in stage} == {attention_class(kind)}
     last_kind = "sra" if kind == "sra" else "msa"
-    assert {type(block.attn) for block in last} == {ATTENTION_KINDS[last_kind]}
+    assert {type(block.attn) for block in last} == {attention_class(last_kind)}
 
 
 def test_hash_buffers_are_named_and_shaped_as_promised() -> None:

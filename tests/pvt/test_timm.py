@@ -16,15 +16,16 @@ from ecoformer import InputError, export_released, load_checkpoint
 from ecoformer.checkpoint import save_atomic
 from ecoformer.checkpoint.zoo import ZOO
 from ecoformer.hashing import with_random_hash_functions
+from pvt.model import PyramidVisionTransformerV2
 
 NAMES = [f"ecoformer_{variant}" for variant in pvt.PVT_VARIANTS]
 STEM = "patch_embed1.proj.weight"
 
 
-def create(name: str = "ecoformer_pvt_v2_b0", **keywords: Any) -> pvt.PyramidVisionTransformerV2:
+def create(name: str = "ecoformer_pvt_v2_b0", **keywords: Any) -> PyramidVisionTransformerV2:
     """A model, as timm makes it."""
     model = timm.create_model(name, **keywords)
-    assert isinstance(model, pvt.PyramidVisionTransformerV2)
+    assert isinstance(model, PyramidVisionTransformerV2)
     return model
 
 

@@ -30,16 +30,17 @@ from tests.tiny import TinyModel
 LAST, BEST = "last_checkpoint.pth", "best_checkpoint.pth"
 
 
-def create_tiny(
-    variant: str, attention: str, *, num_classes: int, hashing: HashConfig, **rates: float
-) -> nn.Module:
-    """Two blocks of two heads, drop path on; 64 tokens of a 32 px image."""
-    model = TinyModel(hashing)
-    model.head = nn.Linear(8, num_classes)
-    return model
+class TinyFamily(ModelFamily):
+    def create_model(
+        self, variant: str, attention: str | None = None, **keywords: Any
+    ) -> nn.Module:
+        """Two blocks of two heads, drop path on; 64 tokens of a 32 px image."""
+        model = TinyModel(keywords["hashing"])
+        model.head = nn.Linear(8, keywords["num_classes"])
+        return model
 
 
-TINY = ModelFamily("tiny", create_tiny, {"tiny": ("ecoformer",)}, "tiny")
+TINY = TinyFamily("tiny", {"tiny": ("ecoformer",)}, "tiny")
 
 # Runs in a rank's process before the run, to change what happens there.
 Hook = Callable[[int], None]

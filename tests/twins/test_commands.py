@@ -15,9 +15,10 @@ from ecoformer.ranks import rank
 from tests.engine.ranks import run_ranks
 from tests.engine.training import make_batches, start, train
 from tests.twins.tiny import TINY_PCPVT, TINY_SVT
-from twins import FAMILY, Twins
+from twins import FAMILY
 from twins.get_energy import main as get_energy
 from twins.main import main
+from twins.model import Twins
 
 
 def _take_a_step() -> dict[str, Tensor]:

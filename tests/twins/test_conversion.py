@@ -14,7 +14,7 @@ from ecoformer.checkpoint import load_checkpoint
 from tests.backbones import shapes
 from tests.checkpoint.weights import fill_state
 from tests.twins.tiny import TINY_PCPVT, TINY_SVT
-from twins import Twins
+from twins.model import Twins
 from twins.variants import TwinsVariant
 
 ORIGINALS = [(TINY_SVT, "lsa_gsa"), (TINY_PCPVT, "sra")]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
 from ecoformer.tools.figures import make_figure
-from ecoformer.tools.tables.models import ATTENTION_LABELS, describe_cost, find_family
+from ecoformer.tools.tables.models import describe_cost, find_family
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,7 +101,8 @@ def draw_cost(variant: str, resolutions: Sequence[int]) -> Figure:
     """
     figure, (axes,) = make_figure(width=6.0)
     sides = sorted(resolutions)
-    kinds = find_family(variant).variants[variant]
+    family = find_family(variant)
+    kinds = family.kinds(variant)
     for place, kind in enumerate(kinds):
         costs = [
             describe_cost(variant, kind, input_size=side, is_executed_counted=False)
@@ -112,7 +113,7 @@ def draw_cost(variant: str, resolutions: Sequence[int]) -> Figure:
             sides,
             energy_mj,
             marker=".",
-            label=ATTENTION_LABELS[kind],
+            label=family.label(kind),
             # Some lie on top of each other: through a dashed line the next one is seen.
             linestyle="--" if place % 2 else "-",
             zorder=3 - place / len(kinds),

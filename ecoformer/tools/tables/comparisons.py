@@ -15,7 +15,6 @@ from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import with_random_hash_functions
 from ecoformer.tools.measure import time_interleaved
 from ecoformer.tools.tables.models import (
-    ATTENTION_LABELS,
     EXECUTED_NOTE,
     add_savings,
     cost_columns,
@@ -80,13 +79,14 @@ def list_contenders(comparison: str, variant: str, values: Sequence[str] = ()) -
     Raises:
         InputError: no such backbone, or a value that the setting cannot take.
     """
-    kinds = find_family(variant).variants[variant]
+    family = find_family(variant)
+    kinds = family.kinds(variant)
     if comparison == "kinds":
         if values:
             raise InputError("kinds takes no --values: it compares all that the model has.")
-        plain = [
-            Contender(label, kind) for kind, label in ATTENTION_LABELS.items() if kind in kinds
-        ]
+        # Softmax first, which the others are set against, and EcoFormer beside its other bias.
+        ordered = sorted(kinds, key=lambda kind: (kind != "msa", kind == "ecoformer"))
+        plain = [Contender(family.label(kind), kind) for kind in ordered]
         normalized = Contender(
             "EcoFormer, normalized bias", "ecoformer", {"value_bias": "normalized"}
         )

@@ -38,7 +38,7 @@ def describe_energy(
         Rows for ``ENERGY_COLUMNS``, and notes.
     """
     family = find_family(variant)
-    kinds = family.variants[variant]
+    kinds = family.kinds(variant)
     meter: EnergyMeter | None = None
     try:
         meter = find_meter(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 import torch
@@ -13,18 +12,9 @@ from ecoformer.cost.executed import count_executed
 from ecoformer.engine.throughput import measure_throughput
 from ecoformer.errors import InputError, suggest
 from ecoformer.hash_config import HashConfig
-from ecoformer.models.registry import ModelFamily
+from ecoformer.models.registry import find_family
 from ecoformer.tools.tables.report import Column, Row, Value
 
-ATTENTION_LABELS = {
-    "msa": "softmax",
-    "msa_share_qk": "softmax, shared queries and keys",
-    "sra": "spatial reduction",
-    "lsa_msa": "softmax, windows and all tokens",
-    "lsa_gsa": "softmax in windows, spatial reduction",
-    "performer": "Performer",
-    "ecoformer": "EcoFormer",
-}
 COST_NOTE = (
     "#Mul, #Add, energy (45 nm) and area are the paper's model of one image. Hardware of today "
     "really saves what disappears, the N^2 products of softmax attention; it does not save what "
@@ -77,28 +67,6 @@ _SAVINGS = {
     "executed": "executed_saving",
     "measured_j": "measured_saving",
 }
-
-
-def find_family(variant: str) -> ModelFamily:
-    """Look for a variant in the backbone packages.
-
-    Args:
-        variant: e.g. ``"pvt_v2_b0"``.
-
-    Returns:
-        The family that has it.
-
-    Raises:
-        InputError: none has it.
-    """
-    families = [importlib.import_module(package).FAMILY for package in ("pvt", "twins")]
-    for family in families:
-        if variant in family.variants:
-            return family
-    names = [name for family in families for name in family.variants]
-    raise InputError(
-        f"unknown model {variant!r}{suggest(variant, names)} There are: {', '.join(names)}."
-    )
 
 
 def describe_cost(

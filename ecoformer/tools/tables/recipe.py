@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 
+from ecoformer.attention import attention_class, attention_kinds
 from ecoformer.engine.logs import read_log
 from ecoformer.tools.tables.models import find_family
 
-# What softmax weights become, itself among them.
-_FROM_SOFTMAX = ("msa", "msa_share_qk", "performer", "ecoformer")
 # Light, since the runs are short, and fit for digits, which must not be flipped.
 _FLAGS = (
     *("--no-repeated-aug", "--scale", "0.7", "1.0", "--hflip", "0", "--aa", "none"),
@@ -102,7 +101,8 @@ class Recipe:
         Returns:
             Its kind of attention: softmax where that can be converted, the same kind elsewhere.
         """
-        return "msa" if attention in _FROM_SOFTMAX else attention
+        is_kind = attention in attention_kinds()
+        return "msa" if is_kind and attention_class(attention).parent == "msa" else attention
 
     def _run(
         self, attention: str, stage: int, seed: int, folder: Path, flags: list[str]

@@ -1,0 +1,48 @@
+"""Softmax attention whose queries and keys are the same rows.
+
+Shapes: B batch, H heads, N tokens, D head dim, C = H * D.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ecoformer.attention.base import MultiHeadAttention
+from ecoformer.attention.heads import merge_heads
+from ecoformer.attention.maps import Size
+from ecoformer.attention.registry import register_attention
+from ecoformer.attention.softmax import SHARED_FROM_SOFTMAX, count_softmax
+
+
+@register_attention("msa_share_qk")
+class SharedQKAttention(MultiHeadAttention):
+    """Softmax attention whose queries and keys share one projection; its rows keep their lengths.
+
+    Args:
+        qkv_bias: whether ``to_qk`` and ``to_v`` have a bias.
+        proj_drop: dropout after the output projection.
+
+    Source: EcoFormer, arXiv 2209.09004 (comparison); Kitaev et al.,
+        arXiv 2001.04451, for sharing.
+    """
+
+    label = "softmax, shared queries and keys"
+    parent = "msa"
+    derived = SHARED_FROM_SOFTMAX
+    any_backbone = False
+
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0
+    ) -> None:
+        super().__init__(dim, num_heads)
+        self.to_qk = nn.Linear(dim, dim, bias=qkv_bias)
+        self.to_v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.add_output(dim, proj_drop)
+
+    def attend(self, x: Tensor, size: Size | None) -> Tensor:
+        q, v = self._split(self.to_qk(x), self.to_v(x))
+        return merge_heads(scaled_dot_product_attention(q, q, v))
+
+    def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
+        return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)
