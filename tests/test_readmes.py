@@ -190,7 +190,7 @@ def stop_when_parsed() -> Iterator[None]:
     """End a command in a block as soon as its words are understood."""
 
     def parse(parser: argparse.ArgumentParser, *args: object, **keywords: object) -> object:
-        real(parser, *args, **keywords)  # type: ignore[arg-type]
+        real(parser, *args, **keywords)
         raise Parsed
 
     real = argparse.ArgumentParser.parse_args

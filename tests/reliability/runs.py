@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecoformer import HashConfig
 from ecoformer.engine.command import run_command
 from ecoformer.models.registry import ModelFamily
 from tests.engine.ranks import torchrun_environments, warm_context
