@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ecoformer.tasks import TASKS, find_task, register_task
 from ecoformer.tasks.base import Meter, Metrics, Network
 from tests.engine.ranks import run_ranks
 from tests.engine.training import assert_same_state
+from tests.reliability import runs
 from tests.tasks.toy import NUM_HELD_OUT, NUM_STEPS, Ragged, Toy, ToyModel, configure, stop_at
 
 
@@ -109,6 +111,25 @@ def test_two_ranks_stop_and_go_on_together(tmp_path: Path) -> None:
     assert_same_run(stopped, whole)
     # Predictions of both ranks went into one correlation, each sequence once.
     assert {line["num_sequences"] for line in log_of(whole)} == {NUM_HELD_OUT}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_command_stops_with_75_and_goes_on(world_size: int, tmp_path: Path) -> None:
+    flags = [
+        *("--task", "tests.tasks.toy:Toy", "--device", "cpu", "--batch-size", "4"),
+        *("--epochs", "2", "--warmup-epochs", "0", "--k", "1", "--lr", "5"),
+    ]
+    whole = runs.run(flags, tmp_path / "whole", world_size=world_size)
+    strike = runs.Strike("step", NUM_STEPS + 1, signal.SIGTERM, rank=world_size - 1)
+    stopped = runs.start(flags, tmp_path / "stopped", world_size=world_size, hook=strike)
+    assert stopped.wait() == [75] * world_size, stopped.said()
+    assert "saved at epoch 1, step 2; the same command goes on" in stopped.said()
+    # The weights of a task are no start for another one.
+    change = ["--task", "classification", "--data-set", "DIGITS"]
+    other = runs.start([*flags, *change], stopped.folder, world_size=world_size)
+    assert 2 in other.wait()
+    assert "task 'tests.tasks.toy:Toy' -> 'classification'" in other.said()
+    runs.assert_same_run(runs.run(flags, stopped.folder, world_size=world_size), whole)
 
 
 def test_a_bad_step_names_its_own_samples(tmp_path: Path) -> None:
