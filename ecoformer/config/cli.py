@@ -7,6 +7,7 @@ import ast
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import cache
 from itertools import pairwise
 from typing import IO, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -131,6 +132,7 @@ def _describe_values(name: str) -> dict[str, Any]:
     return {"metavar": metavar, "nargs": nargs}
 
 
+@cache
 def _read_help(section: type) -> dict[str, str]:
     """The line under each field of a section."""
     (body,) = ast.parse(inspect.getsource(section)).body

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 
 from ecoformer.config import Config, make_config, parse_config
-from ecoformer.errors import InputError
+from ecoformer.config.released import SPELLINGS, WITHOUT_MEANING
+from ecoformer.errors import InputError, print_error
 from ecoformer.models.registry import ModelFamily
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -420,3 +422,46 @@ def test_what_a_model_without_attention_is_taken_for(
     monkeypatch.setenv("RANK", "1")
     parse_config(words, request.getfixturevalue(family))
     assert not caplog.records
+
+
+NASTY = [
+    *("", "0", "-1", "1", "0.5", "1e400", "nan", "-inf", "none", "None", "True", "x", "[1]", "1,2"),
+    *(
+        "9223372036854775807",
+        "9" * 5000,
+        "\udcff",
+        "\x1b[2J",
+        "a b",
+        "-",
+        "--",
+        "a=b",
+        "0x10",
+        "1_0",
+    ),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_command_lines(
+    pvt: ModelFamily, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R18, up to the configuration: settings, or one line."""
+    draw = random.Random(seed)
+    names = [*Config().to_flat(), *SPELLINGS, *WITHOUT_MEANING, "help", "quux"]
+    prefixes = ["--"] * 5 + ["--no-", "-"]
+    for _ in range(100):
+        words: list[str] = []
+        for _ in range(draw.randint(1, 6)):
+            flag = draw.choice(prefixes) + draw.choice(names)
+            flag = flag.replace("_", "-") if draw.random() < 0.5 else flag
+            values = draw.choices(NASTY, k=draw.choice([0, 1, 1, 1, 2]))
+            equals = values and draw.random() < 0.3
+            words += [f"{flag}={values[0]}"] if equals else [flag, *values]
+        try:
+            parse_config(words, pvt)
+        except InputError as error:
+            assert str(error)
+            print_error(error)
+        except SystemExit as stop:
+            assert not stop.code
+        assert capsys.readouterr().err.count("\n") <= 1, words
