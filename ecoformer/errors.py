@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -72,6 +73,23 @@ class LineFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         """Write the message alone; a traceback keeps its lines."""
         return one_line(record.message)
+
+
+@contextmanager
+def print_records(is_shown: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Print what the package logs inside a block, where it is to be shown, to stdout alone."""
+    logger = logging.getLogger("ecoformer")
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(LineFormatter())
+    handler.addFilter(is_shown)
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def print_error(message: object) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 from ecoformer.config.file import blame_file, read_fields
 from ecoformer.config.released import ATTENTION
 from ecoformer.config.schema import Config
 from ecoformer.errors import InputError, is_main_process
-from ecoformer.models.registry import ModelFamily
+from ecoformer.models.registry import ModelFamily, find_family
 
 _logger = logging.getLogger(__name__)
 
@@ -52,11 +51,7 @@ def merge(values: Mapping[str, object], family: ModelFamily | None = None) -> Co
 def _find_family(model: object) -> ModelFamily:
     if not model:
         raise InputError("name a model, for example --model pvt_v2_b0.")
-    families: list[ModelFamily] = [import_module(name).FAMILY for name in ("pvt", "twins")]
-    for family in families:
-        if model in family.variants or model in family.released_names:
-            return family
-    raise InputError(f"unknown model {model!r}.")
+    return find_family(str(model))
 
 
 def _complete(config: Config, family: ModelFamily) -> Config:

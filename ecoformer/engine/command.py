@@ -18,6 +18,7 @@ from ecoformer.errors import (
     Preempted,
     is_main_process,
     print_error,
+    print_records,
 )
 from ecoformer.models.registry import ModelFamily
 
@@ -35,7 +36,8 @@ def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = 
         3 non-finite, 75 preempted and saved, 130 interrupted.
     """
     try:
-        config = parse_config(argv, family)
+        with print_records(lambda _: is_main_process()):
+            config = parse_config(argv, family)
     except InputError as error:
         if is_main_process():
             print_error(error)

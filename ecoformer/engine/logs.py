@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from ecoformer.errors import InputError, LineFormatter
+from ecoformer.errors import InputError, print_records
 from ecoformer.files import write_text
 from ecoformer.ranks import is_main, run_on_main
 
@@ -31,19 +31,9 @@ _logger = logging.getLogger(__name__)
 @contextmanager
 def print_log() -> Iterator[None]:
     """Let rank 0 print what the package logs, and the others their warnings, inside a block."""
-    logger = logging.getLogger("ecoformer")
-    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(LineFormatter())
     # Asked for each record: ranks may be joined inside the block only.
-    handler.addFilter(lambda record: is_main() or record.levelno >= logging.WARNING)
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    try:
+    with print_records(lambda record: is_main() or record.levelno >= logging.WARNING):
         yield
-    finally:
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 def format_seconds(seconds: float) -> str:

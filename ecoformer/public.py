@@ -1,0 +1,33 @@
+"""The names that ``import ecoformer`` offers, each from where it lives."""
+
+from __future__ import annotations
+
+from ecoformer.attention import EcoFormerAttention
+from ecoformer.checkpoint import LoadReport, export_released, load_checkpoint
+from ecoformer.config import make_config
+from ecoformer.cost import count_cost
+from ecoformer.engine.run import evaluate, load_run, train
+from ecoformer.errors import InputError, NonFiniteError
+from ecoformer.hash_config import HashConfig
+from ecoformer.hashing import fit_hash, fit_hash_functions
+from ecoformer.ops import encode, hash_attention, kernelized_hash_attention
+
+__all__ = [
+    "EcoFormerAttention",
+    "HashConfig",
+    "InputError",
+    "LoadReport",
+    "NonFiniteError",
+    "count_cost",
+    "encode",
+    "evaluate",
+    "export_released",
+    "fit_hash",
+    "fit_hash_functions",
+    "hash_attention",
+    "kernelized_hash_attention",
+    "load_checkpoint",
+    "load_run",
+    "make_config",
+    "train",
+]
