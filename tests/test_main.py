@@ -60,13 +60,6 @@ def test_wrong_flags_are_refused_at_once(line: list[str]) -> None:
     assert not modules & {*SLOW}
 
 
-def test_importing_is_cheap() -> None:
-    for name in ("ecoformer", "ecoformer.config", "pvt", "twins", "ecoformer.tools"):
-        program = f"import sys, {name}; print(*sys.modules)"
-        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert not {*result.stdout.split()} & {*SLOW}, name
-
-
 def test_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["--help"], ["-h"]):
         assert main(words) == 0
