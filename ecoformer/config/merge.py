@@ -88,10 +88,10 @@ def _tell_attention(family: ModelFamily, name: str, variant: str, attention: str
     default = family.variants[variant][0]
     released = ATTENTION.get(family.name)
     if name == variant and attention != default:
-        expected = f"as released; {family.name}.create_model builds {default}"
+        expected = f", as released; {family.name}.create_model builds {default}"
     elif released in family.variants[variant] and released != attention:
-        expected = f"the released scripts built {released} (--attn_type {released})"
+        expected = f"; the released scripts built {released} (--attn_type {released})"
     else:
         return
     if is_main_process():
-        _logger.info("%s without --attn_type: taken as %s; %s", name, attention, expected)
+        _logger.info("%s without --attn_type: taken as %s%s", name, attention, expected)

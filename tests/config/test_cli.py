@@ -394,10 +394,10 @@ def test_a_configuration_from_python(tmp_path: Path) -> None:
         (
             "twins",
             "--model alt_gvt_small",
-            "alt_gvt_small without --attn_type: taken as msa; as released; twins.create_model "
+            "alt_gvt_small without --attn_type: taken as msa, as released; twins.create_model "
             "builds ecoformer",
         ),
-        ("twins", "--model pcpvt_base_v0", "pcpvt_base_v0 without --attn_type: taken as sra;"),
+        ("twins", "--model pcpvt_base_v0", "pcpvt_base_v0 without --attn_type: taken as sra,"),
         ("twins", "--model alt_gvt_small --attn_type msa", None),
         ("twins", "--model alt_gvt_small_ecoformer", None),
         ("twins", "--model alt_gvt_small_sra_to_msa", None),
