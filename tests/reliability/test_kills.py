@@ -107,7 +107,8 @@ def launch(flags: list[str], said: Path, max_restarts: int, strike: Strike) -> N
         max_nodes=1,
         nproc_per_node=2,
         max_restarts=max_restarts,
-        start_method="forkserver",
+        # This process has its imports behind it; a forkserver of its own would repeat them.
+        start_method="fork",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=str(os.getpid()),
