@@ -14,8 +14,14 @@ from PIL import Image
 
 from ecoformer.data.digits import SPLITS, load_digits
 from ecoformer.errors import InputError
+from ecoformer.files import open_regular
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Pillow's readers of these alone, whatever a file is called: others start programs (EPS starts
+# Ghostscript) or are hardly tested.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+# Of 65,535. An image of 16 bits that ends below holds 12 bits or fewer, and would turn black.
+_DIMMEST_16_BIT_WHITE = 4096
 FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -173,29 +179,51 @@ class ImageArray:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode a file, whatever its extension says.
+    """Decode a file, whatever its extension says, as RGB of 8 bits.
 
-    Transparency is dropped and no rotation is applied, as torchvision's loader does.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        The image, RGB.
+    Transparency is dropped and no rotation is applied, as torchvision's loader does. Of 16 bits
+    the high byte is kept. Where white cannot be known, an image is refused: integers outside of 16
+    bits, floating point, and 16 bits of which none reaches 4,096 but some are not 0.
 
     Raises:
         Exception: what Pillow says of a file that is not a whole image.
     """
-    with open(path, "rb") as file:
-        image: Image.Image = Image.open(file)
+    with open_regular(path) as file:
+        opened = Image.open(file, formats=FORMATS)
+        # Of the pixels in the file; decoding forgets it.
+        layout = str(opened.tile[:1])
+        image: Image.Image = opened
         if image.mode.startswith("I"):
-            # Pillow would turn all of 16 bits that exceeds 255 into white.
-            high_bytes = np.asarray(image).clip(0, 0xFFFF) >> 8
-            image = Image.fromarray(high_bytes.astype(np.uint8))
+            image = _take_high_bytes(image, num_bits=12 if "I;12" in layout else 16)
+        elif image.mode.startswith("F"):
+            raise _unknown_white("its values are floating point")
         elif image.mode == "P" and "transparency" in image.info:
             # The same colours as straight to RGB, without Pillow's warning.
             image = image.convert("RGBA")
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        if ";16" in layout and "I;16" not in layout:
+            # Pillow has taken the high bytes, so what filled 8 bits is all 0.
+            _require_white(256 * int(np.asarray(image).max()))
+        return image
+
+
+def _take_high_bytes(image: Image.Image, num_bits: int) -> Image.Image:
+    values = np.asarray(image).astype(np.int32) << (16 - num_bits)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 0xFFFF:
+        raise _unknown_white(f"its values are from {low} to {high}")
+    if high and num_bits == 16:
+        _require_white(high)
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _require_white(high: int) -> None:
+    if high < _DIMMEST_16_BIT_WHITE:
+        raise _unknown_white(f"its 16-bit values end at {high} of 65535")
+
+
+def _unknown_white(found: str) -> ValueError:
+    return ValueError(f"{found}, so what is white cannot be known: convert it to 8 bits")
 
 
 def open_dataset(name: str, path: str | None, split: str, *, input_size: int) -> LabelledImages:
@@ -244,20 +272,35 @@ def _open_folder(path: Path, split: str) -> ImageFolder:
 
 
 def _find_images(folder: Path) -> list[bytes]:
-    """Names of the image files in and below a folder, relative to it, sorted folder by folder."""
+    """Names of the image files in and below a folder, relative to it, sorted folder by folder.
+
+    A folder that several links lead to is visited once, by the first of its names.
+    """
     found: list[tuple[str, str]] = []
-    below = [""]
+    below, visited = [""], {_identify(folder)}
     for inner in below:
+        folders = []
         with os.scandir(folder / inner) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 # Asks no file for its status: the folder's own listing tells what is a folder.
                 if entry.is_dir():
-                    below.append(os.path.join(inner, entry.name))
+                    folders.append((entry.is_symlink(), entry.name))
                 elif entry.name.lower().endswith(EXTENSIONS):
                     found.append((inner, entry.name))
+        # Links last, and by name: which name of a folder is the first must not depend on the disk.
+        for _, name in sorted(folders):
+            path = os.path.join(inner, name)
+            if (identity := _identify(folder / path)) not in visited:
+                visited.add(identity)
+                below.append(path)
     return [os.fsencode(f"{inner}/{name}" if inner else name) for inner, name in sorted(found)]
+
+
+def _identify(folder: os.PathLike[str]) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _open_cifar(path: Path, split: str) -> ImageArray:

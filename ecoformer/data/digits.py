@@ -88,5 +88,5 @@ def _holds_digits(root: Path, size: int) -> bool:
     files = list(root.glob("*/*/*.png"))
     if len(files) != NUM_DIGITS:
         return False
-    with Image.open(files[0]) as image:
+    with Image.open(files[0], formats=["PNG"]) as image:
         return image.size == (size, size)

@@ -14,7 +14,7 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ecoformer.data.datasets import LabelledImages, open_dataset
+from ecoformer.data.datasets import FORMATS, LabelledImages, open_dataset
 from ecoformer.data.digits import SPLITS
 from ecoformer.data.transforms import (
     Transform,
@@ -309,7 +309,7 @@ def describe_failure(error: Exception) -> str:
         One line, without the file's name.
     """
     if isinstance(error, UnidentifiedImageError):
-        return "not in an image format that Pillow knows"
+        return f"none of the formats {', '.join(FORMATS)}"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
 

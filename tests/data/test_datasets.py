@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import re
+import socket
 import struct
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from torchvision.datasets import CIFAR100
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from ecoformer.data.datasets import ImageFolder, open_dataset, read_image
+from ecoformer.data.datasets import EXTENSIONS, ImageFolder, open_dataset, read_image
 from ecoformer.data.digits import load_digits, write_digits_folder
 from ecoformer.errors import InputError
 
@@ -145,6 +146,142 @@ def test_16_bits_keep_their_high_byte(tmp_path: Path, kind: str, dtype: type) ->
     image = read_image(tmp_path / "deep")
     assert image.mode == "RGB"
     assert np.array_equal(np.asarray(image), np.stack([levels] * 3, axis=-1))
+
+
+def levels_of(bits: int) -> np.ndarray:
+    """[24, 40], from 0 to the white of so many bits."""
+    return np.linspace(0, 2**bits - 1, 24 * 40).round().reshape(24, 40)
+
+
+def rgb_tiff(values: np.ndarray) -> bytes:
+    """A TIFF of 16 bits in each of three channels, which Pillow reads but does not write."""
+    height, width = values.shape
+    pixels = np.repeat(values.astype("<u2")[..., None], 3, axis=-1).tobytes()
+    entries = [
+        *((256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2)),
+        *((273, 4, 1, 14), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(pixels))),
+    ]
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    start = struct.pack("<2sHI3H", b"II", 42, 14 + len(pixels), 16, 16, 16)
+    return start + pixels + struct.pack("<H", len(entries)) + table + bytes(4)
+
+
+def pgm(values: np.ndarray, white: int) -> bytes:
+    height, width = values.shape
+    return b"P5 %d %d %d\n" % (width, height, white) + values.astype(">u2").tobytes()
+
+
+DEEP_IMAGES: dict[str, tuple[bytes, str]] = {
+    f"{bits} bits in a {kind} of {dtype}": (
+        encode(Image.fromarray(levels_of(bits).astype(dtype)), kind),
+        f"its 16-bit values end at {2**bits - 1} of 65535",
+    )
+    for bits in (8, 10, 12)
+    for kind, dtype in (("PNG", "uint16"), ("TIFF", "uint16"), ("TIFF", "int32"))
+} | {
+    "8 bits in 16, colour": (rgb_tiff(levels_of(8)), "end at 0 of 65535"),
+    "12 bits in 16, colour": (rgb_tiff(levels_of(12)), "end at 3840 of 65535"),
+    "12 bits in a PGM": (pgm(levels_of(12), 65535), "end at 4095 of 65535"),
+    "negative numbers": (
+        encode(Image.fromarray(levels_of(12).astype(np.int32) - 9), "TIFF"),
+        "from -9 to 4086",
+    ),
+    "20 bits": (encode(Image.fromarray(levels_of(20).astype(np.int32)), "TIFF"), "to 1048575"),
+    "from 0.0 to 1.0": (
+        encode(Image.fromarray((levels_of(8) / 255).astype(np.float32)), "TIFF"),
+        "floating point",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEEP_IMAGES)
+def test_no_deep_image_turns_black_in_silence(tmp_path: Path, name: str) -> None:
+    data, reason = DEEP_IMAGES[name]
+    (tmp_path / "deep").write_bytes(data)
+    with pytest.raises(ValueError, match=f"{reason}.*, so what is white cannot be known"):
+        read_image(tmp_path / "deep")
+
+
+@pytest.mark.parametrize(
+    ("data", "bits"),
+    [
+        (encode(Image.fromarray(levels_of(16).astype(np.uint16)), "PNG"), 16),
+        (rgb_tiff(levels_of(16)), 16),
+        (pgm(levels_of(12), 4095), 12),
+        (pgm(levels_of(16), 65535), 16),
+        (encode(Image.fromarray(np.zeros((24, 40), np.uint16)), "PNG"), 0),
+    ],
+    ids=["PNG", "colour", "12-bit PGM", "16-bit PGM", "black"],
+)
+def test_deep_images_keep_their_range(tmp_path: Path, data: bytes, bits: int) -> None:
+    (tmp_path / "deep").write_bytes(data)
+    found = np.asarray(read_image(tmp_path / "deep")).astype(int)
+    assert np.abs(found - (levels_of(bits) / 2 ** (bits - 8))[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "ICO", "PCX", "TGA", "DDS", "PDF"])
+def test_formats_that_are_not_for_photographs_are_not_opened(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", fail)
+    (tmp_path / "photo.png").write_bytes(encode(Image.fromarray(gradient()), kind))
+    with pytest.raises(UnidentifiedImageError):
+        read_image(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_each_extension_has_a_format_that_is_read(tmp_path: Path, extension: str) -> None:
+    Image.fromarray(gradient()).convert("L").save(tmp_path / f"a{extension}")
+    assert read_image(tmp_path / f"a{extension}").size == (40, 24)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "link to a FIFO"])
+def test_what_is_no_regular_file_does_not_block(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "1.png"
+    if kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(tmp_path / "fifo" if kind == "link to a FIFO" else path)
+    if kind == "link to a FIFO":
+        path.symlink_to("fifo")
+    with pytest.raises(OSError, match=r"FIFO, socket or device|No such device"):
+        read_image(path)
+
+
+def test_folders_that_lead_in_circles_are_visited_once(tmp_path: Path) -> None:
+    write_files(tmp_path, "a/1.png", "a/deep/2.png", "b/3.png")
+    for name in ("a/x", "a/y", "a/deep/z"):
+        (tmp_path / name).symlink_to(".")
+    (tmp_path / "a" / "deep" / "up").symlink_to("..")
+    (tmp_path / "a" / "twin").symlink_to("deep")
+    folder = ImageFolder(tmp_path)
+    assert [folder.describe(i) for i in range(len(folder))] == [
+        str(tmp_path / name) for name in ("a/1.png", "a/deep/2.png", "b/3.png")
+    ]
+
+
+def test_linked_folders_and_files_are_read(tmp_path: Path) -> None:
+    write_files(tmp_path, "store/cats/deep/1.png", "store/2.png")
+    root = tmp_path / "train"
+    (root / "dog").mkdir(parents=True)
+    # Two classes may be one folder: it is what the user says.
+    for name, target in (
+        ("cat", "cats"),
+        ("lynx", "cats"),
+        ("dog/more", "cats"),
+        ("dog/2.png", "2.png"),
+    ):
+        (root / name).symlink_to(tmp_path / "store" / target)
+    folder = ImageFolder(root)
+    assert [folder.describe(i) for i in range(len(folder))] == [
+        str(root / name)
+        for name in ("cat/deep/1.png", "dog/2.png", "dog/more/deep/1.png", "lynx/deep/1.png")
+    ]
 
 
 def write_idx(file: Path, values: np.ndarray, *, header: tuple[int, ...] | None = None) -> None:

@@ -208,7 +208,7 @@ def test_unreadable_image_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ecoformer.data.datasets.open", refuse, raising=False)
+    monkeypatch.setattr("ecoformer.data.datasets.open_regular", refuse)
     with pytest.raises(InputError, match="Permission denied"):
         read(build(folder, train=False).eval)
 
