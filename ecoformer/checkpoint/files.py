@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -42,16 +43,26 @@ _IMPOSTORS = (
 )
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 _ZIP_START = b"PK\x03\x04"
+# Among an archive's members, and in the metadata of safetensors.
+_DIGEST = "ecoformer_sha256"
+_UNVOUCHED = "Nothing vouches for the file's bits"
 # Some 100,000 tensors; the list of an archive's members is read at once.
 _MAX_INDEX_BYTES = 8 * 2**20
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+class Checkpoint(dict[str, Any]):
+    """What a weight file held; ``notes`` tell what speaks against trusting it, a sentence each."""
+
+    notes: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a weight file without running anything that it holds.
 
     PyTorch's zip and legacy files and safetensors are told apart by content, not by name. No more
-    memory is taken than a few times the file's size.
+    memory is taken than a few times the file's size. Damaged bits are found by an archive's own
+    checksums and by the digest in files of ours; ``notes`` tells where there is neither.
 
     Args:
         path: a bare state dict, or a training dictionary with one in ``model`` or ``state_dict``.
@@ -66,7 +77,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         with open_regular(path) as file:
-            content = parse_checkpoint(file, str(path))
+            content, notes = parse_checkpoint(file, str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path.") from None
     except IsADirectoryError:
@@ -76,10 +87,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{path}: cannot be read ({reason}); check the disk.") from error
-    return unwrap_state(content, str(path))
+    checkpoint = Checkpoint(unwrap_state(content, str(path)))
+    checkpoint.notes = notes
+    return checkpoint
 
 
-def parse_checkpoint(file: IO[bytes], origin: str) -> object:
+def parse_checkpoint(file: IO[bytes], origin: str) -> tuple[object, tuple[str, ...]]:
     """Deserialise an open file by what its first bytes say it is, running nothing in it.
 
     Args:
@@ -87,7 +100,7 @@ def parse_checkpoint(file: IO[bytes], origin: str) -> object:
         origin: what messages call it, e.g. the file's path.
 
     Returns:
-        What was saved: tensors, on the CPU, in containers of plain values.
+        What was saved: tensors, on the CPU, in containers of plain values; and notes on the file.
 
     Raises:
         InputError: it is no weight file, damaged, asks for code to be run, or unpacks to more
@@ -108,10 +121,11 @@ def parse_checkpoint(file: IO[bytes], origin: str) -> object:
         if is_safetensors:
             return _load_safetensors(file)
         if start.startswith(_ZIP_START):
-            _check_archive(file)
+            notes = _check_archive(file)
         else:
             _check_legacy(file)
-        return _load_pickle(file)
+            notes = (f"{_UNVOUCHED}: the legacy format has no checksums",)
+        return _load_pickle(file), notes
     except InputError as error:
         raise InputError(f"{origin}: {error}") from error
     # Bytes from anywhere: the libraries raise a dozen types, from KeyError to OSError.
@@ -151,8 +165,8 @@ class _BoundedReader(io.RawIOBase):
         return self._file.read(size)
 
 
-def _check_archive(file: IO[bytes]) -> None:
-    """Refuse a zip archive that unpacks to more than its size."""
+def _check_archive(file: IO[bytes]) -> tuple[str, ...]:
+    """Refuse a zip archive that is damaged or unpacks to more than its size; return notes."""
     num_bytes = file.seek(0, os.SEEK_END)
     try:
         archive = zipfile.ZipFile(_BoundedReader(file))
@@ -174,12 +188,53 @@ def _check_archive(file: IO[bytes]) -> None:
             raise ValueError("no data.pkl")
         if pickled.file_size > MAX_PICKLE_BYTES:
             raise ValueError(f"a data.pkl of {pickled.file_size} bytes")
+        # torch.serialization.set_crc32_options(False) has zeros written.
+        has_checksums = any(member.CRC for member in members.values())
+        if not has_checksums:
+            for member in members.values():
+                del member.CRC
         scan = PickleScan()
         scan.run(io.BytesIO(archive.read(pickled)))
         scan.check_sharing()
         for key, storage in scan.storages.items():
             if members[f"{root}/data/{key}"].file_size != storage.num_bytes:
                 raise ValueError(f"storage {key} of another size than its tensors")
+        if not has_checksums:
+            return (f"{_UNVOUCHED}: the archive was written without checksums",)
+        # PyTorch's reader does not look at them.
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the checksum of its member {damaged} is wrong")
+        if f"{root}/{_DIGEST}" in members:
+            if archive.read(f"{root}/{_DIGEST}").decode() != _digest_members(archive):
+                raise ValueError("its members are not those that were written")
+        elif not _has_own_identifier(archive, root):
+            return ("The archive was changed after PyTorch had written it: its identifier differs",)
+        return ()
+
+
+def _digest_members(archive: zipfile.ZipFile) -> str:
+    """Hash the names, sizes and checksums of all members but the digest."""
+    digest = hashlib.sha256()
+    for member in sorted(archive.infolist(), key=lambda member: member.filename):
+        if not member.filename.endswith(f"/{_DIGEST}"):
+            digest.update(f"{member.filename} {member.file_size} {member.CRC}\n".encode())
+    return digest.hexdigest()
+
+
+def _has_own_identifier(archive: zipfile.ZipFile, root: str) -> bool:
+    """Whether the members are those that PyTorch wrote, in this order; True where it cannot say.
+
+    Source: ``PyTorchStreamWriter`` of PyTorch 2, which chains the checksums by ``hash_combine``.
+    """
+    *members, last = archive.infolist()
+    if last.filename != f"{root}/.data/serialization_id" or last.file_size != 40:
+        return True
+    chained = 0
+    for member in members:
+        mixed = member.CRC + 0x9E3779B9 + (chained << 6) + (chained >> 2)
+        chained = (chained ^ mixed) % 2**64
+    return archive.read(last)[20:] == b"%020d" % chained
 
 
 def _check_legacy(file: IO[bytes]) -> None:
@@ -206,21 +261,38 @@ def _load_pickle(file: IO[bytes]) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _load_safetensors(file: IO[bytes]) -> dict[str, Tensor]:
+def _load_safetensors(file: IO[bytes]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     import safetensors.torch
 
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_PICKLE_BYTES:
         raise ValueError(f"a header of {length} bytes")
     header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
             raise InputError(
                 f"entry {name!r} is of the unusual type {entry['dtype']}; save it as float32."
             )
     file.seek(0)
-    return safetensors.torch.load(file.read())
+    tensors = safetensors.torch.load(file.read())
+    if _DIGEST not in metadata:
+        return tensors, (
+            f"{_UNVOUCHED}: safetensors have no checksums, but for those that we write",
+        )
+    if metadata[_DIGEST] != _digest_tensors(tensors):
+        raise ValueError("its tensors are not those that were written")
+    return tensors, ()
+
+
+def _digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash the names, types, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        values = tensor.contiguous().reshape(-1).view(torch.uint8)
+        digest.update(values.numpy().data)
+    return digest.hexdigest()
 
 
 def unwrap_state(content: object, origin: str) -> dict[str, Any]:
@@ -267,9 +339,11 @@ def unwrap_state(content: object, origin: str) -> dict[str, Any]:
 def save_atomic(obj: object, path: str | os.PathLike[str]) -> None:
     """Write an object with ``torch.save``, so that its file is whole whenever one looks.
 
+    The archive gets one more member, a digest of the others, which ``read_checkpoint`` verifies
+    and PyTorch does not see.
+
     Args:
         obj: tensors, and containers and plain values around them.
-        path: the file; its folder is made if need be.
 
     Raises:
         InputError: the disk refuses; what stood under ``path`` before is untouched.
@@ -279,3 +353,26 @@ def save_atomic(obj: object, path: str | os.PathLike[str]) -> None:
     remove_stale(path)
     with open_atomic(path) as file:
         torch.save(obj, file)
+        with zipfile.ZipFile(file, "a") as archive:
+            root = archive.infolist()[0].filename.partition("/")[0]
+            archive.writestr(zipfile.ZipInfo(f"{root}/{_DIGEST}"), _digest_members(archive))
+
+
+def save_safetensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file, whole or not at all, with a digest among its metadata.
+
+    Raises:
+        InputError: the disk refuses; what stood under ``path`` before is untouched.
+    """
+    import safetensors.torch
+
+    # The format has no views and no shared memory.
+    copies = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    with open_atomic(Path(path)) as file:
+        digest = {_DIGEST: _digest_tensors(copies)}
+        file.write(safetensors.torch.save(copies, {**metadata, **digest}))

@@ -90,11 +90,13 @@ def load_checkpoint(
     """
     if strict and allow_missing:
         raise InputError("strict lets nothing be missing; give strict or allow_missing, not both.")
+    notes: list[str] = []
     if isinstance(source, Mapping):
         raw = unwrap_state(source, origin)["model"]
     else:
         origin = str(source)
-        raw = read_checkpoint(resolve_source(source))["model"]
+        checkpoint = read_checkpoint(resolve_source(source))
+        raw, notes = checkpoint["model"], [*checkpoint.notes]
     state = to_ours(raw)
     target = model.state_dict()
 
@@ -107,11 +109,11 @@ def load_checkpoint(
     dropped = [name for name in raw if owner_of(name, PROJECTION) is not None and name not in state]
     # Two projections made of one entry leave out the same.
     dropped += dict.fromkeys(left for entry in entries.values() for left in entry.leftovers)
-    notes: list[str] = []
     if not strict:
         for name in _HEAD:
             if name in taken and _has_other_classes(taken[name], target[name]):
-                notes = [f"The head is fresh: {_tell_classes(taken[name], target[name])}"]
+                note = f"The head is fresh: {_tell_classes(taken[name], target[name])}"
+                notes += [note] if note not in notes else []
                 dropped.append(name)
                 del taken[name]
 

@@ -6,15 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ecoformer import __version__
-from ecoformer.checkpoint.files import read_checkpoint, save_atomic
+from ecoformer.checkpoint.files import read_checkpoint, save_atomic, save_safetensors
 from ecoformer.checkpoint.layout import to_ours, to_released
 from ecoformer.checkpoint.load import require_finite
 from ecoformer.checkpoint.zoo import ZOO, resolve_source
 from ecoformer.errors import EXIT_DONE, InputError, print_error
-from ecoformer.files import open_atomic
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -42,20 +39,13 @@ def convert(source: str, path: Path, *, is_released: bool = False) -> None:
     if path.suffix != ".safetensors":
         save_atomic(state, path)
         return
-    import safetensors.torch
-
     metadata = {
         "format": "pt",
         "layout": "released" if is_released else "ecoformer",
         "ecoformer": __version__,
         "source": Path(source).name,
     }
-    # The format has no views and no shared memory.
-    copies = {
-        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
-    }
-    with open_atomic(path) as file:
-        file.write(safetensors.torch.save(copies, metadata))
+    save_safetensors(state, path, metadata)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

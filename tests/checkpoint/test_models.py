@@ -73,7 +73,7 @@ def test_each_form_gives_the_released_logits(
     golden = json.loads((golden_dir / "logits.json").read_text())[B0]
     model = pvt.create_model("pvt_v2_b0").eval()
     report = load_checkpoint(model, b0_files[form], strict=True)
-    assert report.notes == ()
+    assert ["Nothing vouches" in note for note in report.notes] == [True] * (form == "legacy")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert all(flag for name, flag in before.items() if name.endswith("is_fitted"))
     with torch.inference_mode():
