@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from ecoformer.checkpoint import load_checkpoint, read_checkpoint, save_atomic
 from ecoformer.checkpoint.files import save_safetensors
