@@ -10,23 +10,21 @@ Shapes: B batch, N tokens = height * width, C channels of a stage.
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
-from ecoformer.attention.maps import tokens_to_map
 from ecoformer.hash_config import HashConfig
-from ecoformer.models.pyramid import Backbone, PatchEmbed, build_stages
+from ecoformer.models.base import PatchEmbed
+from ecoformer.models.pyramid import Pyramid, build_stages
 from pvt.variants import PvtVariant
 
 
-class PyramidVisionTransformerV2(Backbone):
+class PyramidVisionTransformerV2(Pyramid):
     """Four stages of overlapping patch embedding and transformer blocks.
 
     Args:
-        variant: sizes.
         attention: kind of the stages 1 to 3; the last is full softmax attention, but for
             ``"sra"``, which is the original PVTv2 throughout.
-        num_classes: outputs.
-        in_chans: channels of the images.
         hashing: settings of EcoFormer attention.
         drop_rate: dropout in attention and MLP.
         drop_path_rate: stochastic depth of the last block.
@@ -73,4 +71,5 @@ class PyramidVisionTransformerV2(Backbone):
         tokens, size = getattr(self, f"patch_embed{number}")(x)
         for block in getattr(self, f"block{number}"):
             tokens = block(tokens, size)
-        return tokens_to_map(getattr(self, f"norm{number}")(tokens), size)
+        tokens = getattr(self, f"norm{number}")(tokens)
+        return rearrange(tokens, "b (h w) c -> b c h w", h=size[0], w=size[1])

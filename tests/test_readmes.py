@@ -34,7 +34,7 @@ from ecoformer.config import Config, parse_config
 from ecoformer.config.released import find_field
 from ecoformer.data.digits import load_digits
 from ecoformer.hashing import with_random_hash_functions
-from ecoformer.models.pyramid import PyramidSizes
+from ecoformer.models.sizes import PyramidSizes
 from ecoformer.models.registry import ModelFamily
 from tests.twins.tiny import TINY_SVT
 

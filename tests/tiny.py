@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ecoformer import EcoFormerAttention, HashConfig
+from ecoformer.models.base import Block, PatchEmbed
 from ecoformer.models.mlp import Mlp
-from ecoformer.models.pyramid import Block, PatchEmbed
 
 TINY_HASH = HashConfig(num_bits=4, num_anchors=6, num_similar=3, num_fit_steps=10)
 

@@ -10,19 +10,18 @@ Shapes: B batch, N tokens = height * width, C channels of a stage.
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
-from ecoformer.attention.maps import Size, map_to_tokens, tokens_to_map
+from ecoformer.attention.base import Size
 from ecoformer.hash_config import HashConfig
-from ecoformer.models.pyramid import Backbone, PatchEmbed, build_stages
+from ecoformer.models.base import PatchEmbed
+from ecoformer.models.pyramid import Pyramid, build_stages
 from twins.variants import TWINS_LAYOUTS, TwinsVariant
 
 
 class PositionalConvolution(nn.Module):
     """3 x 3 depthwise convolution that tells tokens where they are, plus its input.
-
-    Args:
-        dim: C.
 
     Source: conditional positional encodings, arXiv 2102.10882.
     """
@@ -33,28 +32,16 @@ class PositionalConvolution(nn.Module):
         self.proj = nn.Sequential(nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim))
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
-        """Add the encoding.
-
-        Args:
-            x: [B, N, C], float.
-            size: (height, width).
-
-        Returns:
-            [B, N, C].
-        """
-        return x + map_to_tokens(self.proj(tokens_to_map(x, size)))
+        image = rearrange(x, "b (h w) c -> b c h w", h=size[0], w=size[1])
+        return x + rearrange(self.proj(image), "b c h w -> b (h w) c")
 
 
-class Twins(Backbone):
+class Twins(Pyramid):
     """Four stages of patch embedding and transformer blocks, with a convolution for position.
 
     Args:
-        variant: sizes.
-        attention: layout. ``"lsa_gsa"`` alternates window attention and spatial reduction,
-            ``"lsa_msa"`` window and full softmax attention, and ``"ecoformer"`` leaves full
-            softmax attention to the last stage; the rest have one kind throughout.
-        num_classes: outputs.
-        in_chans: channels of the images.
+        attention: a kind, which leaves the last stage to full softmax attention, or one of the
+            original models, which are one throughout: ``"sra"`` and the layouts.
         hashing: settings of EcoFormer attention.
         drop_rate: dropout in attention and MLP.
         drop_path_rate: stochastic depth of the last block.
@@ -76,7 +63,6 @@ class Twins(Backbone):
         super().__init__(variant.embed_dims, num_classes)
         layout = TWINS_LAYOUTS.get(attention)
         kinds = (attention,) if layout is None else layout.kinds
-        # As published; what stands in for softmax leaves it the last stage.
         is_whole = layout is not None or attention == "sra"
         stages = build_stages(
             variant,
@@ -104,12 +90,8 @@ class Twins(Backbone):
             if index == 0:
                 tokens = self.pos_block[stage](tokens, size)
         is_last = stage == len(self.blocks) - 1
-        return tokens_to_map(self.norm(tokens) if is_last else tokens, size)
+        tokens = self.norm(tokens) if is_last else tokens
+        return rearrange(tokens, "b (h w) c -> b c h w", h=size[0], w=size[1])
 
     def no_weight_decay(self) -> set[str]:
-        """Name parameters that are not 1-D and still take no weight decay.
-
-        Returns:
-            All of the positional convolutions.
-        """
         return {f"pos_block.{name}" for name, _ in self.pos_block.named_parameters()}

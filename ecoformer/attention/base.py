@@ -8,13 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
+from einops import rearrange
 from torch import Tensor, nn
 
-from ecoformer.attention.heads import divide_heads, split_heads
-from ecoformer.attention.maps import Size
+from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
+
+# (height, width) of the map that tokens come from; height * width = N.
+Size: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class MultiHeadAttention(nn.Module, ABC):
         label: what tables and plots call it; its name where the class says nothing.
         cost_note: a sentence to stand beside its cost, where no published figure confirms it.
         parent: kind that its weights can be made of, if any.
-        derived: its projections that are not the parent's of equal name. The rest is.
+        derived: its projections that are not the parent's of equal name.
         own_buffers: buffers, or modules of them, that it draws or fits itself: no weights of
             another kind give them.
         any_backbone: whether every backbone takes it, or those alone that name it.
@@ -85,8 +88,10 @@ class MultiHeadAttention(nn.Module, ABC):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise InputError(f"{num_heads} heads cannot share {dim} channels; give a divisor.")
         self.num_heads = num_heads
-        self.head_dim = divide_heads(dim, num_heads)
+        self.head_dim = dim // num_heads
 
     @classmethod
     def from_spec(cls, spec: LayerSpec) -> MultiHeadAttention:
@@ -103,19 +108,12 @@ class MultiHeadAttention(nn.Module, ABC):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def _split(self, *rows: Tensor) -> list[Tensor]:
-        """Each [B, N, C] to [B, H, N, D]."""
-        return [split_heads(x, self.num_heads) for x in rows]
+    def split_heads(self, *rows: Tensor) -> list[Tensor]:
+        """View each [B, N, C] as [B, H, N, D]: a head has contiguous channels."""
+        return [rearrange(x, "b n (h d) -> b h n d", h=self.num_heads) for x in rows]
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
-        """Attend, and project what the heads found.
-
-        Args:
-            x: [B, N, C], float.
-            size: (height, width) of the map, height * width = N; for the kinds that look at it.
-
-        Returns:
-            [B, N, C].
+        """Attend, and project what the heads found: [B, N, C] to [B, N, C], float.
 
         Raises:
             InputError: ``size`` is missing or too small for the kind, or hash functions are not
@@ -125,7 +123,7 @@ class MultiHeadAttention(nn.Module, ABC):
 
     @abstractmethod
     def attend(self, x: Tensor, size: Size | None) -> Tensor:
-        """Project the inputs, attend in each head and merge the heads: [B, N, C] to [B, N, C]."""
+        """Project the inputs, attend in each head, merge the heads: [B, N, C] to [B, N, C]."""
 
     @abstractmethod
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
@@ -134,3 +132,14 @@ class MultiHeadAttention(nn.Module, ABC):
         Raises:
             InputError: ``size`` is missing.
         """
+
+
+def require_size(size: Size | None) -> Size:
+    """Insist on the size of the map.
+
+    Raises:
+        InputError: it was not given.
+    """
+    if size is None:
+        raise InputError("this attention needs the map's size: call layer(x, (height, width)).")
+    return size

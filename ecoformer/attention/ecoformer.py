@@ -5,11 +5,10 @@ Shapes: B batch, H heads, N tokens, D head dim, C = H * D, K hash bits, M anchor
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
-from ecoformer.attention.base import LayerSpec, MultiHeadAttention
-from ecoformer.attention.heads import merge_heads
-from ecoformer.attention.maps import Size
+from ecoformer.attention.base import LayerSpec, MultiHeadAttention, Size
 from ecoformer.attention.registry import register_attention
 from ecoformer.attention.softmax import SHARED_FROM_SOFTMAX
 from ecoformer.errors import InputError
@@ -22,11 +21,9 @@ class EcoFormerAttention(MultiHeadAttention):
     """Self-attention whose queries and keys share one projection, hashed to binary codes.
 
     Args:
-        dim: C.
-        num_heads: H.
         qkv_bias: whether ``to_qk`` and ``to_v`` have a bias.
         proj_drop: dropout after the output projection.
-        hashing: sizes of the codes; the published ones where None.
+        hashing: the published settings where None.
 
     Raises:
         InputError: ``num_heads`` does not divide ``dim``, or ``hashing`` is no ``HashConfig``.
@@ -66,7 +63,8 @@ class EcoFormerAttention(MultiHeadAttention):
         return cls(spec.dim, spec.num_heads, spec.qkv_bias, spec.proj_drop, hashing=spec.hashing)
 
     def attend(self, x: Tensor, size: Size | None) -> Tensor:
-        return merge_heads(self.hash(*self._split(self.to_qk(x), self.to_v(x))))
+        heads = self.hash(*self.split_heads(self.to_qk(x), self.to_v(x)))
+        return rearrange(heads, "b h n d -> b n (h d)")
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         # As in the released counter.

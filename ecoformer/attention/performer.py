@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from ecoformer.attention.base import MultiHeadAttention
-from ecoformer.attention.heads import merge_heads
-from ecoformer.attention.maps import Size
+from ecoformer.attention.base import MultiHeadAttention, Size
 from ecoformer.attention.registry import register_attention
 from ecoformer.ops import as_full_precision, without_autocast
 
@@ -22,15 +21,12 @@ _EPSILON = 1e-4
 def draw_orthogonal_features(
     num_features: int, head_dim: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Random projection with orthogonal rows inside each block of D, and Gaussian norms.
+    """Random projection [F, D], float32: rows are orthogonal inside each block of D.
+
+    Their norms are those of Gaussian vectors.
 
     Args:
-        num_features: F.
-        head_dim: D.
-        generator: where the numbers come from; the default one where None.
-
-    Returns:
-        [F, D], float32.
+        generator: the default one where None.
 
     Source: Choromanski et al., arXiv 2009.14794.
     """
@@ -44,10 +40,9 @@ def draw_orthogonal_features(
 
 
 class RandomFeatureAttention(nn.Module):
-    """Linear attention over positive random features of the softmax kernel.
+    """Linear attention over int(D ln D) positive random features of the softmax kernel.
 
     Args:
-        head_dim: D; there are int(D ln D) features.
         generator: draws the projection, once.
 
     Source: Choromanski et al., arXiv 2009.14794; constants from the released
@@ -63,15 +58,10 @@ class RandomFeatureAttention(nn.Module):
         self.register_buffer("projection_matrix", projection)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend among all tokens.
-
-        Args:
-            q: [B, H, N, D], float.
-            k: [B, H, N, D], float.
-            v: [B, H, N, D], float.
+        """Attend among all tokens; all are [B, H, N, D], float.
 
         Returns:
-            [B, H, N, D], the dtype of ``v``; computed in float32, or float64 where ``q`` is.
+            The dtype of ``v``; computed in float32, or float64 where ``q`` is.
         """
         # exp of a half-precision product, summed over all tokens, would not be worth its name.
         with without_autocast(q):
@@ -96,14 +86,7 @@ class PerformerAttention(MultiHeadAttention):
     """Multi-head self-attention through ``RandomFeatureAttention``.
 
     Args:
-        dim: C.
-        num_heads: H.
-        qkv_bias: whether ``qkv`` has a bias.
-        proj_drop: dropout after the output projection.
-        generator: draws the random features.
-
-    Raises:
-        InputError: ``num_heads`` does not divide ``dim``.
+        generator: draws the random features; the default one where None.
 
     Source: Choromanski et al., arXiv 2009.14794.
     """
@@ -129,7 +112,8 @@ class PerformerAttention(MultiHeadAttention):
         self.add_output(dim, proj_drop)
 
     def attend(self, x: Tensor, size: Size | None) -> Tensor:
-        return merge_heads(self.fast_attention(*self._split(*self.qkv(x).chunk(3, dim=-1))))
+        heads = self.fast_attention(*self.split_heads(*self.qkv(x).chunk(3, dim=-1)))
+        return rearrange(heads, "b h n d -> b n (h d)")
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         num_features, head_dim = self.fast_attention.projection_matrix.shape

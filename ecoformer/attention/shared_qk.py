@@ -5,26 +5,20 @@ Shapes: B batch, H heads, N tokens, D head dim, C = H * D.
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ecoformer.attention.base import MultiHeadAttention
-from ecoformer.attention.heads import merge_heads
-from ecoformer.attention.maps import Size
+from ecoformer.attention.base import MultiHeadAttention, Size
 from ecoformer.attention.registry import register_attention
 from ecoformer.attention.softmax import SHARED_FROM_SOFTMAX, count_softmax
 
 
 @register_attention("msa_share_qk")
 class SharedQKAttention(MultiHeadAttention):
-    """Softmax attention whose queries and keys share one projection; its rows keep their lengths.
+    """Softmax attention whose queries and keys share a projection; rows are not normalised.
 
-    Args:
-        qkv_bias: whether ``to_qk`` and ``to_v`` have a bias.
-        proj_drop: dropout after the output projection.
-
-    Source: EcoFormer, arXiv 2209.09004 (comparison); Kitaev et al.,
-        arXiv 2001.04451, for sharing.
+    Source: EcoFormer, arXiv 2209.09004 (comparison); Kitaev et al., arXiv 2001.04451, for sharing.
     """
 
     label = "softmax, shared queries and keys"
@@ -41,8 +35,8 @@ class SharedQKAttention(MultiHeadAttention):
         self.add_output(dim, proj_drop)
 
     def attend(self, x: Tensor, size: Size | None) -> Tensor:
-        q, v = self._split(self.to_qk(x), self.to_v(x))
-        return merge_heads(scaled_dot_product_attention(q, q, v))
+        q, v = self.split_heads(self.to_qk(x), self.to_v(x))
+        return rearrange(scaled_dot_product_attention(q, q, v), "b h n d -> b n (h d)")
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)

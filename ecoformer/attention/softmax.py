@@ -6,12 +6,11 @@ Shapes: B batch, H heads, N tokens, D head dim, C = H * D.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ecoformer.attention.base import Derived, MultiHeadAttention
-from ecoformer.attention.heads import merge_heads
-from ecoformer.attention.maps import Size
+from ecoformer.attention.base import Derived, MultiHeadAttention, Size
 from ecoformer.attention.registry import register_attention
 
 _FROM_SPATIAL_REDUCTION = {
@@ -25,15 +24,10 @@ SHARED_FROM_SOFTMAX = {
 
 
 def count_softmax(num_pairs: int, dim: int, num_heads: int) -> tuple[int, int]:
-    """Multiplications and additions of softmax attention of one image.
+    """Multiplications and additions of softmax attention of one image, projections aside.
 
     Args:
         num_pairs: queries times the keys that each of them sees.
-        dim: C.
-        num_heads: H.
-
-    Returns:
-        (multiplications, additions), projections aside.
 
     Source: the released counter of EcoFormer for all tokens; fewer keys by the same rule.
     """
@@ -44,15 +38,6 @@ def count_softmax(num_pairs: int, dim: int, num_heads: int) -> tuple[int, int]:
 @register_attention("msa")
 class SoftmaxAttention(MultiHeadAttention):
     """Multi-head softmax attention with one projection for queries, keys and values.
-
-    Args:
-        dim: C.
-        num_heads: H.
-        qkv_bias: whether ``qkv`` has a bias.
-        proj_drop: dropout after the output projection.
-
-    Raises:
-        InputError: ``num_heads`` does not divide ``dim``.
 
     Source: Vaswani et al., arXiv 1706.03762.
     """
@@ -70,8 +55,8 @@ class SoftmaxAttention(MultiHeadAttention):
         self.add_output(dim, proj_drop)
 
     def attend(self, x: Tensor, size: Size | None) -> Tensor:
-        q, k, v = self._split(*self.qkv(x).chunk(3, dim=-1))
-        return merge_heads(scaled_dot_product_attention(q, k, v))
+        q, k, v = self.split_heads(*self.qkv(x).chunk(3, dim=-1))
+        return rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)

@@ -5,12 +5,11 @@ Shapes: B batch, H heads, N tokens, N' reduced tokens, D head dim, C = H * D.
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, gelu, scaled_dot_product_attention
 
-from ecoformer.attention.base import LayerSpec, MultiHeadAttention
-from ecoformer.attention.heads import merge_heads
-from ecoformer.attention.maps import Size, map_to_tokens, require_size, tokens_to_map
+from ecoformer.attention.base import LayerSpec, MultiHeadAttention, Size, require_size
 from ecoformer.attention.registry import register_attention
 from ecoformer.attention.softmax import count_softmax
 from ecoformer.errors import InputError
@@ -22,19 +21,11 @@ _POOLED_SIZE = 7
 class SpatialReductionAttention(MultiHeadAttention):
     """Softmax attention whose keys and values come from a smaller map.
 
-    The map is reduced by a convolution with kernel and stride ``sr_ratio``, or, in the linear
-    form, pooled to 7 x 7. With ``sr_ratio`` 1 and not linear it is full attention.
+    With ``sr_ratio`` 1 and not linear it is full attention.
 
     Args:
-        dim: C.
-        num_heads: H.
-        qkv_bias: whether ``q`` and ``kv`` have a bias.
-        proj_drop: dropout after the output projection.
-        sr_ratio: how much smaller the map's sides become.
-        is_linear: pool to a fixed size instead, so that cost is linear in N.
-
-    Raises:
-        InputError: ``num_heads`` does not divide ``dim``.
+        sr_ratio: kernel and stride of the convolution that reduces the map.
+        is_linear: pool to 7 x 7 instead, so that cost is linear in N.
 
     Source: PVT, arXiv 2102.12122; linear form: PVTv2, arXiv 2106.13797.
     """
@@ -80,14 +71,14 @@ class SpatialReductionAttention(MultiHeadAttention):
         return self.is_linear or self.sr_ratio > 1
 
     def attend(self, x: Tensor, size: Size | None) -> Tensor:
-        source = self._reduce(x, size) if self.is_reducing else x
-        q, k, v = self._split(self.q(x), *self.kv(source).chunk(2, dim=-1))
-        return merge_heads(scaled_dot_product_attention(q, k, v))
+        source = self._reduce(x, *require_size(size)) if self.is_reducing else x
+        q, k, v = self.split_heads(self.q(x), *self.kv(source).chunk(2, dim=-1))
+        return rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
-    def _reduce(self, x: Tensor, size: Size | None) -> Tensor:
+    def _reduce(self, x: Tensor, height: int, width: int) -> Tensor:
         """[B, N, C] to [B, N', C]."""
-        image = tokens_to_map(x, size)  # [B, C, height, width]
-        height, width = image.shape[-2:]
+        # A view, and channels-last: the convolution copies nothing.
+        image = rearrange(x, "b (h w) c -> b c h w", h=height, w=width)
         if self.is_linear:
             image = adaptive_avg_pool2d(image, _POOLED_SIZE)
         elif min(height, width) < self.sr_ratio:
@@ -95,7 +86,7 @@ class SpatialReductionAttention(MultiHeadAttention):
                 f"a map of {height} x {width} tokens cannot be reduced {self.sr_ratio} times; "
                 "give larger images."
             )
-        reduced = self.norm(map_to_tokens(self.sr(image)))  # [B, N', C]
+        reduced = self.norm(rearrange(self.sr(image), "b c h w -> b (h w) c"))
         return gelu(reduced) if self.is_linear else reduced
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:

@@ -6,11 +6,11 @@ Shapes: B batch, H heads, N tokens, W windows, S side of a window, D head dim, C
 from __future__ import annotations
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ecoformer.attention.heads import merge_heads
-from ecoformer.attention.maps import Size, require_size, tokens_to_grid
+from ecoformer.attention.base import Size, require_size
 from ecoformer.attention.registry import register_attention
 from ecoformer.attention.softmax import SoftmaxAttention, count_softmax
 
@@ -24,14 +24,7 @@ class WindowAttention(SoftmaxAttention):
     what lies outside.
 
     Args:
-        dim: C.
-        num_heads: H.
-        qkv_bias: whether ``qkv`` has a bias.
-        proj_drop: dropout after the output projection.
         window_size: S, tokens.
-
-    Raises:
-        InputError: ``num_heads`` does not divide ``dim``.
 
     Source: Twins, arXiv 2104.13840 (locally-grouped self-attention).
     """
@@ -53,13 +46,20 @@ class WindowAttention(SoftmaxAttention):
         self.window_size = window_size
 
     def attend(self, x: Tensor, size: Size | None) -> Tensor:
-        size = require_size(size)
+        height, width = require_size(size)
         # Tiled after the projection, which so spends nothing on what lies outside of the map.
-        qkv = self._tile(tokens_to_grid(self.qkv(x), size))  # [B * W, S * S, 3 * C]
-        q, k, v = self._split(*qkv.chunk(3, dim=-1))
-        mask = self._find_keys(x, size)
-        out = merge_heads(scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        return self._untile(out, size)
+        qkv = self._tile(rearrange(self.qkv(x), "b (h w) c -> b h w c", h=height, w=width))
+        q, k, v = self.split_heads(*qkv.chunk(3, dim=-1))
+        mask = self._find_keys(x, height, width)
+        tiles = scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B * W, H, S * S, D]
+        grid = rearrange(
+            tiles,
+            "(b rows columns) h (s t) d -> b (rows s) (columns t) (h d)",
+            rows=-(-height // self.window_size),
+            columns=-(-width // self.window_size),
+            s=self.window_size,
+        )
+        return rearrange(grid[:, :height, :width], "b h w c -> b (h w) c")
 
     def _tile(self, grid: Tensor) -> Tensor:
         """[B, height, width, C] to [B * W, S * S, C], padded with zeros."""
@@ -67,26 +67,15 @@ class WindowAttention(SoftmaxAttention):
         below, right = (-length % side for length in grid.shape[1:3])
         if below or right:
             grid = pad(grid, (0, 0, 0, right, 0, below))
-        tiles = grid.unflatten(2, (-1, side)).unflatten(1, (-1, side))
-        # [B, rows of windows, S, columns of windows, S, C]
-        return tiles.transpose(2, 3).flatten(0, 2).flatten(1, 2)
+        pattern = "b (rows s) (columns t) c -> (b rows columns) (s t) c"
+        return rearrange(grid, pattern, s=side, t=side)
 
-    def _untile(self, tiles: Tensor, size: Size) -> Tensor:
-        """[B * W, S * S, C] to [B, N, C], cropped."""
-        side = self.window_size
-        height, width = size
-        rows, columns = -(-height // side), -(-width // side)
-        tiles = tiles.unflatten(1, (side, side)).unflatten(0, (-1, rows, columns))
-        # [B, rows, columns, S, S, C]
-        grid = tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return grid[:, :height, :width].flatten(1, 2)
-
-    def _find_keys(self, x: Tensor, size: Size) -> Tensor | None:
+    def _find_keys(self, x: Tensor, height: int, width: int) -> Tensor | None:
         """[B * W, 1, 1, S * S], true where a key lies in the map; None where all do."""
-        if not any(length % self.window_size for length in size):
+        if height % self.window_size == width % self.window_size == 0:
             return None
-        inside = self._tile(torch.ones(1, *size, 1, dtype=torch.bool, device=x.device))
-        return inside.repeat(x.shape[0], 1, 1).transpose(1, 2).unsqueeze(1)
+        inside = self._tile(torch.ones(1, height, width, 1, dtype=torch.bool, device=x.device))
+        return repeat(inside, "w keys 1 -> (b w) 1 1 keys", b=x.shape[0])
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         num_pairs = 1

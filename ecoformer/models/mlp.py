@@ -8,10 +8,11 @@ from __future__ import annotations
 from functools import reduce
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from ecoformer.attention.maps import Size, map_to_tokens, tokens_to_map
+from ecoformer.attention.base import Size
 
 # An MLP's hidden map of more values than this is made in blocks on a CPU; in float32, 8 MB.
 _MAX_WHOLE_MAP = 2**21
@@ -21,11 +22,17 @@ _BLOCK_VALUES_PER_THREAD = 2**18
 _CHANNEL_STEP = 32
 
 
-class DepthwiseConv(nn.Module):
-    """3 x 3 depthwise convolution over the tokens' map.
+def _as_map(x: Tensor, size: Size) -> Tensor:
+    """View tokens as an image in channels-last memory, so that a convolution copies nothing."""
+    return rearrange(x, "b (h w) c -> b c h w", h=size[0], w=size[1])
 
-    Args:
-        dim: C.
+
+def _as_tokens(x: Tensor) -> Tensor:
+    return rearrange(x, "b c h w -> b (h w) c")
+
+
+class DepthwiseConv(nn.Module):
+    """3 x 3 depthwise convolution over the tokens' map, [B, N, C] to [B, N, C].
 
     Source: PVTv2, arXiv 2106.13797.
     """
@@ -35,16 +42,7 @@ class DepthwiseConv(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
-        """Convolve.
-
-        Args:
-            x: [B, N, C], float.
-            size: (height, width).
-
-        Returns:
-            [B, N, C].
-        """
-        return map_to_tokens(self.dwconv(tokens_to_map(x, size)))
+        return _as_tokens(self.dwconv(_as_map(x, size)))
 
 
 # What an MLP is made of, and what takes each value by itself.
@@ -52,11 +50,9 @@ _PLAIN_LAYERS = {nn.Linear, nn.Conv2d, DepthwiseConv, nn.GELU, nn.ReLU, nn.Ident
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them, and a depthwise convolution where asked for.
+    """Two linear layers with GELU between them, [B, N, C] to [B, N, C].
 
     Args:
-        dim: C.
-        hidden_dim: channels between the layers.
         drop: dropout after each layer.
         has_dwconv: convolve before the GELU.
         has_relu: ReLU before the convolution, as in the linear PVTv2.
@@ -82,15 +78,6 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
-        """Mix channels.
-
-        Args:
-            x: [B, N, C], float.
-            size: (height, width).
-
-        Returns:
-            [B, N, C].
-        """
         if self._pays_in_blocks(x):
             return self._forward_in_blocks(x, size)
         x = self.relu(self.fc1(x))
@@ -132,8 +119,8 @@ class Mlp(nn.Module):
         x = self.relu(linear(x, self.fc1.weight[part], self.fc1.bias[part]))
         if self.dwconv is not None:
             weight, bias = (tensor[part] for tensor in self.dwconv.dwconv.parameters())
-            x = conv2d(tokens_to_map(x, size), weight, bias, padding=1, groups=len(weight))
-            x = map_to_tokens(x)
+            x = conv2d(_as_map(x, size), weight, bias, padding=1, groups=len(weight))
+            x = _as_tokens(x)
         return linear(self.act(x), self.fc2.weight[:, part])
 
 

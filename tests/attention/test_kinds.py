@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ecoformer import InputError
-from ecoformer.attention import LayerSpec, attention_class, attention_kinds
+from ecoformer.attention import LayerSpec, SoftmaxAttention, attention_class, attention_kinds
 from ecoformer.hashing import with_random_hash_functions
 from tests.problems import draw
 
@@ -126,10 +126,18 @@ def test_parameters_are_named_as_released(kind: str) -> None:
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == expected
 
 
+@pytest.mark.parametrize("num_heads", [0, 5])
 @pytest.mark.parametrize("kind", attention_kinds())
-def test_heads_that_do_not_divide_the_channels_are_refused(kind: str) -> None:
-    with pytest.raises(InputError, match="5 heads cannot share 12 channels"):
-        attention_class(kind).from_spec(LayerSpec(12, 5))
+def test_heads_that_do_not_divide_the_channels_are_refused(kind: str, num_heads: int) -> None:
+    with pytest.raises(InputError, match=f"{num_heads} heads cannot share 12 channels"):
+        attention_class(kind).from_spec(LayerSpec(12, num_heads))
+
+
+def test_a_head_is_a_view_of_contiguous_channels() -> None:
+    layer, x = SoftmaxAttention(12, 3), torch.arange(2 * 5 * 12).view(2, 5, 12)
+    (heads,) = layer.split_heads(x)
+    assert torch.equal(heads[:, 1], x[:, :, 4:8])
+    assert heads.data_ptr() == x.data_ptr()
 
 
 def test_an_unknown_kind_shows_the_nearest_and_all() -> None:

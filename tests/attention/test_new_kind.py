@@ -21,7 +21,7 @@ from ecoformer.attention import (
     register_attention,
     registry,
 )
-from ecoformer.attention.maps import Size
+from ecoformer.attention.base import Size
 from ecoformer.models.registry import find_family
 from ecoformer.tools.plots.curves import draw_cost
 from ecoformer.tools.tables.comparisons import list_contenders

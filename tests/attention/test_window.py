@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ecoformer.attention import WindowAttention
-from ecoformer.attention.heads import merge_heads, split_heads
-from ecoformer.attention.maps import Size, map_to_tokens, tokens_to_map
+from ecoformer.attention.base import Size
 from ecoformer.errors import InputError
 
 DIVIDED = [(7, 7), (14, 21)]
@@ -28,9 +28,10 @@ def window_of_tokens(size: Size, side: int = 7) -> Tensor:
 def attend_densely(layer: WindowAttention, x: Tensor, size: Size) -> Tensor:
     """The same attention over all pairs, of which those in different windows are masked."""
     window = window_of_tokens(size, layer.window_size)
-    q, k, v = (split_heads(part, layer.num_heads) for part in layer.qkv(x).chunk(3, dim=-1))
+    q, k, v = layer.split_heads(*layer.qkv(x).chunk(3, dim=-1))
     mask = window[:, None] == window
-    return layer.proj(merge_heads(scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+    heads = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return layer.proj(rearrange(heads, "b h n d -> b n (h d)"))
 
 
 @pytest.fixture
@@ -62,11 +63,10 @@ def test_other_window_sizes(layer: WindowAttention) -> None:
 
 def test_whole_windows_do_not_feel_the_padding(layer: WindowAttention) -> None:
     image = torch.randn(1, 12, 17, 16, dtype=torch.float64)
-    padded = tokens_to_map(layer(map_to_tokens(image), (17, 16)), (17, 16))
-    inside = map_to_tokens(image[:, :, :14, :14])
-    torch.testing.assert_close(
-        map_to_tokens(padded[:, :, :14, :14]), layer(inside, (14, 14)), rtol=1e-12, atol=1e-12
-    )
+    padded = layer(rearrange(image, "b c h w -> b (h w) c"), (17, 16))
+    whole = rearrange(padded, "b (h w) c -> b h w c", h=17)[:, :14, :14].flatten(1, 2)
+    inside = rearrange(image[:, :, :14, :14], "b c h w -> b (h w) c")
+    torch.testing.assert_close(whole, layer(inside, (14, 14)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", DIVIDED + UNDIVIDED)

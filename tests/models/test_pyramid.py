@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecoformer.models.pyramid import Backbone, Block, PatchEmbed
+from ecoformer.models.base import Block, PatchEmbed
+from ecoformer.models.pyramid import Pyramid
 from tests.problems import draw
 
 SIZE = (3, 5)
@@ -63,7 +64,7 @@ def test_drop_path_skips_branches_of_samples_in_training_only() -> None:
 
 
 def test_a_backbone_classifies_the_mean_token() -> None:
-    class Tokens(Backbone):
+    class Tokens(Pyramid):
         def forward_stage(self, x: Tensor, stage: int) -> Tensor:
             return x
 

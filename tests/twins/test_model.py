@@ -14,7 +14,7 @@ from torch import nn
 import twins
 from ecoformer import HashConfig, InputError, count_cost, fit_hash_functions
 from ecoformer.attention import MultiHeadAttention
-from ecoformer.attention.maps import Size
+from ecoformer.attention.base import Size
 from ecoformer.config import Config
 from ecoformer.engine.optim import create_optimizer
 from tests.backbones import (

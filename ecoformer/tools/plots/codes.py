@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ecoformer.attention import EcoFormerAttention, SoftmaxAttention
-from ecoformer.attention.heads import split_heads
 from ecoformer.data.datasets import open_dataset
 from ecoformer.engine.run import load_run
 from ecoformer.errors import InputError
@@ -70,10 +69,10 @@ def view_token(
     identity = torch.eye(x.shape[1], device=x.device)
 
     assert isinstance(ours, EcoFormerAttention) and isinstance(theirs, SoftmaxAttention)
-    rows = split_heads(ours.to_qk(x), ours.num_heads)
+    (rows,) = ours.split_heads(ours.to_qk(x))
     codes = ours.hash.encode(rows)
     weights = ours.hash(rows, identity.expand(*rows.shape[:2], -1, -1))
-    q, k, _ = (split_heads(part, theirs.num_heads) for part in theirs.qkv(y).chunk(3, dim=-1))
+    q, k, _ = theirs.split_heads(*theirs.qkv(y).chunk(3, dim=-1))
     peers = scaled_dot_product_attention(q, k, identity.expand(*q.shape[:2], -1, -1))
     equal_bits = (codes == codes[:, :, index : index + 1]).float().mean(-1)  # [B, H, N]
     return TokenView(

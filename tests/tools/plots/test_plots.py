@@ -15,7 +15,6 @@ from torch import nn
 
 import pvt
 from ecoformer.attention import EcoFormerAttention
-from ecoformer.attention.heads import split_heads
 from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import with_random_hash_functions
@@ -61,7 +60,7 @@ def test_a_token_sees_what_its_layer_computes(value_bias: ValueBias) -> None:
 
     with torch.inference_mode():
         # The first stage has one head.
-        rows, v = (split_heads(part(given[0]), 1) for part in (layer.to_qk, layer.to_v))
+        rows, v = layer.split_heads(layer.to_qk(given[0]), layer.to_v(given[0]))
         codes = layer.hash.encode(rows)
         out = hash_attention(codes, v, value_bias)[0, 0, 3 * 16 + 5]
     torch.testing.assert_close(view.codes.flatten() @ v[0, 0], out)
