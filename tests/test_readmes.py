@@ -34,8 +34,8 @@ from ecoformer.config import Config, parse_config
 from ecoformer.config.released import find_field
 from ecoformer.data.digits import load_digits
 from ecoformer.hashing import with_random_hash_functions
-from ecoformer.models.sizes import PyramidSizes
 from ecoformer.models.registry import ModelFamily
+from ecoformer.models.sizes import PyramidSizes
 from tests.twins.tiny import TINY_SVT
 
 ROOT = Path(__file__).parents[1]
