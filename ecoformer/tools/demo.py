@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING
 from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from ecoformer.cost import Cost
 
 _CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
@@ -124,48 +122,45 @@ def _measure(backbone: str, variant: str, input_size: int, folder: Path) -> list
 
     from ecoformer.cost import count_cost
     from ecoformer.engine.logs import read_log
-    from ecoformer.hashing import with_random_hash_functions
-    from ecoformer.tools.measure import time_interleaved
+    from ecoformer.tools.measure import measure_rates
 
     create_model = importlib.import_module(backbone).create_model
     models = {kind: create_model(variant, kind, num_classes=_NUM_CLASSES) for kind in _ATTENTION}
-    images = torch.randn(_BATCH_SIZE, 3, input_size, input_size)
-    # Speed needs no trained weights.
-    calls = {
-        kind: _bind(with_random_hash_functions(model).eval(), images)
-        for kind, model in models.items()
-    }
-    with torch.inference_mode():
-        timings = time_interleaved(calls, num_rounds=10, device=images.device)
+    rates = measure_rates(models, torch.randn(_BATCH_SIZE, 3, input_size, input_size))
     return [
         Result(
             label,
             [record["test_acc1"] for record in read_log(folder / kind)],
             count_cost(models[kind], input_size),
-            _BATCH_SIZE / (timings[kind].median_ms / 1e3),
+            rates[kind],
         )
         for kind, label in _ATTENTION.items()
     ]
 
 
-def _bind(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    return lambda: model(images)
-
-
 def _format_table(results: list[Result]) -> str:
-    header = ("attention", "top-1 %", "#Mul M", "#Add M", "energy mJ", "images/s")
-    rows = [
-        (
-            result.attention,
-            f"{result.curve[-1]:.2f}",
-            f"{result.cost.mul / 1e6:.1f}",
-            f"{result.cost.add / 1e6:.1f}",
-            f"{result.cost.energy_pj / 1e9:.3f}",
-            f"{result.images_per_s:.0f}",
-        )
+    from ecoformer.tools.table import Column, Row, format_markdown
+
+    columns = (
+        Column("attention", "attention"),
+        Column("top1", "top-1 %"),
+        Column("mul", "#Mul M", ".1f", 1e6),
+        Column("add", "#Add M", ".1f", 1e6),
+        Column("energy_pj", "energy mJ", ".3f", 1e9),
+        Column("images_per_s", "images/s", ".0f"),
+    )
+    rows: list[Row] = [
+        {
+            "attention": result.attention,
+            "top1": result.curve[-1],
+            "mul": result.cost.mul,
+            "add": result.cost.add,
+            "energy_pj": result.cost.energy_pj,
+            "images_per_s": result.images_per_s,
+        }
         for result in results
     ]
-    return "\n".join("".join(f"{cell:>12}" for cell in row) for row in (header, *rows))
+    return format_markdown(columns, rows)
 
 
 def _draw(results: list[Result], picture: Path) -> None:
@@ -193,7 +188,3 @@ def _draw(results: list[Result], picture: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     save_figure(figure, picture)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

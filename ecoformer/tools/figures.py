@@ -1,4 +1,4 @@
-"""Files of pictures."""
+"""Start and save pictures."""
 
 from __future__ import annotations
 
@@ -15,16 +15,7 @@ if TYPE_CHECKING:
 def make_figure(
     num_axes: int = 1, *, width: float = 5.0, height: float = 3.6
 ) -> tuple[Figure, list[Axes]]:
-    """Start a picture of axes side by side, without a window.
-
-    Args:
-        num_axes: how many.
-        width: of each, inches.
-        height: of all, inches.
-
-    Returns:
-        The picture, and its axes from left to right.
-    """
+    """Start a picture of axes side by side, each of a width in inches, without a window."""
     # Half a second to import.
     from matplotlib.figure import Figure
 
@@ -34,10 +25,6 @@ def make_figure(
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a picture as PNG, whole or not at all.
-
-    Args:
-        figure: the picture.
-        path: of the file.
 
     Raises:
         InputError: the disk refuses.

@@ -1,4 +1,4 @@
-"""Time, peak memory and bandwidth, measured so that a comparison is fair.
+"""Measure time, peak memory and bandwidth so that a comparison is fair.
 
 What is compared takes turns, so that a busy machine slows all of it alike.
 """
@@ -18,12 +18,15 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from ecoformer import __version__
+from ecoformer.hashing import with_random_hash_functions
 
 Call = Callable[[], object]
 # Makes inputs and returns what is timed. It travels to another process, so it is a function of a
@@ -38,6 +41,7 @@ _LONG_CALL_SECONDS = 4.0
 _CAPTURED_SECONDS = 0.02
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 _LIBRARIES = ("torch", "triton", "timm")
+_NUM_RATE_ROUNDS = 20
 # Just below 32 MB, from which on the C library never keeps a block.
 _SETTLING_BYTES = 31 * 2**20
 # Read by the C library and by MKL when a process starts.
@@ -46,14 +50,7 @@ _RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "131072", "MKL_DISABLE_FAST_MM": "1
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one call takes.
-
-    Args:
-        median_ms: of all calls.
-        low_ms: lower quartile.
-        high_ms: upper quartile.
-        num_calls: how many were timed.
-    """
+    """How long one call takes: median and quartiles of ``num_calls``."""
 
     median_ms: float
     low_ms: float
@@ -62,14 +59,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
-        """Summarise calls.
-
-        Args:
-            seconds: of each call.
-
-        Returns:
-            Their median and quartiles.
-        """
+        """Summarise the seconds of each call."""
         low, median, high = seconds[0], seconds[0], seconds[0]
         if len(seconds) > 1:
             low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -80,8 +70,6 @@ class Stopwatch:
     """Times a call, some repetitions a turn; it has run once by then, to warm up.
 
     Args:
-        call: what to time.
-        device: where it runs.
         is_captured: on CUDA, capture a short call as a graph and replay it, so that what is timed
             is the device's work and not the host's; a call that cannot be captured is timed as it
             is.
@@ -109,17 +97,12 @@ class Stopwatch:
 
     @property
     def timing(self) -> Timing:
-        """Of all turns so far."""
+        """Time of all turns so far."""
         return Timing.of(self._seconds)
 
 
 def take_turns(watches: Iterable[Stopwatch], num_rounds: int) -> None:
-    """Time all calls in the first round, then all again.
-
-    Args:
-        watches: of the calls.
-        num_rounds: turns of each.
-    """
+    """Let each watch take a turn, then each another one."""
     watches = list(watches)
     for _ in range(num_rounds):
         for watch in watches:
@@ -129,19 +112,32 @@ def take_turns(watches: Iterable[Stopwatch], num_rounds: int) -> None:
 def time_interleaved(
     calls: Mapping[str, Call], *, num_rounds: int, device: torch.device
 ) -> dict[str, Timing]:
-    """Time several calls in turns.
-
-    Args:
-        calls: what to time, by name.
-        num_rounds: turns of each.
-        device: where they run.
-
-    Returns:
-        Timings by name.
-    """
+    """Time several calls in turns, by name."""
     watches = {name: Stopwatch(call, device) for name, call in calls.items()}
     take_turns(watches.values(), num_rounds)
     return {name: watch.timing for name, watch in watches.items()}
+
+
+@torch.inference_mode()
+def measure_rates(models: Mapping[str, nn.Module], images: Tensor) -> dict[str, float]:
+    """Time the evaluation of a batch by several models in turns.
+
+    Speed needs no trained weights: a copy is timed, with random hash functions where there are
+    no others.
+
+    Args:
+        images: [B, 3, height, width], float, on the models' device.
+
+    Returns:
+        Median images a second, by name.
+    """
+    timed = {name: with_random_hash_functions(model).eval() for name, model in models.items()}
+    timings = time_interleaved(
+        {name: partial(model, images) for name, model in timed.items()},
+        num_rounds=_NUM_RATE_ROUNDS,
+        device=images.device,
+    )
+    return {name: len(images) * 1e3 / timing.median_ms for name, timing in timings.items()}
 
 
 def _cpu_timer(call: Call) -> Callable[[], float]:
@@ -199,14 +195,7 @@ def settle_allocator() -> None:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Time a large copy.
-
-    Args:
-        device: whose memory.
-
-    Returns:
-        Bytes a second, read and written ones together.
-    """
+    """Time a large copy; returns bytes a second, read and written ones together."""
     source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timing = time_interleaved({"copy": lambda: target.copy_(source)}, num_rounds=5, device=device)
@@ -214,16 +203,13 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 class PeakMemory:
-    """Memory that a call takes at its peak, above what stood before it: inputs do not count.
+    """Measure the memory that a call takes at its peak, above what stood before it.
 
     On CUDA that is what the allocator hands out. On the CPU it is the resident memory of a
     process of its own, as the kernel counts it, scratch space of libraries included. There the
     allocator returns what is freed at once, and the call has run before, so that what it loads
     or keeps for good does not count. Elsewhere than on Linux there is no such counter. Used in a
     ``with`` block, at whose end that process ends.
-
-    Args:
-        device: where the calls run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -238,14 +224,10 @@ class PeakMemory:
             self._pool.shutdown()
 
     def measure(self, build: Build, call: Call | None = None) -> int | None:
-        """Build a call and run it.
+        """Build a call and run it; returns bytes, or None where they cannot be told.
 
         Args:
-            build: returns the call.
-            call: what it returned before, if it is still there: on CUDA that serves.
-
-        Returns:
-            Bytes, or None where they cannot be told.
+            call: what ``build`` returned before, if it is still there: on CUDA that serves.
         """
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
@@ -306,14 +288,7 @@ def _resident_peak(build: Build, num_threads: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Look how much memory can still be had.
-
-    Args:
-        device: where.
-
-    Returns:
-        Bytes of the GPU, or of the machine.
-    """
+    """Look how much memory of the GPU, or of the machine, can still be had."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return _kernel_bytes("meminfo", "MemAvailable")
@@ -326,15 +301,7 @@ def _kernel_bytes(file: str, field: str) -> int:
 
 
 def describe_environment(command: str, device: torch.device) -> dict[str, str]:
-    """Note when, on what, with what and by which command something is measured.
-
-    Args:
-        command: as typed.
-        device: where it runs.
-
-    Returns:
-        ``command``, ``date``, ``hardware``, ``load`` and ``versions``, in words.
-    """
+    """Note in words the command as typed, date, hardware, load and versions of a measurement."""
     versions = [f"ecoformer {__version__}", f"Python {platform.python_version()}"]
     for library in _LIBRARIES:
         try:

@@ -1,4 +1,4 @@
-"""Attention without projections, beside its peers.
+"""Time attention without projections, beside its peers.
 
 Shapes: B batch, H heads, N tokens, D head dim, C = H * D, K hash bits, M anchors.
 """
@@ -21,8 +21,8 @@ from ecoformer import ops
 from ecoformer.attention.performer import RandomFeatureAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
 from ecoformer.ops import kernelized_hash_attention, reference
-from ecoformer.ops.backends import HashFunctions, find_fused_backend
-from ecoformer.tools.benchmark.compare import (
+from ecoformer.ops.backends import triton as triton_ops
+from ecoformer.tools.benchmark.comparison import (
     REFERENCE_FLOATS,
     Comparison,
     Contender,
@@ -30,7 +30,7 @@ from ecoformer.tools.benchmark.compare import (
     compare,
     lack_of_memory,
 )
-from ecoformer.tools.benchmark.report import Row
+from ecoformer.tools.benchmark.measurements import Measurement
 from ecoformer.tools.measure import Call
 
 EVALUATION = "attention core, evaluation"
@@ -46,14 +46,7 @@ _SLOW_SECONDS = 1.0
 
 
 def count_tokens(side: int) -> int:
-    """Tell how many tokens the first stage of PVTv2 has: one for every 4 pixels, each way.
-
-    Args:
-        side: of the image, pixels.
-
-    Returns:
-        N.
-    """
+    """Count the tokens of PVTv2's first stage, one for every 4 of the side's pixels, each way."""
     # Its convolution pads: what is left of 4 pixels makes a token too.
     return ceil(side / 4) ** 2
 
@@ -63,9 +56,7 @@ class CoreInputs:
     """Random rows and hash functions of an attention core in the first stage of PVTv2-B0.
 
     Args:
-        batch_size: B.
         num_tokens: N; a square for spatial reduction.
-        device: where they are.
         dtype: of the rows.
     """
 
@@ -78,16 +69,12 @@ class CoreInputs:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the rows of queries, of keys, of values or of the output."""
+        """Size of the queries, the keys, the values or the output."""
         numel = self.batch_size * self.num_tokens * self.num_heads * self.head_dim
         return numel * self.dtype.itemsize
 
     def draw_rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw what a core attends over, strided as layers give it.
-
-        Returns:
-            Queries, keys and values, each [B, H, N, D], ``dtype``.
-        """
+        """Draw queries, keys and values, [B, H, N, D] of ``dtype``, strided as layers give them."""
         generator = torch.Generator().manual_seed(0)
         size = (self.batch_size, self.num_tokens, self.num_heads, self.head_dim)
         # Rows of one image have a direction in common, as those of trained models have.
@@ -98,10 +85,7 @@ class CoreInputs:
         return q, k, v
 
     def draw_hash_functions(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw hash functions; rows of the first image are the anchors.
-
-        Args:
-            q: [B, H, N, D], float.
+        """Draw hash functions for rows [B, H, N, D], with anchors from the first image.
 
         Returns:
             Anchors [H, M, D], weight [H, K, M] and kernel mean [H, M], float32.
@@ -188,16 +172,7 @@ _FLOATS_A_SCORE = {"reference": REFERENCE_FLOATS, "sdpa, math": 6}
 
 
 def build_core(kind: str, inputs: CoreInputs, *, has_backward: bool) -> Call:
-    """Prepare attention without projections.
-
-    Args:
-        kind: a key of the table of cores.
-        inputs: what it attends over.
-        has_backward: the gradients of all rows too.
-
-    Returns:
-        A call that attends once.
-    """
+    """Prepare one attention without projections, with the gradients of all rows if asked for."""
     rows, attend = _CORES[kind](inputs)
     if not has_backward:
         return torch.inference_mode()(lambda: attend(*rows))
@@ -212,16 +187,7 @@ def build_core(kind: str, inputs: CoreInputs, *, has_backward: bool) -> Call:
 def core_contenders(
     inputs: CoreInputs, *, has_backward: bool, kinds: Sequence[str] = tuple(_CORES)
 ) -> Iterator[Contender]:
-    """Line up cores.
-
-    Args:
-        inputs: what they attend over.
-        has_backward: the gradients of all rows too.
-        kinds: keys of the table of cores.
-
-    Yields:
-        Contenders in the order of ``kinds``.
-    """
+    """Line up cores in the order of ``kinds``."""
     scores = inputs.batch_size * inputs.num_heads * inputs.num_tokens**2
     # Elsewhere nobody knows what is moved: what fits into caches is not.
     row = torch.empty(1, inputs.num_heads, 1, inputs.head_dim).to(inputs.device, inputs.dtype)
@@ -251,17 +217,10 @@ def _pass_bytes(inputs: CoreInputs, *, has_backward: bool) -> int:
     return num_rows * inputs.num_bytes + code_bytes
 
 
-def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> Iterator[list[Row]]:
-    """Compare all cores.
-
-    Args:
-        setup: where and how often.
-        batch_size: B.
-        num_tokens: N.
-
-    Yields:
-        A row a core: forward, then with backward.
-    """
+def measure_attention(
+    setup: Setup, *, batch_size: int, num_tokens: int
+) -> Iterator[list[Measurement]]:
+    """Compare all cores, forward, then with backward."""
     inputs = CoreInputs(batch_size, num_tokens, setup.device, setup.dtype)
     for task, has_backward in ((EVALUATION, False), (TRAINING, True)):
         comparison = Comparison(
@@ -278,18 +237,14 @@ def measure_attention(setup: Setup, *, batch_size: int, num_tokens: int) -> Iter
 
 def measure_attention_sweep(
     setup: Setup, *, token_counts: Sequence[int], kinds: Sequence[str] = _SWEPT
-) -> Iterator[list[Row]]:
+) -> Iterator[list[Measurement]]:
     """Compare cores over a range of N, with as many images as make B * N about 131,072.
 
-    All sizes take turns, so that none has the machine at its best alone.
+    All sizes take turns, so that none has the machine at its best alone. A core that became slow
+    is not run at larger N.
 
     Args:
-        setup: where and how often.
         token_counts: N, rising.
-        kinds: keys of the table of cores.
-
-    Yields:
-        A row a core, for each N; a core that became slow is not run at larger N.
     """
     too_slow: dict[str, str] = {}
     comparisons = []

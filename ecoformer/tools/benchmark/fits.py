@@ -1,4 +1,4 @@
-"""The hash fit, beside the dense reference.
+"""Time the hash fit beside the dense reference.
 
 Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
 """
@@ -12,7 +12,7 @@ import torch
 
 from ecoformer.hashing import fit_hash
 from ecoformer.ops import reference
-from ecoformer.tools.benchmark.compare import (
+from ecoformer.tools.benchmark.comparison import (
     REFERENCE_FLOATS,
     Comparison,
     Contender,
@@ -21,7 +21,7 @@ from ecoformer.tools.benchmark.compare import (
     lack_of_memory,
 )
 from ecoformer.tools.benchmark.cores import CoreInputs
-from ecoformer.tools.benchmark.report import Row
+from ecoformer.tools.benchmark.measurements import Measurement
 from ecoformer.tools.measure import Call
 
 NUM_STEPS = 100
@@ -32,32 +32,15 @@ _MAX_PAIRS = {"cpu": 2**25, "cuda": 2**30}
 
 
 def build_fit(name: str, inputs: CoreInputs) -> Call:
-    """Prepare the fit of all bits.
-
-    Args:
-        name: ``"ecoformer"`` or ``"reference"``.
-        inputs: the calibration rows.
-
-    Returns:
-        A call that fits once.
-    """
+    """Prepare a fit of all bits to the rows of ``inputs``, ``"ecoformer"`` or ``"reference"``."""
     q, _, _ = inputs.draw_rows()
     anchors, weight, _ = inputs.draw_hash_functions(q)
     x = reference.normalize_rows(q.float())
     return partial(_FITS[name], x, anchors=anchors, weight=weight, num_steps=NUM_STEPS)
 
 
-def measure_fit(setup: Setup, *, batch_size: int, num_tokens: int) -> Iterator[list[Row]]:
-    """One layer's fit, H=1 D=32 K=16 M=25, 100 steps a bit.
-
-    Args:
-        setup: where and how often.
-        batch_size: B.
-        num_tokens: N.
-
-    Yields:
-        A row of the shipped fit, and one of the reference.
-    """
+def measure_fit(setup: Setup, *, batch_size: int, num_tokens: int) -> Iterator[list[Measurement]]:
+    """Time one layer's fit, H=1 D=32 K=16 M=25, 100 steps a bit, beside the reference."""
     inputs = CoreInputs(batch_size, num_tokens, setup.device, torch.float32)
     num_pairs = batch_size * num_tokens**2
     why_not = lack_of_memory(4 * REFERENCE_FLOATS * num_pairs, setup.device)

@@ -1,1 +1,7 @@
-"""Pictures of runs, tables and codes: ``python -m ecoformer.tools.plots --help``."""
+"""Pictures of runs, tables, costs and codes."""
+
+from __future__ import annotations
+
+from ecoformer.tools.plots.command import main
+
+__all__ = ["main"]

@@ -1,4 +1,4 @@
-"""Codes seen: the attention that one token of an image pays, under softmax and under codes.
+"""Draw the attention that one token of an image pays, under softmax and through codes.
 
 Shapes: B batch, H heads, N tokens, D head dim.
 """
@@ -18,6 +18,7 @@ from ecoformer.data.datasets import open_dataset
 from ecoformer.engine.run import load_run
 from ecoformer.errors import InputError
 from ecoformer.tools.figures import make_figure
+from ecoformer.tools.tables.costs import find_family
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenView:
-    """What one token sees of a map.
+    """What one token sees of a map, [height, width] each.
 
     Args:
-        softmax: [height, width], weights that softmax attention gives to the values.
-        codes: [height, width], weights that EcoFormer attention gives to them; a weight can be
-            negative under the released bias.
-        equal_bits: [height, width], share of the bits of its code that another token's has too.
+        softmax: weights that softmax attention gives to the values.
+        codes: weights that EcoFormer attention gives to them, negative ones among them under the
+            released bias.
+        equal_bits: share of the bits of its code that another token's has too.
     """
 
     softmax: Tensor
@@ -47,14 +48,9 @@ def view_token(
     """Look at one token in the same layer of two models; heads are averaged.
 
     Args:
-        softmax: model with softmax attention.
-        ecoformer: the same with EcoFormer attention, fitted.
+        ecoformer: fitted.
         image: [1, 3, height, width], float, normalised.
-        layer: name of the attention layer.
         token: row and column on the layer's map.
-
-    Returns:
-        Three maps of the layer's size.
 
     Raises:
         InputError: a model has no such attention there, or the map no such token.
@@ -85,7 +81,7 @@ def view_token(
 def _capture(
     model: nn.Module, layer: str, image: Tensor, kind: type[nn.Module]
 ) -> tuple[nn.Module, Tensor, tuple[int, int]]:
-    """Run a model; returns a layer with the tokens and the map size that it was given."""
+    """Run a model; return a layer with the tokens and the map size that it was given."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     if layer not in modules:
         raise InputError(
@@ -98,6 +94,27 @@ def _capture(
     finally:
         hook.remove()
     return modules[layer], *seen[0]
+
+
+def load_run(folder: Path) -> nn.Module:
+    """Build the model of a run on the CPU, in eval mode, with the weights after its last epoch.
+
+    Raises:
+        InputError: it is no run, holds no finished epoch, or its data are gone.
+    """
+    if not (folder / "config.yaml").exists():
+        raise InputError(f"{folder} is no run: it holds no config.yaml; give a run's folder.")
+    config = read_config(folder / "config.yaml")
+    data, settings = config.data, config.model
+    images = open_dataset(data.data_set, data.data_path, "val", input_size=settings.input_size)
+    model = find_family(settings.model).create_model(
+        settings.model,
+        settings.attn_type,
+        num_classes=len(images.class_names),
+        hashing=config.hashing,
+    )
+    load_checkpoint(model, folder / LAST_CHECKPOINT, strict=True)
+    return model.eval()
 
 
 def draw_codes(
@@ -114,11 +131,8 @@ def draw_codes(
         softmax_run: folder of a run with softmax attention.
         ecoformer_run: folder of a run with EcoFormer attention on the same images.
         index: of the validation image.
-        layer: name of an attention layer; the first with codes unless given.
+        layer: the first with codes unless given.
         token: row and column on the layer's map; its middle unless given.
-
-    Returns:
-        Four axes side by side.
 
     Raises:
         InputError: a run, the image, the layer or the token is not there.

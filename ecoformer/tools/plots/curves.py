@@ -1,4 +1,4 @@
-"""Lines and points: training, accuracy against energy, cost against resolution."""
+"""Draw training, accuracy against energy, and cost against resolution."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ from typing import TYPE_CHECKING
 from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
 from ecoformer.tools.figures import make_figure
-from ecoformer.tools.tables.models import describe_cost, find_family
+from ecoformer.tools.tables.costs import ATTENTION_LABELS, describe_cost, find_family
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def draw_curves(runs: Sequence[Path]) -> Figure:
-    """Draw loss and accuracy over epochs.
-
-    Args:
-        runs: folders of runs.
-
-    Returns:
-        Two axes, with a line a run in each.
+    """Draw loss and accuracy over epochs on two axes, a line a run.
 
     Raises:
-        InputError: one holds no log, or no epoch in it.
+        InputError: a folder holds no log, or no epoch in it.
     """
     figure, (losses, accuracies) = make_figure(2)
     is_ambiguous = len({run.resolve().name for run in runs}) < len(runs)
@@ -49,13 +43,10 @@ def draw_curves(runs: Sequence[Path]) -> Figure:
 
 
 def draw_tradeoff(tables: Sequence[Path]) -> Figure:
-    """Draw accuracy against energy, a point a row, with its spread over seeds.
+    """Draw accuracy against energy, a point a row, with the 95 % interval over its seeds.
 
     Args:
-        tables: JSON files of ``python -m ecoformer.tools.tables``.
-
-    Returns:
-        One axes; energy in millijoules.
+        tables: JSON files of ``ecoformer tables``.
 
     Raises:
         InputError: one is no such file, or holds no accuracy.
@@ -64,8 +55,8 @@ def draw_tradeoff(tables: Sequence[Path]) -> Figure:
     for table in tables:
         for row in _read_rows(table):
             energy_mj = row["energy_pj"] / 1e9
-            spread = row.get("top1_std")
-            axes.errorbar(energy_mj, row["top1"], spread, fmt="o", capsize=3, label=row["name"])
+            interval = row.get("top1_ci95")
+            axes.errorbar(energy_mj, row["top1"], interval, fmt="o", capsize=3, label=row["name"])
     axes.set(xlabel="energy an image, mJ (45 nm model)", ylabel="top-1 %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -78,23 +69,17 @@ def _read_rows(table: Path) -> list[dict]:
     except OSError as error:
         raise InputError(f"cannot read {table} ({error.strerror}); give a table's JSON.") from None
     except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{table} is no table of python -m ecoformer.tools.tables in JSON."
-        ) from None
+        raise InputError(f"{table} is no table of ecoformer tables in JSON.") from None
     if not rows:
         raise InputError(f"{table} holds no accuracy; make it with data.")
     return rows
 
 
 def draw_cost(variant: str, resolutions: Sequence[int]) -> Figure:
-    """Draw energy against resolution, a line an attention kind.
+    """Draw energy against resolution, logarithmic both ways, a line an attention kind.
 
     Args:
-        variant: the backbone.
         resolutions: image sides, pixels.
-
-    Returns:
-        One axes, logarithmic both ways; energy in millijoules.
 
     Raises:
         InputError: no such backbone.

@@ -1,4 +1,4 @@
-"""A drawn figure of the method, computed on a few tokens by the package's own operations."""
+"""Draw the method on a few tokens, by the package's own operations."""
 
 from __future__ import annotations
 
@@ -18,17 +18,13 @@ if TYPE_CHECKING:
 _NUM_TOKENS, _WIDTH, _NUM_ANCHORS, _NUM_BITS = 18, 8, 6, 8
 _LEARNING = """\
 W is learned from it,
-bit by bit: pairs most alike
-get equal bits, pairs
-least alike unequal ones"""
+bit by bit: the most similar
+pairs get equal bits, the
+least similar unequal ones"""
 
 
 def draw_method() -> Figure:
-    """Draw how tokens become codes, codes become attention, and from what codes are learned.
-
-    Returns:
-        Seven panels of numbers, arrows between them.
-    """
+    """Draw how tokens become codes, codes become attention, and from what codes are learned."""
     from matplotlib.figure import Figure
 
     x, v = _draw_tokens()
@@ -39,11 +35,11 @@ def draw_method() -> Figure:
     codes = encode(x, anchors=anchors, weight=fit.weight, kernel_mean=fit.kernel_mean)
     panels = {
         "a": (x, "queries = keys, unit rows\n$x$: N x D"),
-        "b": (kernel_features(x, anchors).mT, "likeness to anchors\n$\\kappa$: N x M"),
+        "b": (kernel_features(x, anchors).mT, "similarity to anchors\n$\\kappa$: N x M"),
         "c": (codes, "binary codes\n$h = \\mathrm{sign}(\\kappa W^T)$: N x K"),
         "d": (codes.mT @ v, "added up once\n$Z = \\sum_j h_j v_j^T$: K x D"),
         "e": (hash_attention(codes, v), "output, by additions\n$\\propto h_i Z + c\\,v_i$: N x D"),
-        "f": (x @ x.mT, "likeness of tokens, N x N"),
+        "f": (x @ x.mT, "similarity of tokens, N x N"),
         "g": (codes @ codes.mT, "what codes keep of it\n$h_i \\cdot h_j$"),
     }
     figure = Figure(figsize=(12, 5.2), layout="constrained")

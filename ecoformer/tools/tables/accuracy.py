@@ -1,4 +1,4 @@
-"""The accuracy of the published models, one after the other, so that a stopped run goes on."""
+"""Evaluate the published models one after the other, so that a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ecoformer.data.datasets import open_dataset
 from ecoformer.engine.run import evaluate
 from ecoformer.errors import InputError
 from ecoformer.files import write_text
-from ecoformer.tools.tables.report import Value, format_csv
+from ecoformer.tools.table import Value, format_csv
+from ecoformer.tools.tables.costs import find_family
 
 # What two evaluations share that must give the same accuracy.
 _IDENTITY = ("name", "sha256", "data_set", "data_path", "input_size")
@@ -24,15 +25,7 @@ _IDENTITY = ("name", "sha256", "data_set", "data_path", "input_size")
 
 @dataclass(frozen=True)
 class Validation:
-    """Images to evaluate on, and how.
-
-    Args:
-        data_set: as ``--data-set`` takes it.
-        data_path: as ``--data-path`` takes it.
-        batch_size: images a step.
-        device: where the models run.
-        input_size: image side, pixels.
-    """
+    """Images to evaluate on, named as the flags take them, and how; ``input_size`` in pixels."""
 
     data_set: str
     data_path: str
@@ -48,7 +41,6 @@ def evaluate_models(
 
     Args:
         weights: ``"VARIANT/ATTENTION"`` to a path, URL or zoo name.
-        validation: images, and how.
         record: a CSV file, to which each accuracy is added at once; it need not exist.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Energy by the paper's model beside what is executed, and beside joules where they are told."""
+"""Set the paper's energy beside what is executed, and beside joules where they are told."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import torch
 
 from ecoformer.cost.joules import EnergyMeter, EnergyNotMeasurable, find_meter
 from ecoformer.hashing import with_random_hash_functions
-from ecoformer.tools.tables.models import (
+from ecoformer.tools.table import Column, Value
+from ecoformer.tools.tables.costs import (
     EXECUTED_NOTE,
     add_savings,
     cost_columns,
     describe_cost,
     find_family,
 )
-from ecoformer.tools.tables.report import Column, Value
 
 ENERGY_COLUMNS = (
     Column("name", "attention"),
     *cost_columns(),
     Column("measured_j", "measured mJ", scale=1e-3),
-    Column("measured_saving", "measured saved %", digits=1),
+    Column("measured_saving", "measured saved %", ".1f"),
 )
 
 
@@ -29,10 +29,8 @@ def describe_energy(
     """Compare the energy of all attention kinds of a backbone.
 
     Args:
-        variant: the backbone.
         input_size: image side, pixels.
         batch_size: images a call, where joules are measured.
-        device: where they are.
 
     Returns:
         Rows for ``ENERGY_COLUMNS``, and notes.

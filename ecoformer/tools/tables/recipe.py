@@ -17,7 +17,7 @@ import torch
 
 from ecoformer.attention import attention_class, attention_kinds
 from ecoformer.engine.logs import read_log
-from ecoformer.tools.tables.models import find_family
+from ecoformer.tools.tables.costs import find_family
 
 # Light, since the runs are short, and fit for digits, which must not be flipped.
 _FLAGS = (

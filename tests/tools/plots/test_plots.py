@@ -20,7 +20,7 @@ from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import with_random_hash_functions
 from ecoformer.ops import hash_attention
 from ecoformer.ops.attention import ValueBias
-from ecoformer.tools.plots.__main__ import main
+from ecoformer.tools.plots import main
 from ecoformer.tools.plots.codes import view_token
 from ecoformer.tools.plots.curves import draw_curves, draw_tradeoff
 
@@ -99,7 +99,7 @@ def runs(tmp_path: Path) -> dict[str, Path]:
 
 def test_each_command_writes_a_picture(runs: dict[str, Path], tmp_path: Path) -> None:
     table = tmp_path / "table.json"
-    row = {"name": "softmax", "energy_pj": 1e9, "top1": 80.0, "top1_std": 0.5}
+    row = {"name": "softmax", "energy_pj": 1e9, "top1": 80.0, "top1_ci95": 0.5}
     table.write_text(json.dumps({"rows": [row]}))
     both = [str(run) for run in runs.values()]
     for number, words in enumerate(

@@ -13,9 +13,9 @@ import torch
 import pvt
 from ecoformer.checkpoint import zoo
 from ecoformer.checkpoint.zoo import ZOO
+from ecoformer.tools.table import Value
 from ecoformer.tools.tables import accuracy
 from ecoformer.tools.tables.accuracy import Validation, evaluate_models
-from ecoformer.tools.tables.report import Value
 from tests.tools.tables.conftest import Refuse
 
 ROW = "pvt_v2_b0/msa"

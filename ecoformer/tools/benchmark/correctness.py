@@ -1,4 +1,4 @@
-"""That what is measured computes the right thing, where and as it is measured."""
+"""Check the benchmarked core against the reference."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ class Check:
     """How far the shipped core is from the reference in float64.
 
     Args:
-        num_tokens: N.
         errors: of the output and of both gradients, each norm relative to the reference's.
-        limit: of each.
+        limit: of each error.
         is_repeatable: whether a second run gave the same bits.
         failure: what stopped the check; empty where nothing did.
     """
@@ -51,16 +50,7 @@ class Check:
 
 
 def check_core(device: torch.device, dtype: torch.dtype, *, num_tokens: int) -> Check:
-    """Run the shipped core twice, and the reference, forward and backward.
-
-    Args:
-        device: where.
-        dtype: of the rows.
-        num_tokens: N.
-
-    Returns:
-        What came out.
-    """
+    """Run the shipped core twice on rows of ``dtype``, and the reference, forward and backward."""
     try:
         return _check_core(device, dtype, num_tokens)
     # The other contenders can be measured all the same.

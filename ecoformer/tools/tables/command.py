@@ -1,4 +1,4 @@
-"""The command ``python -m ecoformer.tools.tables``."""
+"""The command ``ecoformer tables``."""
 
 from __future__ import annotations
 
@@ -7,34 +7,21 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
-
-import torch
+from typing import TYPE_CHECKING, get_args
 
 from ecoformer.config.schema import field_types
-from ecoformer.engine.launch import choose_device
 from ecoformer.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, NonFiniteError, print_error
-from ecoformer.tools.measure import describe_environment
-from ecoformer.tools.tables.accuracy import Validation, evaluate_models
-from ecoformer.tools.tables.comparisons import (
-    COMPARISON_COLUMNS,
-    COMPARISONS,
-    compare,
-    describe_recipe,
-    list_contenders,
-)
-from ecoformer.tools.tables.energy import ENERGY_COLUMNS, describe_energy
-from ecoformer.tools.tables.models import (
-    MAIN_COLUMNS,
-    MAIN_NOTES,
-    add_throughput,
-    choose_weights,
-    describe_models,
-)
-from ecoformer.tools.tables.recipe import CommandFailed, Recipe
-from ecoformer.tools.tables.report import Table, Value
+from ecoformer.tools.parser import Parser
 
-_PROG = "python -m ecoformer.tools.tables"
+if TYPE_CHECKING:
+    import torch
+
+    from ecoformer.tools.table import Column, Row, Table, Value
+
+    # Columns, rows and notes.
+    _Content = tuple[Sequence[Column], Sequence[Row], Sequence[str]]
+
+_PROG = "ecoformer tables"
 # Title of each table, and what --help says of it.
 _TABLES = {
     "main": (
@@ -61,9 +48,6 @@ found in accuracy.csv.
 def main(argv: Sequence[str] | None = None) -> int:
     """Make one table: print it, and write it as Markdown, CSV and JSON.
 
-    Args:
-        argv: the words after the program's name; ``sys.argv`` if not given.
-
     Returns:
         The process's exit code: 0 done, 2 bad input, 3 non-finite, 130 interrupted, or that of a
         run inside.
@@ -71,13 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     options = _parse(words)
     try:
-        table = _make(options, words)
+        _check_sizes(options)
+        # Brings torch along, which --help need not wait for.
+        from ecoformer.tools.tables.recipe import CommandFailed
+
+        try:
+            table = _make(options, f"{_PROG} {shlex.join(words)}")
+        except CommandFailed as failure:
+            return failure.exit_code
         table.write(options.output_dir, options.table)
     except (InputError, NonFiniteError) as error:
         print_error(error)
         return error.exit_code
-    except CommandFailed as failure:
-        return failure.exit_code
     except KeyboardInterrupt:
         print_error("interrupted; what is done is kept, and the same command goes on.")
         return EXIT_INTERRUPTED
@@ -86,16 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=_PROG,
-        description="Make the paper's tables, and our own.",
-        epilog=_EPILOG,
-    )
+    parser = Parser(_PROG, description="Make the paper's tables, and our own.", epilog=_EPILOG)
     tables = parser.add_subparsers(dest="table", metavar="TABLE", required=True)
     for name, (title, content) in _TABLES.items():
-        table = tables.add_parser(
-            name, help=content, description=f"{title}: {content}.", allow_abbrev=False
-        )
+        table = tables.add_parser(name, help=content, description=f"{title}: {content}.")
         table.add_argument(
             "--output-dir",
             type=Path,
@@ -123,25 +106,26 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         size = 224 if name == "energy" else 32
         table.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
         table.add_argument("--input-size", type=int, default=size, help="pixels (%(default)s)")
-        if name in COMPARISONS:
-            _add_data(table, default="DIGITS")
-            table.add_argument(
-                "--values", nargs="+", default=[], help="of the setting, instead of the usual"
-            )
-            table.add_argument(
-                "--seeds", type=int, nargs="+", default=[0], help="a run each (%(default)s)"
-            )
-            table.add_argument(
-                "--epochs",
-                type=int,
-                nargs=2,
-                default=[8, 4],
-                metavar=("STAGE1", "STAGE2"),
-                help="(%(default)s)",
-            )
-            table.add_argument(
-                "--no-train", action="store_true", help="costs and speed only, no accuracy"
-            )
+        if name == "energy":
+            continue
+        _add_data(table, default="DIGITS")
+        table.add_argument(
+            "--values", nargs="+", default=[], help="of the setting, instead of the usual"
+        )
+        table.add_argument(
+            "--seeds", type=int, nargs="+", default=[0], help="a run each (%(default)s)"
+        )
+        table.add_argument(
+            "--epochs",
+            type=int,
+            nargs=2,
+            default=[8, 4],
+            metavar=("STAGE1", "STAGE2"),
+            help="(%(default)s)",
+        )
+        table.add_argument(
+            "--no-train", action="store_true", help="costs and speed only, no accuracy"
+        )
     return parser.parse_args(words)
 
 
@@ -155,48 +139,43 @@ def _add_data(table: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def _make(options: argparse.Namespace, words: Sequence[str]) -> Table:
+def _check_sizes(options: argparse.Namespace) -> None:
     for name, least in (("batch_size", 1), ("input_size", 32), ("epochs", 1)):
         given = getattr(options, name, least)
         if min(given if isinstance(given, list) else [given]) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
+
+
+def _make(options: argparse.Namespace, command: str) -> Table:
+    from ecoformer.engine.launch import choose_device
+    from ecoformer.tools.measure import describe_environment
+    from ecoformer.tools.table import Table
+
     device = choose_device(options.device)
-    environment = describe_environment(f"{_PROG} {shlex.join(words)}", device)
+    environment = describe_environment(command, device)
+    make = {"main": _make_main, "energy": _make_energy}.get(options.table, _make_ablation)
     title, _ = _TABLES[options.table]
-    if options.table == "main":
-        # First: it is what can be refused.
-        accuracies = _evaluate(options, device)
-        rows = describe_models()
-        for row in rows:
-            row |= accuracies.get(str(row["name"]), {})
-        if options.throughput:
-            add_throughput(rows, batch_size=options.batch_size, device=device)
-        return Table(title, MAIN_COLUMNS, rows, MAIN_NOTES, environment)
-    if options.table == "energy":
-        rows, notes = describe_energy(
-            options.model,
-            input_size=options.input_size,
-            batch_size=options.batch_size,
-            device=device,
-        )
-        return Table(title, ENERGY_COLUMNS, rows, notes, environment)
-    recipe = Recipe(
-        variant=options.model,
-        data_set=options.data_set,
-        data_path=options.data_path,
-        input_size=options.input_size,
-        epochs=tuple(options.epochs),
-        batch_size=options.batch_size,
-        device=device,
-        folder=options.output_dir / f"{options.data_set}_{options.input_size}px_{options.model}",
-    )
-    contenders = list_contenders(options.table, options.model, options.values)
-    rows = compare(contenders, recipe, [] if options.no_train else options.seeds)
-    return Table(title, COMPARISON_COLUMNS, rows, describe_recipe(recipe, rows), environment)
+    return Table(title, *make(options, device), environment)
+
+
+def _make_main(options: argparse.Namespace, device: torch.device) -> _Content:
+    from ecoformer.tools.tables import published
+
+    # First: it is what can be refused.
+    accuracies = _evaluate(options, device)
+    rows = published.describe_models()
+    for row in rows:
+        row |= accuracies.get(str(row["name"]), {})
+    if options.throughput:
+        published.add_throughput(rows, batch_size=options.batch_size, device=device)
+    return published.MAIN_COLUMNS, rows, published.MAIN_NOTES
 
 
 def _evaluate(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Value]]:
     """The accuracies that were asked for, by the names of their rows."""
+    from ecoformer.tools.tables.accuracy import Validation, evaluate_models
+    from ecoformer.tools.tables.published import choose_weights
+
     weights = choose_weights(options.weights)
     if not options.data_path:
         if options.weights:
@@ -211,5 +190,29 @@ def _evaluate(options: argparse.Namespace, device: torch.device) -> dict[str, di
     return evaluate_models(weights, validation, options.output_dir / "accuracy.csv")
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _make_energy(options: argparse.Namespace, device: torch.device) -> _Content:
+    from ecoformer.tools.tables.energy import ENERGY_COLUMNS, describe_energy
+
+    rows, notes = describe_energy(
+        options.model, input_size=options.input_size, batch_size=options.batch_size, device=device
+    )
+    return ENERGY_COLUMNS, rows, notes
+
+
+def _make_ablation(options: argparse.Namespace, device: torch.device) -> _Content:
+    from ecoformer.tools.tables import ablations
+    from ecoformer.tools.tables.recipe import Recipe
+
+    recipe = Recipe(
+        variant=options.model,
+        data_set=options.data_set,
+        data_path=options.data_path,
+        input_size=options.input_size,
+        epochs=tuple(options.epochs),
+        batch_size=options.batch_size,
+        device=device,
+        folder=options.output_dir / f"{options.data_set}_{options.input_size}px_{options.model}",
+    )
+    arms = ablations.list_arms(options.table, options.model, options.values)
+    rows = ablations.run_ablation(arms, recipe, [] if options.no_train else options.seeds)
+    return ablations.ABLATION_COLUMNS, rows, ablations.describe_recipe(recipe, rows)

@@ -1,4 +1,4 @@
-"""Comparisons: who takes part, from which weights, and that nothing is trained twice."""
+"""Ablations: who takes part, from which weights, and that nothing is trained twice."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from ecoformer.config.file import read_config
 from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
-from ecoformer.tools.tables.__main__ import main
-from ecoformer.tools.tables.comparisons import list_contenders
+from ecoformer.tools.tables import main
+from ecoformer.tools.tables.ablations import describe_accuracy, list_arms
 from tests.tools.tables.conftest import Refuse
 
 
@@ -35,22 +35,22 @@ def fashion(tmp_path: Path) -> Path:
 
 
 def test_kinds_are_those_of_the_backbone() -> None:
-    kinds = [contender.attention for contender in list_contenders("kinds", "pvt_v2_b0")]
+    kinds = [arm.attention for arm in list_arms("kinds", "pvt_v2_b0")]
     assert sorted(kinds) == [*("ecoformer", "ecoformer", "msa", "msa_share_qk", "performer", "sra")]
     assert kinds[0] == "msa"
-    biases = [c.config.value_bias for c in list_contenders("kinds", "alt_gvt_small")][-2:]
+    biases = [c.config.value_bias for c in list_arms("kinds", "alt_gvt_small")][-2:]
     assert biases == ["released", "normalized"]
 
 
 def test_the_default_value_shares_its_runs() -> None:
-    hashing = [contender.hashing for contender in list_contenders("bits", "pvt_v2_b0")]
+    hashing = [arm.hashing for arm in list_arms("bits", "pvt_v2_b0")]
     assert {} in hashing
     assert {"num_bits": 16} not in hashing
-    assert [c.config.num_anchors for c in list_contenders("anchors", "pvt_v2_b0", ["7"])] == [7]
+    assert [c.config.num_anchors for c in list_arms("anchors", "pvt_v2_b0", ["7"])] == [7]
 
 
 @pytest.mark.parametrize(
-    ("comparison", "model", "value"),
+    ("ablation", "model", "value"),
     [
         ("bits", "pvt_v2_b0", "many"),
         ("bits", "pvt_v2_b0", "0"),
@@ -59,9 +59,31 @@ def test_the_default_value_shares_its_runs() -> None:
         ("bits", "pvt_v2_b00", "8"),
     ],
 )
-def test_what_no_contender_can_be(comparison: str, model: str, value: str) -> None:
+def test_what_no_arm_can_be(ablation: str, model: str, value: str) -> None:
     with pytest.raises(InputError):
-        list_contenders(comparison, model, [value])
+        list_arms(ablation, model, [value])
+
+
+def test_intervals_are_those_of_student_over_seeds() -> None:
+    baseline = {0: [50.0, 80.0], 1: [51.0, 81.0], 2: [52.0, 85.0]}
+    curves = {0: [50.0, 81.0], 1: [51.0, 83.0], 2: [52.0, 88.0]}
+    row = describe_accuracy(curves, baseline)
+    # t of two degrees of freedom at 0.975, over the root of three.
+    factor = 4.302652729911275 / 3**0.5
+    assert row["top1"] == 84
+    assert row["top1_std"] == pytest.approx(13**0.5)
+    assert row["top1_ci95"] == pytest.approx(factor * 13**0.5)
+    # 1, 2 and 3 points above: far surer than either mean.
+    assert row["difference"] == pytest.approx(2)
+    assert row["difference_ci95"] == pytest.approx(factor)
+    assert row["top1_by_epoch_seed2"] == "52.00 88.00"
+
+
+def test_one_seed_has_no_interval() -> None:
+    row = describe_accuracy({3: [81.0]}, {3: [80.0]})
+    assert (row["top1"], row["difference"], row["num_seeds"]) == (81, 1, 1)
+    assert not {"top1_std", "top1_ci95", "difference_ci95"} & row.keys()
+    assert "difference" not in describe_accuracy({3: [81.0]}, {})
 
 
 def test_missing_data_stops_before_any_run(refuse: Refuse, tmp_path: Path) -> None:
@@ -97,7 +119,8 @@ def test_runs_share_stage_1_and_are_not_run_again(
     assert again == written
     rows = json.loads((folder / "bias.json").read_text())["rows"]
     assert [row["num_seeds"] for row in rows] == [2, 2]
-    assert all("top1_std" in row for row in rows)
+    assert all("top1_ci95" in row for row in rows)
+    assert ["difference_ci95" in row for row in rows] == [False, True]
 
     # Other settings in the same folder are another run: its own command refuses.
     capsys.readouterr()

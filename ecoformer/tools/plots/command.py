@@ -1,4 +1,4 @@
-"""The command ``python -m ecoformer.tools.plots``."""
+"""The command ``ecoformer plots``."""
 
 from __future__ import annotations
 
@@ -8,29 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecoformer.errors import EXIT_DONE, InputError, print_error
-from ecoformer.tools.figures import save_figure
-from ecoformer.tools.plots.codes import draw_codes
-from ecoformer.tools.plots.curves import draw_cost, draw_curves, draw_tradeoff
-from ecoformer.tools.plots.method import draw_method
+from ecoformer.tools.parser import Parser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw one picture.
-
-    Args:
-        argv: the words after the program's name; ``sys.argv`` if not given.
-
-    Returns:
-        The process's exit code: 0 done, 2 bad input.
-    """
+    """Draw one picture; returns the process's exit code, 0 done or 2 bad input."""
     options = _parse(argv)
     path = options.output or Path("runs", "plots", f"{options.plot}.png")
     try:
         if path.suffix != ".png":
             raise InputError(f"--output {path}: pictures are PNG; name it {path.stem}.png.")
+        # Brings matplotlib along, and most drawings torch, for which --help need not wait.
+        from ecoformer.tools.figures import save_figure
+
         save_figure(_draw(options), path)
     except InputError as error:
         print_error(error)
@@ -40,15 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ecoformer.tools.plots",
+    parser = Parser(
+        "ecoformer plots",
         description="Draw a picture of runs, tables or codes, as PNG.",
         epilog="PLOT --help tells the flags of each. A run is a folder that training has left.",
     )
     plots = parser.add_subparsers(dest="plot", metavar="PLOT", required=True)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
-        plot = plots.add_parser(name, help=help, description=help, allow_abbrev=False)
+        plot = plots.add_parser(name, help=help, description=help)
         plot.add_argument(
             "--output", type=Path, metavar="FILE.png", help=f"(runs/plots/{name}.png)"
         )
@@ -62,7 +55,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="TABLE.json",
-        help="of python -m ecoformer.tools.tables, with accuracies",
+        help="of ecoformer tables, with accuracies",
     )
     cost = add("cost", "energy against resolution, a line an attention kind")
     cost.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
@@ -87,15 +80,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _draw(options: argparse.Namespace) -> Figure:
-    if options.plot == "curves":
-        return draw_curves(options.runs)
-    if options.plot == "tradeoff":
-        return draw_tradeoff(options.tables)
-    if options.plot == "cost":
+    if options.plot in ("curves", "tradeoff", "cost"):
+        from ecoformer.tools.plots import curves
+
+        if options.plot == "curves":
+            return curves.draw_curves(options.runs)
+        if options.plot == "tradeoff":
+            return curves.draw_tradeoff(options.tables)
         if min(options.resolutions) < 32:
             raise InputError("--resolutions start at 32 pixels, of which the last stage sees 1.")
-        return draw_cost(options.model, options.resolutions)
+        return curves.draw_cost(options.model, options.resolutions)
     if options.plot == "codes":
+        from ecoformer.tools.plots.codes import draw_codes
+
         return draw_codes(
             options.softmax,
             options.ecoformer,
@@ -103,8 +100,6 @@ def _draw(options: argparse.Namespace) -> Figure:
             layer=options.layer,
             token=options.token,
         )
+    from ecoformer.tools.plots.method import draw_method
+
     return draw_method()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

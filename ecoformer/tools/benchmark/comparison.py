@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from ecoformer.errors import InputError
-from ecoformer.tools.benchmark.report import Row
+from ecoformer.tools.benchmark.measurements import Measurement
 from ecoformer.tools.measure import Build, Call, PeakMemory, Stopwatch, free_bytes, take_turns
 
-# The dense reference: floats that it holds at once for each pair of tokens.
+# Floats that the dense reference holds at once for each pair of tokens.
 REFERENCE_FLOATS = 8
 
 
@@ -21,10 +21,8 @@ class Setup:
     """Where and how often things are measured.
 
     Args:
-        device: CPU or CUDA.
         dtype: of attention's inputs, and of autocast around models.
         num_rounds: turns that each contender takes.
-        memory: measures peak memory on the device.
     """
 
     device: torch.device
@@ -38,8 +36,6 @@ class Contender:
     """Something to measure.
 
     Args:
-        name: in tables.
-        build: makes the call.
         pass_bytes: what its passes read and write, where that is known.
         why_not: the reason not to run it; empty to run it.
     """
@@ -51,15 +47,7 @@ class Contender:
 
 
 def lack_of_memory(num_bytes: int, device: torch.device) -> str:
-    """Give the reason not to run what does not fit.
-
-    Args:
-        num_bytes: what it holds at once.
-        device: where.
-
-    Returns:
-        For ``Contender.why_not``.
-    """
+    """Give the ``Contender.why_not`` of what holds so much at once; empty if it fits."""
     return f"needs {num_bytes / 1e9:.3g} GB" if num_bytes > free_bytes(device) else ""
 
 
@@ -67,16 +55,11 @@ class Comparison:
     """Contenders for one task at one size, built and warmed up; one that fails is left out.
 
     Args:
-        setup: where and how often.
-        task: what they all do.
         contenders: the shipped implementation first.
-        batch_size: B.
-        num_tokens: N.
         least_bytes: what any of them must read and write.
         is_captured: as for ``Stopwatch``.
 
     Attributes:
-        setup: as given.
         watches: of the contenders that run, by name.
 
     Raises:
@@ -97,7 +80,7 @@ class Comparison:
         self.setup = setup
         self._contenders = contenders
         self._make_row = partial(
-            Row, task, batch_size=batch_size, num_tokens=num_tokens, least_bytes=least_bytes
+            Measurement, task, batch_size=batch_size, num_tokens=num_tokens, least_bytes=least_bytes
         )
         self._notes = {c.name: f"not run: {c.why_not}" for c in contenders if c.why_not}
         self._calls: dict[str, Call] = {}
@@ -115,12 +98,8 @@ class Comparison:
             else:
                 self._calls[contender.name], self.watches[contender.name] = call, watch
 
-    def finish(self) -> list[Row]:
-        """Measure the memory of each contender, and let go of it; they have taken their turns.
-
-        Returns:
-            A row each; that of a contender which did not run tells why.
-        """
+    def finish(self) -> list[Measurement]:
+        """Measure the memory of each contender, and let go of it; they have taken their turns."""
         timings = {name: watch.timing for name, watch in self.watches.items()}
         # Captured graphs hold memory of their own.
         self.watches.clear()
@@ -146,14 +125,11 @@ class Comparison:
         ]
 
 
-def compare(*comparisons: Comparison) -> Iterator[list[Row]]:
-    """Time the contenders of all comparisons in turns.
-
-    Args:
-        comparisons: what to time, all with the same setup.
+def compare(*comparisons: Comparison) -> Iterator[list[Measurement]]:
+    """Time the contenders of all comparisons, which share a setup, in turns.
 
     Yields:
-        The rows of each comparison.
+        A row a contender, for each comparison.
     """
     names = dict.fromkeys(name for comparison in comparisons for name in comparison.watches)
     # The sizes of one contender follow each other, and so meet the same machine.

@@ -1,0 +1,109 @@
+"""The command ``ecoformer benchmark``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
+from ecoformer.tools.parser import Parser
+
+_PROG = "ecoformer benchmark"
+_DTYPES = ("float32", "bfloat16", "float16")
+# What each task measures, in the order in which it matters: a machine may be lent for minutes only.
+_PARTS = {
+    "readme": ("attention", "fit", "model"),
+    "attention": ("attention",),
+    "fit": ("fit",),
+    "model": ("model",),
+    "train": ("train",),
+    "gpu": ("attention", "fit", "model", "train"),
+}
+# Image sides at which it does, in pixels.
+_SIDES = {
+    "attention": (224, 112, 448, 512, 1024),
+    "fit": (224, 512),
+    "model": (224, 448),
+    "train": (224,),
+}
+_GPU_SIDES = _SIDES | {"model": (224, 512, 448)}
+_EPILOG = """\
+readme     attention cores, fit and evaluation at the sizes of the README (the default)
+attention  every core at the first resolution, forward and with backward; then cores over all
+           resolutions, B * N near 131,072, evaluation
+fit        one layer's hash fit
+model      evaluation of a backbone with every kind of attention, at each resolution
+train      training steps of the same
+gpu        all of it at the sizes that fill a GPU, models compiled; what matters most first
+
+Each comparison is printed, and --json written, as soon as it is measured. Where attention cores are
+timed, the shipped one is held against the reference first; `pytest -m gpu` tests it further.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, measure, print, and write what was asked for.
+
+    Returns:
+        The process's exit code: 0 done, 1 if the shipped core computes what it should not, 2 bad
+        input.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = _parse(words)
+    try:
+        is_right = _run(options, f"{_PROG} {shlex.join(words)}".rstrip())
+    except InputError as error:
+        print_error(error)
+        return error.exit_code
+    return EXIT_DONE if is_right else EXIT_FAILED
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        _PROG,
+        description="Time and memory of EcoFormer beside its peers, measured in turns.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", nargs="?", choices=_PARTS, default="readme")
+    parser.add_argument("--device", help="cuda or cpu; cuda where there is one")
+    parser.add_argument("--dtype", choices=_DTYPES, help="float32; bfloat16 for gpu")
+    parser.add_argument("--batch-size", type=int, help="8; 2 for fit; 128 and 32 for gpu")
+    parser.add_argument("--resolutions", type=int, nargs="+", help="image sides in pixels")
+    parser.add_argument("--model", default="pvt_v2_b0", help="variant of PVTv2")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="models by torch.compile"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (7)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves over N")
+    return parser.parse_args(words)
+
+
+def _run(options: argparse.Namespace, command: str) -> bool:
+    for name in ("rounds", "batch_size"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
+    if any(side < 32 for side in options.resolutions or ()):
+        raise InputError("--resolutions start at 32 pixels: the model's last stage has 1/32 of it.")
+    # Brings torch along, which --help need not wait for.
+    from ecoformer.tools.benchmark.suite import Suite, run_suite
+
+    is_gpu = options.task == "gpu"
+    sides = _GPU_SIDES if is_gpu else _SIDES
+    suite = Suite(
+        parts={part: options.resolutions or sides[part] for part in _PARTS[options.task]},
+        variant=options.model,
+        batch_size=options.batch_size or (128 if is_gpu else 8),
+        fit_batch_size=options.batch_size or (32 if is_gpu else 2),
+        is_compiled=is_gpu if options.compile is None else options.compile,
+        device=options.device,
+        dtype=options.dtype or ("bfloat16" if is_gpu else "float32"),
+        num_rounds=options.rounds,
+    )
+    if options.plot:
+        suite.check_plot(options.plot)
+    return run_suite(suite, command, json=options.json, plot=options.plot)

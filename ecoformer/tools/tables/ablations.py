@@ -1,0 +1,217 @@
+"""Attention kinds, and settings of the hash functions, under one recipe."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ecoformer.data.datasets import open_dataset
+from ecoformer.errors import InputError
+from ecoformer.hash_config import HashConfig
+from ecoformer.tools.measure import measure_rates
+from ecoformer.tools.table import Column, Row, Value
+from ecoformer.tools.tables.costs import (
+    ATTENTION_LABELS,
+    EXECUTED_NOTE,
+    add_savings,
+    cost_columns,
+    describe_cost,
+    find_family,
+)
+from ecoformer.tools.tables.recipe import Recipe
+
+ABLATION_COLUMNS = (
+    Column("name", "attention"),
+    Column("start", "stage 1"),
+    Column("epochs", "epochs", ".0f"),
+    Column("top1", "top-1 %"),
+    Column("top1_ci95", "+- 95 %"),
+    Column("top1_std", "std"),
+    Column("difference", "vs first row"),
+    Column("difference_ci95", "+- 95 %"),
+    Column("num_seeds", "seeds", ".0f"),
+    *cost_columns(is_small=True),
+    Column("images_per_s", "images/s", ".0f"),
+)
+# Setting that an ablation varies, and the values that it takes unless others are given.
+_SETTINGS: dict[str, tuple[str, tuple[int, ...] | tuple[str, ...]]] = {
+    "bits": ("num_bits", (4, 8, 16, 32)),
+    "anchors": ("num_anchors", (5, 10, 25, 50)),
+    "similar": ("num_similar", (1, 5, 10, 25)),
+    "bias": ("value_bias", ("released", "normalized")),
+}
+_TIMED_BATCH = 32
+_SEEDS_NOTE = (
+    "top-1 is the mean over seeds, std their standard deviation; vs first row is the mean of the "
+    "differences from the first row, seed by seed. Each +- 95 % is half of Student's t interval of "
+    "the mean before it: a difference that is smaller is none that these seeds show."
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of an ablation.
+
+    Args:
+        attention: its kind.
+        hashing: settings of ``HashConfig`` that are not the default.
+    """
+
+    name: str
+    attention: str
+    hashing: dict[str, int | str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> HashConfig:
+        """All settings of its hash functions."""
+        return HashConfig(**self.hashing)  # type: ignore[arg-type]
+
+
+def list_arms(ablation: str, variant: str, values: Sequence[str] = ()) -> list[Arm]:
+    """List the rows of an ablation; the first is what the others are set against.
+
+    Args:
+        ablation: ``"kinds"``, ``"bits"``, ``"anchors"``, ``"similar"`` or ``"bias"``.
+        values: of the setting that is varied, instead of the usual ones.
+
+    Raises:
+        InputError: no such backbone, or a value that the setting cannot take.
+    """
+    kinds = find_family(variant).variants[variant]
+    if ablation == "kinds":
+        if values:
+            raise InputError("kinds takes no --values: it compares all that the model has.")
+        plain = [Arm(label, kind) for kind, label in ATTENTION_LABELS.items() if kind in kinds]
+        return [
+            *plain,
+            Arm("EcoFormer, normalized bias", "ecoformer", {"value_bias": "normalized"}),
+        ]
+    setting, usual = _SETTINGS[ablation]
+    default = getattr(HashConfig(), setting)
+    arms = []
+    for value in values or usual:
+        try:
+            typed = type(default)(value)
+        except ValueError:
+            raise InputError(f"--values {value}: {setting} is a whole number.") from None
+        arm = Arm(f"{setting} {typed}", "ecoformer", {} if typed == default else {setting: typed})
+        # Refuses what no hash function can have.
+        _ = arm.config
+        arms.append(arm)
+    return arms
+
+
+def run_ablation(
+    arms: Sequence[Arm], recipe: Recipe, seeds: Sequence[int]
+) -> list[dict[str, Value]]:
+    """Train all arms, or what is left of it, and describe them.
+
+    Args:
+        seeds: of the runs; none: costs and speed alone.
+
+    Returns:
+        Rows for ``ABLATION_COLUMNS``, and the accuracy after each epoch of each seed.
+
+    Raises:
+        InputError: the data cannot be used.
+        CommandFailed: a run failed, and has said why.
+    """
+    images = open_dataset(recipe.data_set, recipe.data_path, "val", input_size=recipe.input_size)
+    num_classes = len(images.class_names)
+    curves: dict[str, dict[int, list[float]]] = {arm.name: {} for arm in arms}
+    # The first seed is complete before the second begins.
+    for seed in seeds:
+        for arm in arms:
+            records = recipe.train(arm.attention, seed, arm.hashing)
+            curves[arm.name][seed] = [record["test_acc1"] for record in records]
+    speeds = _measure_speeds(arms, recipe, num_classes)
+    rows: list[dict[str, Value]] = []
+    for arm in arms:
+        row: dict[str, Value] = {"name": arm.name, "images_per_s": speeds[arm.name]}
+        row |= describe_cost(
+            recipe.variant,
+            arm.attention,
+            input_size=recipe.input_size,
+            num_classes=num_classes,
+            hashing=arm.config,
+        )
+        if rows:
+            add_savings(row, rows[0])
+        if seeds:
+            row |= {"start": recipe.parent(arm.attention), "epochs": sum(recipe.epochs)}
+            row |= describe_accuracy(curves[arm.name], curves[arms[0].name] if rows else {})
+        rows.append(row)
+    return rows
+
+
+def describe_recipe(recipe: Recipe, rows: Sequence[Row]) -> list[str]:
+    """Tell a reader how the rows of ``run_ablation`` were made, in notes below the table."""
+    notes = [
+        f"{recipe.variant}, {recipe.data_set}, {recipe.input_size} px. Costs are of one image of "
+        "this size; savings are against the first row. images/s: evaluation, in batches of "
+        f"{_TIMED_BATCH}, all rows in turns, so that a busy machine slows all alike.",
+        EXECUTED_NOTE,
+    ]
+    if any("top1" in row for row in rows):
+        first, second = recipe.epochs
+        notes.insert(
+            1,
+            f"One recipe, {first} + {second} epochs for every row: stage 1 from nothing, stage 2 "
+            "at a quarter of its rate. What softmax weights convert to starts from one softmax "
+            "stage 1 a seed; other kinds have a stage 1 of their own. Accuracy is that after the "
+            "last epoch, over all validation images. So short a training compares kinds, and says "
+            "little of what they reach in the end.",
+        )
+    if any("top1_std" in row for row in rows):
+        notes.insert(2, _SEEDS_NOTE)
+    return notes
+
+
+def describe_accuracy(
+    curves: Mapping[int, Sequence[float]], baseline: Mapping[int, Sequence[float]]
+) -> dict[str, Value]:
+    """Summarise the accuracies of one arm.
+
+    Args:
+        curves: seed to top-1 after each epoch, percent.
+        baseline: the same of the arm to compare with, seed by seed; empty for that arm itself.
+
+    Returns:
+        Cells of a row: mean and, of two seeds or more, deviation and half the 95 % interval.
+    """
+    last = {seed: curve[-1] for seed, curve in curves.items()}
+    row: dict[str, Value] = {"top1": statistics.mean(last.values()), "num_seeds": len(last)}
+    if len(last) > 1:
+        row["top1_std"] = statistics.stdev(last.values())
+        row["top1_ci95"] = _half_interval(list(last.values()))
+    differences = [last[seed] - curve[-1] for seed, curve in baseline.items() if seed in last]
+    if differences:
+        row["difference"] = statistics.mean(differences)
+    if len(differences) > 1:
+        row["difference_ci95"] = _half_interval(differences)
+    for seed, curve in curves.items():
+        row[f"top1_by_epoch_seed{seed}"] = " ".join(f"{top1:.2f}" for top1 in curve)
+    return row
+
+
+def _half_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % t interval of the mean."""
+    # Most of a second to import.
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def _measure_speeds(arms: Sequence[Arm], recipe: Recipe, num_classes: int) -> dict[str, float]:
+    side, device = recipe.input_size, recipe.device
+    create_model = find_family(recipe.variant).create_model
+    models = {
+        arm.name: create_model(
+            recipe.variant, arm.attention, num_classes=num_classes, hashing=arm.config
+        ).to(device)
+        for arm in arms
+    }
+    return measure_rates(models, torch.randn(_TIMED_BATCH, 3, side, side, device=device))

@@ -1,0 +1,118 @@
+"""What models cost, as cells and columns of tables."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from ecoformer.cost import count_cost
+from ecoformer.cost.executed import count_executed
+from ecoformer.errors import InputError, suggest
+from ecoformer.hash_config import HashConfig
+from ecoformer.models.registry import ModelFamily
+from ecoformer.tools.table import Column, Row, Value
+
+ATTENTION_LABELS = {
+    "msa": "softmax",
+    "msa_share_qk": "softmax, shared queries and keys",
+    "sra": "spatial reduction",
+    "lsa_msa": "softmax, windows and all tokens",
+    "lsa_gsa": "softmax in windows, spatial reduction",
+    "performer": "Performer",
+    "ecoformer": "EcoFormer",
+}
+COST_NOTE = (
+    "#Mul, #Add, energy (45 nm) and area are the paper's model of one image. Hardware of today "
+    "really saves what disappears, the N^2 products of softmax attention; it does not save what "
+    "only turns from a multiplication into an addition, since it executes both as one "
+    "multiply-add"
+)
+EXECUTED_NOTE = f"{COST_NOTE}. Those executed, in products and convolutions, stand beside."
+_SAVINGS = {
+    "energy_pj": "saving",
+    "executed": "executed_saving",
+    "measured_j": "measured_saving",
+}
+
+
+def cost_columns(*, is_small: bool = False) -> tuple[Column, ...]:
+    """Lay out what ``describe_cost`` and ``add_savings`` tell.
+
+    Operations are in 10^9 and energy in millijoules, or in a thousandth of that if small.
+    """
+    operations, joules, scale = ("M", "uJ", 1e6) if is_small else ("G", "mJ", 1e9)
+    return (
+        Column("parameters", "params M", scale=1e6),
+        Column("mul", f"#Mul {operations}", scale=scale, published="published_mul_g"),
+        Column("add", f"#Add {operations}", scale=scale, published="published_add_g"),
+        Column("energy_pj", f"energy {joules}", scale=scale, published="published_energy_g_pj"),
+        Column("saving", "energy saved %", ".1f"),
+        Column("area_um2", "area m^2", scale=1e12),
+        Column("executed", f"executed {operations}", scale=scale),
+        Column("executed_saving", "executed saved %", ".1f"),
+    )
+
+
+def find_family(variant: str) -> ModelFamily:
+    """Look for a variant in the backbone packages.
+
+    Raises:
+        InputError: none has it.
+    """
+    families = [importlib.import_module(package).FAMILY for package in ("pvt", "twins")]
+    for family in families:
+        if variant in family.variants:
+            return family
+    names = [name for family in families for name in family.variants]
+    raise InputError(
+        f"unknown model {variant!r}{suggest(variant, names)} There are: {', '.join(names)}."
+    )
+
+
+def describe_cost(
+    variant: str,
+    attention: str,
+    *,
+    input_size: int,
+    num_classes: int = 1000,
+    hashing: HashConfig | None = None,
+    is_executed_counted: bool = True,
+) -> dict[str, Value]:
+    """Count what one image costs a model.
+
+    Args:
+        input_size: image side, pixels.
+        is_executed_counted: tell what is executed too, which takes twice as long.
+
+    Returns:
+        Cells of a row: parameters, operations, energy in picojoules, area in square micrometres,
+        and what is executed.
+
+    Raises:
+        InputError: no such backbone, or it has no such attention.
+    """
+    # Without data: weights would only be drawn to be thrown away.
+    with torch.device("meta"):
+        model = find_family(variant).create_model(
+            variant, attention, num_classes=num_classes, hashing=hashing
+        )
+    cost = count_cost(model, input_size)
+    row: dict[str, Value] = {
+        "parameters": cost.num_parameters,
+        "mul": cost.mul,
+        "add": cost.add,
+        "energy_pj": cost.energy_pj,
+        "area_um2": cost.area_um2,
+    }
+    if is_executed_counted:
+        row["executed"] = count_executed(model, input_size)
+    return row
+
+
+def add_savings(row: dict[str, Value], baseline: Row) -> None:
+    """Add what a row of ``describe_cost``, and of measured joules, saves against another, %."""
+    for key, saving in _SAVINGS.items():
+        ours, theirs = row.get(key), baseline.get(key)
+        if isinstance(ours, (int, float)) and isinstance(theirs, (int, float)):
+            row[saving] = 100 * (1 - ours / theirs)
