@@ -1,17 +1,13 @@
-"""``python -m ecoformer.checkpoint convert IN OUT``: weight files between formats and layouts."""
+"""Write weight files in other formats and layouts: ``ecoformer convert IN OUT``."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ecoformer import __version__
-from ecoformer.checkpoint.files import read_checkpoint, save_atomic, save_safetensors
-from ecoformer.checkpoint.layout import to_ours, to_released
-from ecoformer.checkpoint.load import require_finite
-from ecoformer.checkpoint.zoo import ZOO, resolve_source
 from ecoformer.errors import EXIT_DONE, InputError, print_error
+from ecoformer.files import open_atomic
+from ecoformer.tools.parser import Parser
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -21,7 +17,7 @@ def convert(source: str, path: Path, *, is_released: bool = False) -> None:
 
     Args:
         source: a path, URL or zoo name, in any form that ``read_checkpoint`` takes.
-        path: where to; ``.safetensors``, or ``.pth`` or ``.pt`` for a bare state dict of PyTorch.
+        path: ``.safetensors``, or ``.pth`` or ``.pt`` for a bare state dict of PyTorch.
         is_released: write the released layout, which the released code loads, and not ours.
 
     Raises:
@@ -31,6 +27,14 @@ def convert(source: str, path: Path, *, is_released: bool = False) -> None:
     """
     if path.suffix not in _SUFFIXES:
         raise InputError(f"{path}: name the output {path.stem or 'NAME'}{' or '.join(_SUFFIXES)}.")
+    # Bring torch along, for which --help need not wait.
+    import torch
+
+    from ecoformer.checkpoint.files import read_checkpoint, save_atomic
+    from ecoformer.checkpoint.layout import to_ours, to_released
+    from ecoformer.checkpoint.load import require_finite
+    from ecoformer.checkpoint.zoo import resolve_source
+
     state = to_ours(read_checkpoint(resolve_source(source))["model"])
     for name, tensor in state.items():
         require_finite(tensor, f"{source}: {name}")
@@ -39,6 +43,10 @@ def convert(source: str, path: Path, *, is_released: bool = False) -> None:
     if path.suffix != ".safetensors":
         save_atomic(state, path)
         return
+    import safetensors.torch
+
+    from ecoformer import __version__
+
     metadata = {
         "format": "pt",
         "layout": "released" if is_released else "ecoformer",
@@ -49,29 +57,17 @@ def convert(source: str, path: Path, *, is_released: bool = False) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: the words after the program's name; ``sys.argv`` if not given.
-
-    Returns:
-        The process's exit code: 0 done, 2 bad input.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m ecoformer.checkpoint", description="Work on weight files."
+    """Run the command line; returns the process's exit code, 0 done or 2 bad input."""
+    parser = Parser(
+        "ecoformer convert",
+        description="Write the weights of a file, and nothing else of it, in another format or "
+        "layout; what is read runs no code.",
     )
-    content = "write the weights of a file, and nothing else of it, in another format or layout"
-    command = parser.add_subparsers(metavar="COMMAND", required=True).add_parser(
-        "convert",
-        help=content,
-        description=f"{content.capitalize()}; what is read runs no code.",
-        epilog=f"The zoo: {', '.join(ZOO)}.",
-    )
-    command.add_argument("input", metavar="IN", help="path, URL or zoo name")
-    command.add_argument(
+    parser.add_argument("input", metavar="IN", help="path, URL or zoo name")
+    parser.add_argument(
         "output", metavar="OUT", type=Path, help="NAME.safetensors, or NAME.pth for PyTorch"
     )
-    command.add_argument(
+    parser.add_argument(
         "--released", action="store_true", help="lay them out for the released code, not for ours"
     )
     arguments = parser.parse_args(argv)
@@ -82,7 +78,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(f"wrote {arguments.output}")
     return EXIT_DONE
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -172,7 +172,7 @@ def test_commands_end_with_the_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "weights.pth").write_bytes(GOOD_ZIP[:100])
-    assert main(["convert", str(tmp_path / "weights.pth"), str(tmp_path / "out.safetensors")]) == 2
+    assert main([str(tmp_path / "weights.pth"), str(tmp_path / "out.safetensors")]) == 2
     assert re.fullmatch(r"error: .*weights\.pth: .*\n", capsys.readouterr().err)
     assert [file.name for file in tmp_path.iterdir()] == ["weights.pth"]
 
@@ -413,8 +413,8 @@ def test_saved_file_has_the_usual_rights(tmp_path: Path) -> None:
 def test_convert_and_back(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, ours = tmp_path / "released.pth", tmp_path / f"ours{suffix}"
     source.write_bytes(to_bytes({"model": STATE, "epoch": 3}))
-    assert main(["convert", str(source), str(ours)]) == 0
-    assert main(["convert", str(ours), str(tmp_path / "back.pth"), "--released"]) == 0
+    assert main([str(source), str(ours)]) == 0
+    assert main([str(ours), str(tmp_path / "back.pth"), "--released"]) == 0
     assert "wrote" in capsys.readouterr().out
 
     expected = to_ours(STATE)
@@ -431,7 +431,7 @@ def test_convert_refuses_an_ending_that_says_nothing(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.pth").write_bytes(GOOD_ZIP)
-    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / name)]) == 2
+    assert main([str(tmp_path / "a.pth"), str(tmp_path / name)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{name}: name the output weights.safetensors or .pth or .pt." in line
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
@@ -442,7 +442,7 @@ def test_convert_refuses_unsound_weights(
 ) -> None:
     bad = {**STATE, "norm4.bias": torch.full_like(STATE["norm4.bias"], float("nan"))}
     (tmp_path / "a.pth").write_bytes(to_bytes(bad))
-    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors")]) == 2
+    assert main([str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "a.pth: norm4.bias holds NaN or infinity" in line
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
@@ -452,7 +452,7 @@ def test_safetensors_say_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.pth").write_bytes(GOOD_ZIP)
     layouts = {"ours.safetensors": [], "theirs.safetensors": ["--released"]}
     for name, flags in layouts.items():
-        assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / name), *flags]) == 0
+        assert main([str(tmp_path / "a.pth"), str(tmp_path / name), *flags]) == 0
         with safetensors.safe_open(tmp_path / name, "pt") as file:
             metadata = file.metadata()
         assert metadata["format"] == "pt"
@@ -464,6 +464,6 @@ def test_unfitted_hash_functions_do_not_become_released_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_atomic(Entries(to_ours(STATE)).state_dict(), tmp_path / "a.pth")
-    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--released"]) == 2
+    assert main([str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--released"]) == 2
     assert "fit_hash_functions" in capsys.readouterr().err
     assert not (tmp_path / "b.pth").exists()

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from ecoformer.tools import doctor
-from ecoformer.tools.doctor import Finding, main
+from ecoformer.tools.doctor import checks, main
+from ecoformer.tools.doctor.checks import Finding
 from tests.data.images import BAD_IMAGES, spoil, write_images
 from tests.privileges import without_privileges
 
@@ -42,14 +42,14 @@ def examine(check: Callable[[argparse.Namespace], Iterator[Finding]], **fields: 
         "output_dir": Path("runs"),
         "device": "cpu",
     }
-    findings = doctor._run(check, argparse.Namespace(**options | fields))
+    findings = checks.run_check(check, argparse.Namespace(**options | fields))
     lines = [f"{finding.level}: {finding.message}" for finding in findings]
     assert not any("\n" in line for line in lines)
     return lines
 
 
 def examine_data(path: Path, **fields: Any) -> list[str]:
-    return examine(doctor.check_data, data_path=str(path), **fields)
+    return examine(checks.check_data, data_path=str(path), **fields)
 
 
 def test_all_is_well(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +95,7 @@ def test_each_bad_image_is_named(copy: Path) -> None:
 
 
 def test_quick_decodes_a_sample(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_NUM_QUICK_IMAGES", 10)
+    monkeypatch.setattr(checks, "_NUM_QUICK_IMAGES", 10)
     for number in range(40):
         spoil(copy / "train" / "ab"[number % 2] / f"{number:03}.png", b"")
     lines = examine_data(copy, quick=True)
@@ -129,10 +129,10 @@ def test_splits_with_other_classes_are_a_problem(copy: Path) -> None:
 
 
 def test_no_data_are_a_note_and_digits_need_no_path() -> None:
-    assert examine(doctor.check_data) == [
+    assert examine(checks.check_data) == [
         "note: no data were looked at; name them by --data-path and --data-set."
     ]
-    lines = examine(doctor.check_data, data_set="DIGITS", quick=True)
+    lines = examine(checks.check_data, data_set="DIGITS", quick=True)
     assert [line.split(":")[0] for line in lines] == ["ok", "ok"]
     assert "train: 1,437 images of 10 classes; of 1,000 decoded none bad" in lines[0]
 
@@ -140,7 +140,7 @@ def test_no_data_are_a_note_and_digits_need_no_path() -> None:
 def test_output_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        (line,) = examine(doctor.check_output, output_dir=folder)
+        (line,) = examine(checks.check_output, output_dir=folder)
         assert line.startswith(f"problem: --output_dir {folder} cannot be written (Not a directory")
 
 
@@ -148,7 +148,7 @@ def test_output_folder_that_may_not_be_looked_into(tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0)
     with without_privileges():
-        [line] = examine(doctor.check_output, output_dir=locked / "run")
+        [line] = examine(checks.check_output, output_dir=locked / "run")
     assert line.startswith(f"problem: --output_dir {locked / 'run'} cannot be written (Permission")
     locked.chmod(0o700)
 
@@ -161,14 +161,14 @@ def test_output_folder_that_cannot_save(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, name, refuse)
-    (line,) = examine(doctor.check_output, output_dir=tmp_path)
+    (line,) = examine(checks.check_output, output_dir=tmp_path)
     assert line.startswith("problem: ") and "No space left on device" in line
     assert os.listdir(tmp_path) == []
 
 
 def test_little_room_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2e9))
-    lines = examine(doctor.check_output, output_dir=tmp_path)
+    lines = examine(checks.check_output, output_dir=tmp_path)
     assert "2.0 GB free" in lines[0]
     assert lines[1].startswith("note: ") and "takes 3 GB" in lines[1]
 
@@ -190,7 +190,7 @@ def install(
 
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "requires", requires)
-    return examine(doctor.check_environment)
+    return examine(checks.check_environment)
 
 
 NEEDS: dict[str, Sequence[str]] = {
@@ -243,16 +243,16 @@ def test_clone_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_little_shared_memory_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64e6))
-    lines = examine(doctor.check_environment)
+    lines = examine(checks.check_environment)
     assert ("--shm-size" in lines[-1]) == Path("/dev/shm").is_dir()
 
 
 def test_driver_that_pytorch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "_driver_version", lambda: None)
-    assert examine(doctor.check_gpu) == ["note: no GPU here, so runs compute on the CPU."]
-    monkeypatch.setattr(doctor, "_driver_version", lambda: "470.82.01")
-    (line,) = examine(doctor.check_gpu)
+    monkeypatch.setattr(checks, "_driver_version", lambda: None)
+    assert examine(checks.check_gpu) == ["note: no GPU here, so runs compute on the CPU."]
+    monkeypatch.setattr(checks, "_driver_version", lambda: "470.82.01")
+    (line,) = examine(checks.check_gpu)
     assert line.startswith("problem: driver 470.82.01 is here, but PyTorch")
 
 
@@ -262,14 +262,14 @@ def test_gpu_memory_that_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 16 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "V100")
-    first, second = examine(doctor.check_gpu)
+    first, second = examine(checks.check_gpu)
     assert first.startswith("ok: GPU 0: V100, ")
     assert "1.0 of 16.0 GiB free, no bfloat16" in first
     assert second.startswith("note: GPU 0: V100: others hold more than half")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device")
-@pytest.mark.parametrize("check", [doctor.check_gpu, doctor.check_training_step])
+@pytest.mark.parametrize("check", [checks.check_gpu, checks.check_training_step])
 def test_device_that_is_not_there(
     check: Callable[[argparse.Namespace], Iterator[Finding]],
 ) -> None:
@@ -288,22 +288,22 @@ def test_step_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr(doctor, "fit_hash_functions", fail)
-    (line,) = examine(doctor.check_training_step)
+    monkeypatch.setattr(checks, "fit_hash_functions", fail)
+    (line,) = examine(checks.check_training_step)
     assert line.startswith(
         "problem: the check of the training step fails (RuntimeError: no kernel image is available)"
     )
 
 
 def test_loss_that_is_not_finite_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.F, "cross_entropy", lambda logits, _: logits.sum() * float("nan"))
-    (line,) = examine(doctor.check_training_step)
+    monkeypatch.setattr(checks.F, "cross_entropy", lambda logits, _: logits.sum() * float("nan"))
+    (line,) = examine(checks.check_training_step)
     assert line.startswith("problem: ") and "a loss of nan" in line
 
 
 def test_gloo_that_cannot_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
-    (line,) = examine(doctor.check_process_groups)
+    (line,) = examine(checks.check_process_groups)
     assert line.startswith("problem: gloo does not work (")
     assert "GLOO_SOCKET_IFNAME" in line
     assert not torch.distributed.is_initialized()

@@ -1,6 +1,6 @@
-"""Look at all that a run needs, before it needs it: ``python -m ecoformer.tools.doctor``.
+"""Look at environment, GPU, data, output folder and one small training step.
 
-Each finding is one line: ``ok``, ``note``, or ``problem`` and what to do about it.
+A check yields findings, and raises ``InputError`` where it cannot go on.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ecoformer.config.schema import field_types
 from ecoformer.engine.launch import choose_device
 from ecoformer.engine.logs import track
 from ecoformer.engine.precision import autocast, choose_amp_dtype, create_scaler
-from ecoformer.errors import EXIT_BAD_INPUT, EXIT_DONE, InputError
+from ecoformer.errors import InputError
 from ecoformer.files import open_atomic
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash_functions
@@ -63,50 +62,13 @@ _STEP_SIZE, _STEP_BATCH = 32, 8
 
 
 class Finding(NamedTuple):
-    """What a check has seen, and what to do about it where it is no ``ok``."""
+    """What a check has seen, in one line, and what to do about it where it is no ``ok``."""
 
     level: Literal["ok", "note", "problem"]
     message: str
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run all checks and print what they find.
-
-    Args:
-        argv: the words after the program's name; ``sys.argv`` if not given.
-
-    Returns:
-        The process's exit code: 0, or 2 where there is a problem.
-    """
-    options = _parse(argv)
-    seen: set[Finding] = set()
-    for check in CHECKS:
-        for finding in _run(check, options):
-            # A missing folder or device is found more than once.
-            if finding not in seen:
-                print(f"{finding.level:<8} {finding.message}", flush=True)
-            seen.add(finding)
-    num_problems = sum(finding.level == "problem" for finding in seen)
-    print(f"\n{num_problems or 'no'} problem{'s' * (num_problems != 1)}")
-    return EXIT_BAD_INPUT if num_problems else EXIT_DONE
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ecoformer.tools.doctor",
-        description="Check environment, GPU, data, output folder and one small training step.",
-    )
-    flag = parser.add_argument
-    flag("--data-path", "--data_path", metavar="DIR", help="data folder of the run")
-    data_sets = get_args(field_types()["data_set"])
-    flag("--data-set", "--data_set", choices=data_sets, default="IMNET")
-    flag("--quick", action="store_true", help=f"decode {_NUM_QUICK_IMAGES:,} images a split")
-    flag("--output_dir", "--output-dir", metavar="DIR", type=Path, default=Path("runs"))
-    flag("--device", help="cuda, cuda:1, cpu ...; CUDA where there is one")
-    return parser.parse_args(argv)
-
-
-def _run(
+def run_check(
     check: Callable[[argparse.Namespace], Iterator[Finding]], options: argparse.Namespace
 ) -> Iterator[Finding]:
     """Turn what stops a check into its last finding: the others can still tell something."""
@@ -129,14 +91,7 @@ def _one_line(error: Exception) -> str:
 
 
 def check_environment(options: argparse.Namespace) -> Iterator[Finding]:
-    """Look at Python, the libraries, their versions, and shared memory.
-
-    Args:
-        options: of the command.
-
-    Yields:
-        What is well, then each library at fault and what remedies it, then a lack of shared memory.
-    """
+    """Look at Python, the libraries, their versions, and shared memory."""
     from packaging.requirements import Requirement
 
     from ecoformer.data.loaders import num_cores
@@ -206,17 +161,7 @@ def _find_fault(requirement: Requirement, others: Sequence[Requirement]) -> str 
 
 
 def check_gpu(options: argparse.Namespace) -> Iterator[Finding]:
-    """Look at the driver and at each GPU.
-
-    Args:
-        options: of the command.
-
-    Yields:
-        A line a GPU, or why there is none to use.
-
-    Raises:
-        InputError: the device that was asked for is not there.
-    """
+    """Look at the driver and at each GPU, or say why there is none to use."""
     driver = _driver_version()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -254,21 +199,14 @@ def _check_gpu(index: int, driver: str | None) -> Iterator[Finding]:
 
 
 def _driver_version() -> str | None:
-    """That of NVIDIA's kernel module, where it is loaded."""
+    """Version of NVIDIA's kernel module, where it is loaded."""
     file = Path("/proc/driver/nvidia/version")
     found = re.search(r"\d+(?:\.\d+)+", file.read_text()) if file.exists() else None
     return found[0] if found else None
 
 
 def check_data(options: argparse.Namespace) -> Iterator[Finding]:
-    """Look at both splits, and decode their images.
-
-    Args:
-        options: of the command.
-
-    Yields:
-        What stops a split from being opened, or its numbers, rate and each of its bad images.
-    """
+    """Look at both splits, decode their images, and name each bad one."""
     from ecoformer.data.datasets import open_dataset
     from ecoformer.data.digits import SPLITS
     from ecoformer.data.loaders import require_equal_classes
@@ -348,17 +286,7 @@ def _decode(split: str, images: LabelledImages, *, is_quick: bool) -> Iterator[F
 
 
 def check_output(options: argparse.Namespace) -> Iterator[Finding]:
-    """Look at the room in the output folder, and save a file there as a checkpoint is saved.
-
-    Args:
-        options: of the command.
-
-    Yields:
-        Free bytes and speed, then a warning where space is short.
-
-    Raises:
-        InputError: nothing can be written there.
-    """
+    """Look at the room in the output folder, and save a file there as a checkpoint is saved."""
     folder: Path = options.output_dir.absolute()
     # Nothing is made that was not there.
     parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
@@ -387,17 +315,7 @@ def check_output(options: argparse.Namespace) -> Iterator[Finding]:
 
 
 def check_training_step(options: argparse.Namespace) -> Iterator[Finding]:
-    """Fit the hash functions of a PVTv2 on small noise and train it for a step.
-
-    Args:
-        options: of the command.
-
-    Yields:
-        Time and type of the step, or a loss that is not finite.
-
-    Raises:
-        InputError: the device that was asked for is not there.
-    """
+    """Fit the hash functions of a PVTv2 on small noise and train it for a step."""
     from pvt import create_model
 
     device = choose_device(options.device)
@@ -427,17 +345,7 @@ def check_training_step(options: argparse.Namespace) -> Iterator[Finding]:
 
 
 def check_process_groups(options: argparse.Namespace) -> Iterator[Finding]:
-    """Let this process talk to itself through what ranks talk through.
-
-    Args:
-        options: of the command.
-
-    Yields:
-        A line a backend: gloo, and NCCL beside it on CUDA.
-
-    Raises:
-        InputError: the device that was asked for is not there.
-    """
+    """Let this process talk to itself through what ranks talk through: gloo, NCCL on CUDA."""
     device = choose_device(options.device)
     devices = {"gloo": torch.device("cpu")}
     if device.type == "cuda":
@@ -474,6 +382,3 @@ CHECKS = (
     check_training_step,
     check_process_groups,
 )
-
-if __name__ == "__main__":
-    raise SystemExit(main())
