@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 _NUM_TOKENS, _WIDTH, _NUM_ANCHORS, _NUM_BITS = 18, 8, 6, 8
 _LEARNING = """\
 W is learned from it,
-bit by bit: the most similar
-pairs get equal bits, the
-least similar unequal ones"""
+bit by bit: the most
+similar pairs get equal
+bits, the least similar
+unequal ones"""
 
 
 def draw_method() -> Figure:

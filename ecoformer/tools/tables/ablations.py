@@ -46,8 +46,8 @@ _SETTINGS: dict[str, tuple[str, tuple[int, ...] | tuple[str, ...]]] = {
 _TIMED_BATCH = 32
 _SEEDS_NOTE = (
     "top-1 is the mean over seeds, std their standard deviation; vs first row is the mean of the "
-    "differences from the first row, seed by seed. Each +- 95 % is half of Student's t interval of "
-    "the mean before it: a difference that is smaller is none that these seeds show."
+    "differences from the first row, seed by seed. Each +- 95 % is half the width of Student's t "
+    "interval of the mean before it; a difference below it is not significant over these seeds."
 )
 
 
