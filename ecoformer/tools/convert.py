@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ecoformer.config.arguments import ArgumentParser
 from ecoformer.errors import EXIT_DONE, InputError, print_error
 from ecoformer.files import open_atomic
-from ecoformer.tools.parser import Parser
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -58,8 +58,8 @@ def convert(source: str, path: Path, *, is_released: bool = False) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the process's exit code, 0 done or 2 bad input."""
-    parser = Parser(
-        "ecoformer convert",
+    parser = ArgumentParser(
+        prog="ecoformer convert",
         description="Write the weights of a file, and nothing else of it, in another format or "
         "layout; what is read runs no code.",
     )

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.precision import autocast
-from ecoformer.hashing import KernelHash, hash_layers, with_random_hash_functions
-from ecoformer.ops import reference
+from ecoformer.hashing import with_random_hash_functions
+from ecoformer.ops import use_backend
 from ecoformer.tools.benchmark.comparison import (
     REFERENCE_FLOATS,
     Comparison,
@@ -60,8 +60,8 @@ def create_model(kind: str, variant: str) -> nn.Module:
     """Build a PVTv2 with random weights and hash functions.
 
     Args:
-        kind: of attention; or the shipped one on the reference's operations, or timm's own
-            model of that name.
+        kind: of attention; or the shipped one to run on the reference's operations, or timm's
+            own model of that name.
     """
     torch.manual_seed(0)
     if kind == _TIMM:
@@ -87,6 +87,8 @@ def build_model(kind: str, work: Workload, device: torch.device, dtype: torch.dt
     images = torch.randn(size, generator=generator).to(device)
     prepare = _prepare_step if work.is_training else _prepare_classification
     call = prepare(model, network, images, dtype)
+    if kind == _REFERENCE:
+        call = use_backend("reference")(call)
     if work.is_compiled:
         # It compiles now, not when it is timed.
         call()

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ecoformer.config.arguments import ArgumentParser
 from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
-from ecoformer.tools.parser import Parser
 
 _PROG = "ecoformer benchmark"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        _PROG,
+    parser = ArgumentParser(
+        prog=_PROG,
         description="Time and memory of EcoFormer beside its peers, measured in turns.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

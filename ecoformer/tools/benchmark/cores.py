@@ -21,7 +21,7 @@ from ecoformer import ops
 from ecoformer.attention.performer import RandomFeatureAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
 from ecoformer.ops import kernelized_hash_attention, reference
-from ecoformer.ops.backends import triton as triton_ops
+from ecoformer.ops.backends import HashFunctions, find_fused_backend
 from ecoformer.tools.benchmark.comparison import (
     REFERENCE_FLOATS,
     Comparison,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from ecoformer.config.arguments import ArgumentParser
 from ecoformer.config.schema import field_types
 from ecoformer.errors import EXIT_BAD_INPUT, EXIT_DONE
-from ecoformer.tools.parser import Parser
 
 if TYPE_CHECKING:
     from ecoformer.tools.doctor.checks import Finding
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        "ecoformer doctor",
+    parser = ArgumentParser(
+        prog="ecoformer doctor",
         description="Check environment, GPU, data, output folder and one small training step.",
     )
     flag = parser.add_argument

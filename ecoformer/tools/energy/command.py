@@ -37,7 +37,7 @@ def run_get_energy(family: ModelFamily, argv: Sequence[str] | None = None) -> in
     from ecoformer.tools.energy.description import count, to_json, to_text
 
     try:
-        config = parse_config(family, model_flags)
+        config = parse_config(model_flags, family)
         cost = count(config, family)
         if options.json != "-":
             print(to_text(config, cost))

@@ -51,7 +51,7 @@ def count(config: Config, family: ModelFamily) -> Cost:
     settings = config.model
     # Without data: weights would only be drawn to be thrown away.
     with torch.device("meta"):
-        model = family.create_model(settings.model, settings.attn_type, hashing=settings.hashing)
+        model = family.create_model(settings.model, settings.attn_type, hashing=config.hashing)
     return count_cost(model, settings.input_size)
 
 
@@ -87,7 +87,7 @@ def to_json(config: Config, cost: Cost) -> str:
     content = {
         "model": model.model,
         "attention": model.attn_type,
-        "hashing": asdict(model.hashing) if model.attn_type == "ecoformer" else None,
+        "hashing": asdict(config.hashing) if model.attn_type == "ecoformer" else None,
         "input_size": cost.input_size,
         "mul": cost.mul,
         "add": cost.add,

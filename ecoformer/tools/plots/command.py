@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ecoformer.config.arguments import ArgumentParser
 from ecoformer.errors import EXIT_DONE, InputError, print_error
-from ecoformer.tools.parser import Parser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        "ecoformer plots",
+    parser = ArgumentParser(
+        prog="ecoformer plots",
         description="Draw a picture of runs, tables or codes, as PNG.",
         epilog="PLOT --help tells the flags of each. A run is a folder that training has left.",
     )

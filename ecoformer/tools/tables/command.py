@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from ecoformer.config.arguments import ArgumentParser
 from ecoformer.config.schema import field_types
 from ecoformer.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, NonFiniteError, print_error
-from ecoformer.tools.parser import Parser
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(_PROG, description="Make the paper's tables, and our own.", epilog=_EPILOG)
+    parser = ArgumentParser(
+        prog=_PROG, description="Make the paper's tables, and our own.", epilog=_EPILOG
+    )
     tables = parser.add_subparsers(dest="table", metavar="TABLE", required=True)
     for name, (title, content) in _TABLES.items():
         table = tables.add_parser(name, help=content, description=f"{title}: {content}.")
