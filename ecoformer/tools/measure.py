@@ -67,7 +67,7 @@ class Timing:
 
 
 class Stopwatch:
-    """Times a call, some repetitions a turn; it has run once by then, to warm up.
+    """Time a call, some repetitions a turn; it has run once by then, to warm up.
 
     Args:
         is_captured: on CUDA, capture a short call as a graph and replay it, so that what is timed
@@ -118,7 +118,6 @@ def time_interleaved(
     return {name: watch.timing for name, watch in watches.items()}
 
 
-@torch.inference_mode()
 def measure_rates(models: Mapping[str, nn.Module], images: Tensor) -> dict[str, float]:
     """Time the evaluation of a batch by several models in turns.
 
@@ -132,11 +131,12 @@ def measure_rates(models: Mapping[str, nn.Module], images: Tensor) -> dict[str, 
         Median images a second, by name.
     """
     timed = {name: with_random_hash_functions(model).eval() for name, model in models.items()}
-    timings = time_interleaved(
-        {name: partial(model, images) for name, model in timed.items()},
-        num_rounds=_NUM_RATE_ROUNDS,
-        device=images.device,
-    )
+    with torch.inference_mode():
+        timings = time_interleaved(
+            {name: partial(model, images) for name, model in timed.items()},
+            num_rounds=_NUM_RATE_ROUNDS,
+            device=images.device,
+        )
     return {name: len(images) * 1e3 / timing.median_ms for name, timing in timings.items()}
 
 
