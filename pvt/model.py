@@ -2,10 +2,8 @@
 
 Papers: Pyramid Vision Transformer, Wang et al., arXiv 2102.12122; PVT v2, Wang et al.,
 arXiv 2106.13797; EcoFormer, Liu et al., arXiv 2209.09004.
-Origin: written anew from the papers and from measured behaviour. Parameter names are those of
-the released PVTv2 and EcoFormer weights, which load into it.
-
-Shapes: B batch, N tokens = height * width, C channels of a stage.
+Written anew from the papers and from measured behaviour. Parameter names are those of the
+released weights, which load into it.
 """
 
 from __future__ import annotations
@@ -22,12 +20,7 @@ from pvt.variants import PvtVariant
 class PyramidVisionTransformerV2(Pyramid):
     """Four stages of overlapping patch embedding and transformer blocks.
 
-    Args:
-        attention: kind of the stages 1 to 3; the last is full softmax attention, but for
-            ``"sra"``, which is the original PVTv2 throughout.
-        hashing: settings of EcoFormer attention.
-        drop_rate: dropout in attention and MLP.
-        drop_path_rate: stochastic depth of the last block.
+    ``attention`` leaves the last stage to full softmax; ``"sra"``, the original, is throughout.
 
     Source: PVT v2, arXiv 2106.13797; EcoFormer, arXiv 2209.09004.
     """

@@ -9,19 +9,13 @@ from ecoformer.models.sizes import PyramidSizes
 
 @dataclass(frozen=True)
 class PvtVariant(PyramidSizes):
-    """One size of PVTv2.
-
-    Args:
-        is_linear: pooled spatial reduction, and ReLU in the MLP.
-
-    Source: PVTv2, arXiv 2106.13797.
-    """
+    """One size of PVTv2 (arXiv 2106.13797); a linear one pools, and has ReLU in its MLP."""
 
     is_linear: bool = False
 
     @property
     def attention_kinds(self) -> tuple[str, ...]:
-        """Attention kinds that the variant can be built with, its default first."""
+        """What the variant was published with, its default first."""
         if self.is_linear:
             return ("sra",)
         return ("ecoformer", "msa", "msa_share_qk", "sra", "performer")

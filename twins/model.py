@@ -2,10 +2,8 @@
 
 Papers: Twins, Chu et al., arXiv 2104.13840; conditional positional encodings, Chu et al.,
 arXiv 2102.10882; EcoFormer, Liu et al., arXiv 2209.09004.
-Origin: written anew from the papers and from measured behaviour. Parameter names are those of
-the released Twins and EcoFormer weights, which load into it.
-
-Shapes: B batch, N tokens = height * width, C channels of a stage.
+Written anew from the papers and from measured behaviour. Parameter names are those of the
+released weights, which load into it.
 """
 
 from __future__ import annotations
@@ -21,10 +19,7 @@ from twins.variants import TWINS_LAYOUTS, TwinsVariant
 
 
 class PositionalConvolution(nn.Module):
-    """3 x 3 depthwise convolution that tells tokens where they are, plus its input.
-
-    Source: conditional positional encodings, arXiv 2102.10882.
-    """
+    """3 x 3 depthwise convolution, plus its input, which tells position (arXiv 2102.10882)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -39,12 +34,8 @@ class PositionalConvolution(nn.Module):
 class Twins(Pyramid):
     """Four stages of patch embedding and transformer blocks, with a convolution for position.
 
-    Args:
-        attention: a kind, which leaves the last stage to full softmax attention, or one of the
-            original models, which are one throughout: ``"sra"`` and the layouts.
-        hashing: settings of EcoFormer attention.
-        drop_rate: dropout in attention and MLP.
-        drop_path_rate: stochastic depth of the last block.
+    ``attention`` leaves the last stage to full softmax; ``"sra"`` and the layouts, the originals,
+    are throughout.
 
     Source: Twins, arXiv 2104.13840; EcoFormer, arXiv 2209.09004.
     """

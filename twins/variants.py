@@ -10,19 +10,13 @@ from ecoformer.models.sizes import PyramidSizes
 
 @dataclass(frozen=True)
 class TwinsVariant(PyramidSizes):
-    """One size of Twins.
-
-    Args:
-        has_windows: local and global blocks alternate (Twins-SVT), or all are global (PCPVT).
-
-    Source: Twins, arXiv 2104.13840.
-    """
+    """One size of Twins (arXiv 2104.13840): of SVT, which has windows, or of PCPVT."""
 
     has_windows: bool = False
 
     @property
     def attention_kinds(self) -> tuple[str, ...]:
-        """Attention kinds that the variant can be built with, its default first."""
+        """What the variant was published with, its default first."""
         if self.has_windows:
             return ("ecoformer", "msa", "lsa_msa", "lsa_gsa")
         return ("ecoformer", "msa", "sra")

@@ -1,7 +1,4 @@
-"""What the kinds of attention have in common, and what a kind says of itself.
-
-Shapes: B batch, H heads, N tokens, D head dim, C = H * D.
-"""
+"""What the kinds of attention have in common, and what a kind says of itself."""
 
 from __future__ import annotations
 
@@ -22,32 +19,25 @@ Size: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What a backbone asks of an attention layer; each kind takes what concerns it.
-
-    Args:
-        hashing: settings of EcoFormer attention; the published ones where None.
-        sr_ratio: how much spatial reduction shrinks the map's sides.
-        is_linear: whether spatial reduction pools to a fixed size instead.
-    """
+    """What a backbone asks of an attention layer; each kind takes what concerns it."""
 
     dim: int
     num_heads: int
     qkv_bias: bool = True
     proj_drop: float = 0.0
+    # Of EcoFormer; the published settings where None.
     hashing: HashConfig | None = None
+    # Of spatial reduction: how much it shrinks the map's sides, or whether it pools instead.
     sr_ratio: int = 1
     is_linear: bool = False
 
 
 @dataclass(frozen=True)
 class Derived:
-    """How a projection is made of projections of the parent kind.
+    """How a projection is made of the parent's projections named ``sources``.
 
-    Args:
-        sources: names of the parent's projections.
-        make: called with their weights, and again with their biases; outputs lie along axis 0.
-        leaves_out: what no projection of the new kind takes: modules of the parent, or a named
-            part of a source, as ``"qkv[k]"``.
+    ``make`` is called with their weights, and again with their biases; outputs lie along axis 0.
+    ``leaves_out`` names modules that go, or a part of a source, as ``"qkv[k]"``.
     """
 
     sources: tuple[str, ...]
@@ -63,11 +53,10 @@ class MultiHeadAttention(nn.Module, ABC):
     Attributes:
         kind: that name; the name of the class where it is not registered.
         label: what tables and plots call it; its name where the class says nothing.
-        cost_note: a sentence to stand beside its cost, where no published figure confirms it.
+        cost_note: a sentence beside its cost, where no published figure confirms it.
         parent: kind that its weights can be made of, if any.
         derived: its projections that are not the parent's of equal name.
-        own_buffers: buffers, or modules of them, that it draws or fits itself: no weights of
-            another kind give them.
+        own_buffers: buffers, or modules of them, that no weights of another kind give.
         any_backbone: whether every backbone takes it, or those alone that name it.
 
     Raises:
@@ -95,11 +84,7 @@ class MultiHeadAttention(nn.Module, ABC):
 
     @classmethod
     def from_spec(cls, spec: LayerSpec) -> MultiHeadAttention:
-        """Build the layer for a backbone; kinds with settings of their own override this.
-
-        Raises:
-            InputError: the heads do not divide the channels.
-        """
+        """Build the layer for a backbone; kinds with settings of their own override this."""
         build: Callable[..., MultiHeadAttention] = cls
         return build(spec.dim, spec.num_heads, spec.qkv_bias, spec.proj_drop)
 
@@ -127,19 +112,11 @@ class MultiHeadAttention(nn.Module, ABC):
 
     @abstractmethod
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
-        """Multiplications and additions of the attention of one image, projections aside.
-
-        Raises:
-            InputError: ``size`` is missing.
-        """
+        """Multiplications and additions of the attention of one image, projections aside."""
 
 
 def require_size(size: Size | None) -> Size:
-    """Insist on the size of the map.
-
-    Raises:
-        InputError: it was not given.
-    """
+    """Insist on the size of the map: an InputError where it was not given."""
     if size is None:
         raise InputError("this attention needs the map's size: call layer(x, (height, width)).")
     return size

@@ -1,7 +1,4 @@
-"""EcoFormer attention: linear in the number of tokens, through learned binary codes.
-
-Shapes: B batch, H heads, N tokens, D head dim, C = H * D, K hash bits, M anchors.
-"""
+"""EcoFormer attention: linear in the number of tokens, through learned binary codes."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ class EcoFormerAttention(MultiHeadAttention):
     """Self-attention whose queries and keys share one projection, hashed to binary codes.
 
     Args:
-        qkv_bias: whether ``to_qk`` and ``to_v`` have a bias.
         proj_drop: dropout after the output projection.
         hashing: the published settings where None.
 

@@ -1,7 +1,4 @@
-"""Performer attention: softmax approximated by positive random features.
-
-Shapes: B batch, H heads, N tokens, D head dim, C = H * D, F random features.
-"""
+"""Performer attention: softmax approximated by F positive random features."""
 
 from __future__ import annotations
 
@@ -21,12 +18,7 @@ _EPSILON = 1e-4
 def draw_orthogonal_features(
     num_features: int, head_dim: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Random projection [F, D], float32: rows are orthogonal inside each block of D.
-
-    Their norms are those of Gaussian vectors.
-
-    Args:
-        generator: the default one where None.
+    """Draw [F, D], float32: rows orthogonal inside each block of D, with norms of Gaussian ones.
 
     Source: Choromanski et al., arXiv 2009.14794.
     """
@@ -40,13 +32,9 @@ def draw_orthogonal_features(
 
 
 class RandomFeatureAttention(nn.Module):
-    """Linear attention over int(D ln D) positive random features of the softmax kernel.
+    """Linear attention over int(D ln D) positive random features, drawn once.
 
-    Args:
-        generator: draws the projection, once.
-
-    Source: Choromanski et al., arXiv 2009.14794; constants from the released
-        implementation of EcoFormer.
+    Source: Choromanski et al., arXiv 2009.14794; constants from the released EcoFormer.
     """
 
     projection_matrix: Tensor
@@ -58,11 +46,7 @@ class RandomFeatureAttention(nn.Module):
         self.register_buffer("projection_matrix", projection)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend among all tokens; all are [B, H, N, D], float.
-
-        Returns:
-            The dtype of ``v``; computed in float32, or float64 where ``q`` is.
-        """
+        """Attend; all are [B, H, N, D]. Computed in float32, or float64 where ``q`` is."""
         # exp of a half-precision product, summed over all tokens, would not be worth its name.
         with without_autocast(q):
             q_features = self._features(q, is_query=True)  # [B, H, N, F]
@@ -83,10 +67,7 @@ class RandomFeatureAttention(nn.Module):
 
 @register_attention("performer")
 class PerformerAttention(MultiHeadAttention):
-    """Multi-head self-attention through ``RandomFeatureAttention``.
-
-    Args:
-        generator: draws the random features; the default one where None.
+    """Multi-head self-attention through random features.
 
     Source: Choromanski et al., arXiv 2009.14794.
     """

@@ -16,8 +16,7 @@ _KINDS: dict[str, type[MultiHeadAttention]] = {}
 def register_attention(kind: str) -> Callable[[_Kind], _Kind]:
     """Name a class, so that backbones build it, and tables, plots and conversion ask it.
 
-    Raises:
-        InputError: another class has the name.
+    A name that another class has is an InputError.
     """
 
     def register(cls: _Kind) -> _Kind:
@@ -38,11 +37,7 @@ def register_attention(kind: str) -> Callable[[_Kind], _Kind]:
 
 
 def attention_class(kind: str) -> type[MultiHeadAttention]:
-    """Look a kind up.
-
-    Raises:
-        InputError: no such kind.
-    """
+    """Look a kind up; an unknown one is an InputError that names the nearest."""
     if kind not in _KINDS:
         names = attention_kinds()
         raise InputError(

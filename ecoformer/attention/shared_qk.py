@@ -1,7 +1,4 @@
-"""Softmax attention whose queries and keys are the same rows.
-
-Shapes: B batch, H heads, N tokens, D head dim, C = H * D.
-"""
+"""Softmax attention whose queries and keys are the same rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Softmax attention over all tokens.
-
-Shapes: B batch, H heads, N tokens, D head dim, C = H * D.
-"""
+"""Softmax attention over all tokens."""
 
 from __future__ import annotations
 
@@ -24,10 +21,7 @@ SHARED_FROM_SOFTMAX = {
 
 
 def count_softmax(num_pairs: int, dim: int, num_heads: int) -> tuple[int, int]:
-    """Multiplications and additions of softmax attention of one image, projections aside.
-
-    Args:
-        num_pairs: queries times the keys that each of them sees.
+    """Multiplications and additions of softmax over pairs of a query and a key that it sees.
 
     Source: the released counter of EcoFormer for all tokens; fewer keys by the same rule.
     """
@@ -37,10 +31,7 @@ def count_softmax(num_pairs: int, dim: int, num_heads: int) -> tuple[int, int]:
 
 @register_attention("msa")
 class SoftmaxAttention(MultiHeadAttention):
-    """Multi-head softmax attention with one projection for queries, keys and values.
-
-    Source: Vaswani et al., arXiv 1706.03762.
-    """
+    """Softmax attention, queries, keys and values from one projection (arXiv 1706.03762)."""
 
     label = "softmax"
     parent = "sra"

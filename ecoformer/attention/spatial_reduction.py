@@ -1,7 +1,4 @@
-"""Attention of all tokens to a reduced map of them.
-
-Shapes: B batch, H heads, N tokens, N' reduced tokens, D head dim, C = H * D.
-"""
+"""Attention of all tokens to a reduced map of them."""
 
 from __future__ import annotations
 
@@ -19,13 +16,10 @@ _POOLED_SIZE = 7
 
 @register_attention("sra")
 class SpatialReductionAttention(MultiHeadAttention):
-    """Softmax attention whose keys and values come from a smaller map.
+    """Softmax attention whose keys and values come from a map of N' tokens.
 
-    With ``sr_ratio`` 1 and not linear it is full attention.
-
-    Args:
-        sr_ratio: kernel and stride of the convolution that reduces the map.
-        is_linear: pool to 7 x 7 instead, so that cost is linear in N.
+    ``sr_ratio`` is kernel and stride of the convolution that reduces the map; 1 is full attention.
+    ``is_linear`` pools to 7 x 7 instead, so that cost is linear in N.
 
     Source: PVT, arXiv 2102.12122; linear form: PVTv2, arXiv 2106.13797.
     """
@@ -67,7 +61,6 @@ class SpatialReductionAttention(MultiHeadAttention):
 
     @property
     def is_reducing(self) -> bool:
-        """Whether keys and values come from a smaller map than queries."""
         return self.is_linear or self.sr_ratio > 1
 
     def attend(self, x: Tensor, size: Size | None) -> Tensor:

@@ -1,7 +1,4 @@
-"""Softmax attention inside contiguous windows of the map.
-
-Shapes: B batch, H heads, N tokens, W windows, S side of a window, D head dim, C = H * D.
-"""
+"""Softmax attention inside W contiguous windows of the map, of S x S tokens."""
 
 from __future__ import annotations
 
@@ -19,12 +16,8 @@ from ecoformer.attention.softmax import SoftmaxAttention, count_softmax
 class WindowAttention(SoftmaxAttention):
     """Softmax attention whose tokens see those of their own tile of the map.
 
-    Tiles start at the top left; there is no shift and no position bias. Where they do not
-    divide the map, the last ones hang over its right and bottom edge, and nothing attends to
-    what lies outside.
-
-    Args:
-        window_size: S, tokens.
+    Tiles start at the top left, without shift or position bias. Where they do not divide the map,
+    the last ones hang over its right and bottom edge; nothing attends to what lies outside.
 
     Source: Twins, arXiv 2104.13840 (locally-grouped self-attention).
     """

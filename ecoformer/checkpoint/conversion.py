@@ -22,11 +22,7 @@ class Entry(NamedTuple):
 
 
 class Conversion:
-    """What a file has for a model.
-
-    Args:
-        state: name -> tensor, in our layout.
-    """
+    """What a file has for a model; ``state`` is name -> tensor, in our layout."""
 
     def __init__(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         self._state = state

@@ -1,8 +1,7 @@
-"""The one table between our names and those of the released EcoFormer files.
+"""The table between our names and those of the released EcoFormer files.
 
-Only the hash functions are named differently; all other names are the released ones.
-
-Letters: H heads, K hash bits, M anchors, D head dim.
+Only hash functions differ: H heads, K hash bits, M anchors, D head dim.
+Source: file layout of the released implementation.
 """
 
 from __future__ import annotations
@@ -38,14 +37,9 @@ HASH_WEIGHT = _WEIGHT.ours
 
 
 def owner_of(name: str, suffix: str) -> str | None:
-    """Cut the owner's part of a state-dict name off, where the name ends as expected.
+    """Cut whole parts off the end of a state-dict name; None where it ends in others.
 
-    Args:
-        name: a state-dict name, e.g. ``block1.0.attn.hash.weight``.
-        suffix: whole parts at its end, e.g. ``hash.weight``.
-
-    Returns:
-        What stands before ``suffix``, e.g. ``block1.0.attn.``; None where it is not the end.
+    ``block1.0.attn.hash.weight`` without ``hash.weight`` is ``block1.0.attn.``.
     """
     owner = name.removesuffix(suffix)
     return owner if owner != name and (not owner or owner.endswith(".")) else None
@@ -55,14 +49,7 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bring the hash functions of a released file into our layout; ours pass unchanged.
 
     Those of a released file are fitted, always. Projection matrices beside them are left out.
-
-    Args:
-        state: name -> tensor in either layout.
-
-    Returns:
-        name -> tensor in our layout; the tensors share memory with those of ``state``.
-
-    Source: file layout of the released implementation.
+    Tensors share memory with those of ``state``.
     """
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -83,19 +70,12 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring hash functions into the released layout.
+    """Bring hash functions from our layout into the released one, which its model loads strictly.
 
-    Args:
-        state: name -> tensor in our layout.
-
-    Returns:
-        name -> tensor in the released layout, which the released model loads strictly; the
-        tensors share memory with those of ``state``.
+    Tensors share memory with those of ``state``.
 
     Raises:
         InputError: a hash function is not fitted, which the released layout cannot say.
-
-    Source: file layout of the released implementation.
     """
     released: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -122,18 +102,12 @@ def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_released(model: nn.Module) -> dict[str, Tensor]:
-    """Copy a model's weights in the layout of the released ``.pth`` files.
+    """Copy a model's weights to the CPU, in the layout of the released ``.pth`` files.
 
-    Args:
-        model: any model; its hash functions, where it has some, are fitted.
-
-    Returns:
-        name -> tensor on the CPU, which the released model loads strictly.
+    The released model loads them strictly.
 
     Raises:
         InputError: a hash function is not fitted.
-
-    Source: file layout of the released implementation.
     """
     return to_released(
         {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

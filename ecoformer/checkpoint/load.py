@@ -1,4 +1,4 @@
-"""Loading weights into a model: its own, the released ones, or those of an earlier stage."""
+"""Load weights into a model: its own, the released ones, or those of an earlier stage."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ class LoadReport:
     """What became of each entry of a weight file and of the model; ``str`` tells it in words.
 
     Args:
-        source: the file, or what its origin was called.
         loaded: entries of the model that were taken by equal name (in our layout).
         derived: entries of the model that were made from others of the file.
         dropped: entries of the file that a rule leaves out; ``[k]`` is the middle third of qkv.
         missing: entries of the model that kept their values, but for hash functions.
         unused: entries of the file that nothing asked for.
-        notes: what else one should know, a sentence each.
     """
 
     source: str
@@ -65,12 +63,13 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights into a model, or leave it as it was if they do not fit.
 
-    Weights of an earlier stage are converted to the model's kind of attention: original ones
-    (spatial reduction) to softmax, softmax to shared-qk softmax, Performer or EcoFormer. Other
-    precisions are cast to the model's. Hash functions of a released file are fitted.
+    Weights of an earlier stage are converted, as the classes of the model's attention layers say:
+    original ones (spatial reduction) to softmax, softmax to shared-qk softmax, Performer or
+    EcoFormer. Other precisions are cast to the model's. Hash functions of a released file are
+    fitted.
 
     Args:
-        model: not wrapped for several devices; changed in place.
+        model: not wrapped for several devices.
         source: a path, URL, zoo name, state dict or training dictionary, in our layout or the
             released one.
         strict: model and file must hold the same entries, head and hash functions included, with
@@ -78,9 +77,6 @@ def load_checkpoint(
         allow_missing: backbone weights that have no source may keep their present values; not
             with ``strict``.
         origin: what messages call a ``source`` that is a dictionary.
-
-    Returns:
-        What was loaded, derived, dropped by rule, is missing, and went unused.
 
     Raises:
         InputError: the source cannot be read, does not fit, or holds NaN or infinity; or
@@ -117,23 +113,20 @@ def load_checkpoint(
                 dropped.append(name)
                 del taken[name]
 
-    missing = [
-        name
-        for name in target
-        if name not in taken and (strict or not conversion.is_own(name, taken))
-    ]
     used = {source for name in taken for source in sources[name]}
-    unused = [name for name in state if name not in used and name not in dropped]
-    _check_fit(
-        taken,
-        target,
-        missing,
-        unused,
-        origin,
-        conversion,
-        strict=strict,
-        allow_missing=allow_missing,
+    match = _Match(
+        origin=origin,
+        target=target,
+        taken=taken,
+        missing=[
+            name
+            for name in target
+            if name not in taken and (strict or not conversion.is_own(name, taken))
+        ],
+        unused=[name for name in state if name not in used and name not in dropped],
+        conversion=conversion,
     )
+    match.require_fit(strict=strict, allow_missing=allow_missing)
     model.load_state_dict(
         {name: _cast(taken[name], target[name], f"{origin}: {name}") for name in taken},
         strict=False,
@@ -148,10 +141,78 @@ def load_checkpoint(
         loaded=tuple(name for name in taken if sources[name] == (name,)),
         derived=tuple(name for name in taken if sources[name] != (name,)),
         dropped=tuple(dropped),
-        missing=tuple(missing),
-        unused=tuple(unused),
+        missing=tuple(match.missing),
+        unused=tuple(match.unused),
         notes=tuple(notes),
     )
+
+
+@dataclass(frozen=True)
+class _Match:
+    """What a file has for a model, entry by entry."""
+
+    origin: str
+    target: Mapping[str, Tensor]
+    taken: Mapping[str, Tensor]
+    missing: Sequence[str]
+    unused: Sequence[str]
+    conversion: Conversion
+
+    def require_fit(self, *, strict: bool, allow_missing: bool) -> None:
+        """Raise an InputError, as telling as can be, if file and model do not belong together."""
+        taken, target, missing = self.taken, self.target, self.missing
+        if not strict:
+            # Some entry has to fit, even where all may be missing.
+            is_enough = allow_missing and taken
+            missing = [] if is_enough else [name for name in missing if name not in _HEAD]
+        mismatched = [name for name in taken if taken[name].shape != target[name].shape]
+        if mismatched and not missing:
+            self._refuse_other_head(mismatched)
+            self._refuse_other_hashing(mismatched)
+        problems = []
+        if mismatched:
+            name = mismatched[0]
+            problems.append(
+                f"{len(mismatched)} of the model's {len(target)} entries have another shape, first "
+                f"{name}: {list(taken[name].shape)} in the file, {list(target[name].shape)} here"
+            )
+        if missing:
+            problems.append(
+                f"{len(missing)} of the model's {len(target)} have no source, first {missing[0]}"
+            )
+        # An entry too many of a kind that the model has comes from a deeper one.
+        kinds = {_strip_numbers(name) for name in target}
+        surplus = [
+            name for name in self.unused if strict or problems or _strip_numbers(name) in kinds
+        ]
+        if surplus:
+            problems.append(f"{len(surplus)} of the file's fit nowhere, first {surplus[0]}")
+        if problems:
+            raise InputError(
+                f"{self.origin}: weights of another model: {'; '.join(problems)}; choose the model "
+                "and attention that it was made with (--model, --attn_type)"
+                + (", or start from it with --finetune." if strict else ".")
+            )
+
+    def _refuse_other_head(self, mismatched: Sequence[str]) -> None:
+        theirs, ours = self.taken[mismatched[0]], self.target[mismatched[0]]
+        if all(name in _HEAD for name in mismatched) and _has_other_classes(theirs, ours):
+            raise InputError(
+                f"{self.origin}: {_tell_classes(theirs, ours)}; take data with as many classes, or "
+                "start from it with --finetune, which makes a new head."
+            )
+
+    def _refuse_other_hashing(self, mismatched: Sequence[str]) -> None:
+        theirs, ours = self.taken[mismatched[0]], self.target[mismatched[0]]
+        # [H, K, M] with the same heads, in a file that fits in all but hash functions.
+        is_hash_weight = owner_of(mismatched[0], HASH_WEIGHT) is not None
+        has_same_heads = theirs.shape[:-2] == ours.shape[:-2]
+        if is_hash_weight and has_same_heads and all(map(self.conversion.is_own, mismatched)):
+            (bits, anchors), (our_bits, our_anchors) = theirs.shape[-2:], ours.shape[-2:]
+            raise InputError(
+                f"{self.origin}: hash functions of {bits} bits and {anchors} anchors, the model's "
+                f"have {our_bits} and {our_anchors}; pass --nbits {bits} --anchor {anchors}."
+            )
 
 
 def _has_other_classes(theirs: Tensor, ours: Tensor) -> bool:
@@ -162,64 +223,7 @@ def _has_other_classes(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def _tell_classes(theirs: Tensor, ours: Tensor) -> str:
-    """Name both numbers of classes."""
     return f"{len(theirs)} classes in the file, {len(ours)} in the model"
-
-
-def _check_fit(
-    taken: Mapping[str, Tensor],
-    target: Mapping[str, Tensor],
-    missing: Sequence[str],
-    unused: Sequence[str],
-    origin: str,
-    conversion: Conversion,
-    *,
-    strict: bool,
-    allow_missing: bool,
-) -> None:
-    """Raise an InputError, as telling as can be, if file and model do not belong together."""
-    if not strict:
-        # Some entry has to fit, even where all may be missing.
-        missing = [] if allow_missing and taken else [name for name in missing if name not in _HEAD]
-    mismatched = [name for name in taken if taken[name].shape != target[name].shape]
-    if mismatched and not missing:
-        theirs, ours = taken[mismatched[0]], target[mismatched[0]]
-        if all(name in _HEAD for name in mismatched) and _has_other_classes(theirs, ours):
-            raise InputError(
-                f"{origin}: {_tell_classes(theirs, ours)}; take data with as many classes, or "
-                "start from it with --finetune, which makes a new head."
-            )
-        # [H, K, M] with the same heads, in a file that fits in all but hash functions.
-        is_hash_weight = owner_of(mismatched[0], HASH_WEIGHT) is not None
-        has_same_heads = theirs.shape[:-2] == ours.shape[:-2]
-        if is_hash_weight and has_same_heads and all(map(conversion.is_own, mismatched)):
-            (bits, anchors), (our_bits, our_anchors) = theirs.shape[-2:], ours.shape[-2:]
-            raise InputError(
-                f"{origin}: hash functions of {bits} bits and {anchors} anchors, the model's have "
-                f"{our_bits} and {our_anchors}; pass --nbits {bits} --anchor {anchors}."
-            )
-    problems = []
-    if mismatched:
-        name = mismatched[0]
-        problems.append(
-            f"{len(mismatched)} of the model's {len(target)} entries have another shape, first "
-            f"{name}: {list(taken[name].shape)} in the file, {list(target[name].shape)} here"
-        )
-    if missing:
-        problems.append(
-            f"{len(missing)} of the model's {len(target)} have no source, first {missing[0]}"
-        )
-    # An entry too many of a kind that the model has comes from a deeper one.
-    kinds = {_strip_numbers(name) for name in target}
-    surplus = [name for name in unused if strict or problems or _strip_numbers(name) in kinds]
-    if surplus:
-        problems.append(f"{len(surplus)} of the file's fit nowhere, first {surplus[0]}")
-    if problems:
-        raise InputError(
-            f"{origin}: weights of another model: {'; '.join(problems)}; choose the model and "
-            "attention that it was made with (--model, --attn_type)"
-            + (", or start from it with --finetune." if strict else ".")
-        )
 
 
 def _cast(tensor: Tensor, like: Tensor, what: str) -> Tensor:
@@ -232,15 +236,7 @@ def _cast(tensor: Tensor, like: Tensor, what: str) -> Tensor:
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
-    """Refuse a tensor that no model could work with.
-
-    Args:
-        tensor: of any dtype.
-        what: what messages call it.
-
-    Raises:
-        InputError: it holds NaN or infinity.
-    """
+    """Refuse NaN and infinity by an InputError that calls the tensor ``what``."""
     if not tensor.isfinite().all():
         raise InputError(f"{what} holds NaN or infinity; go back to an earlier checkpoint.")
 

@@ -1,9 +1,7 @@
-"""Multiplications, additions, energy and area of one image, by the paper's model.
+"""Count multiplications, additions, energy and area of one image, by the paper's model.
 
-Convolution, linear and normalisation layers count the same number of multiplications and of
-additions; attention kinds tell their own. GELU, ReLU, softmax, pooling and residual sums
-count nothing. The counts follow the shapes that really pass through a model, on tensors that
-hold no data.
+Convolution, linear and normalisation count as many multiplications as additions; attention kinds
+tell their own. GELU, ReLU, softmax, pooling and residual sums count nothing.
 """
 
 from __future__ import annotations
@@ -28,30 +26,15 @@ ADD_AREA_UM2 = 4184
 
 
 def price_energy(mul: int, add: int) -> float:
-    """Price operations by what one takes in 45 nm silicon.
-
-    Args:
-        mul: float32 multiplications.
-        add: float32 additions.
-
-    Returns:
-        Their energy, picojoules.
-
-    Source: 45 nm silicon: Horowitz, ISSCC 2014, as EcoFormer uses it.
-    """
+    """Energy of float32 operations in 45 nm silicon, pJ (Horowitz, ISSCC 2014, as in the paper)."""
     return MUL_ENERGY_PJ * mul + ADD_ENERGY_PJ * add
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Operations of one layer for one image.
+    """Float32 operations of one layer for one image.
 
-    Args:
-        name: of the module.
-        kind: ``"convolution"``, ``"linear"``, ``"normalisation"``, or an attention kind such as
-            ``"ecoformer attention"``.
-        mul: float32 multiplications.
-        add: float32 additions.
+    ``kind`` is ``"convolution"``, ``"linear"``, ``"normalisation"`` or as ``"msa attention"``.
     """
 
     name: str
@@ -64,13 +47,10 @@ class LayerCost:
 class Cost:
     """Operations of a model for one image, and what they cost in 45 nm silicon.
 
-    Args:
-        layers: in the order in which they run.
-        num_parameters: all of them; buffers, and so hash functions, not counted.
-        input_size: (height, width) of the image, pixels.
+    ``layers`` run in this order. ``num_parameters`` counts no buffers, and so no hash functions;
+    ``input_size`` is (height, width) in pixels.
 
-    Source: EcoFormer, arXiv 2209.09004; energy and area a float32 operation in
-        45 nm: Horowitz, ISSCC 2014.
+    Source: EcoFormer, arXiv 2209.09004; a float32 operation in 45 nm: Horowitz, ISSCC 2014.
     """
 
     layers: tuple[LayerCost, ...]
@@ -79,12 +59,10 @@ class Cost:
 
     @property
     def mul(self) -> int:
-        """Multiplications."""
         return sum(layer.mul for layer in self.layers)
 
     @property
     def add(self) -> int:
-        """Additions."""
         return sum(layer.add for layer in self.layers)
 
     @property
@@ -98,11 +76,7 @@ class Cost:
         return MUL_AREA_UM2 * self.mul + ADD_AREA_UM2 * self.add
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """Add up the layers of each kind.
-
-        Returns:
-            Kind to (multiplications, additions), in order of appearance.
-        """
+        """Kind of layer to (multiplications, additions), in order of appearance."""
         totals: dict[str, tuple[int, int]] = {}
         for layer in self.layers:
             mul, add = totals.get(layer.kind, (0, 0))
@@ -112,17 +86,10 @@ class Cost:
 
 @torch.no_grad()
 def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cost:
-    """Count the operations of one image.
+    """Count the operations of one image of ``input_size`` pixels, a side or (height, width).
 
     Any model works whose attention layers are ``MultiHeadAttention``, of kinds that may be its
-    own. It needs no fit, is not touched, and computes nothing.
-
-    Args:
-        model: on any device, in any mode.
-        input_size: pixels, a side or (height, width).
-
-    Returns:
-        The cost, layer by layer.
+    own, on any device and in any mode. It needs no fit, is not touched, and computes nothing.
 
     Raises:
         InputError: the model does not take images of this size.
@@ -159,15 +126,9 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
 
 
 def without_data(model: nn.Module, input_size: int | tuple[int, int]) -> tuple[nn.Module, Tensor]:
-    """Copy a model without the data of its tensors, and make an image to run through it.
+    """Copy a model without data, in eval mode and as if fitted, and make an image for it.
 
-    Args:
-        model: on any device, in any mode; not touched.
-        input_size: pixels, a side or (height, width).
-
-    Returns:
-        The copy, on the meta device, to be evaluated: its hash functions count as fitted. An
-        image there, [1, channels of the first convolution, height, width].
+    Both on the meta device; the image has the channels of the first convolution.
     """
     # deepcopy asks this table first, so no weight is ever copied.
     memo: dict[int, object] = {}

@@ -1,3 +1,6 @@
-"""What backbones are made of, and the registry of model families."""
+"""What backbones are made of, and the registry of model families.
+
+Letters here: B batch, N tokens = height * width, C channels.
+"""
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What all backbones stand on: patch embedding, blocks, and a classifier over tokens.
-
-Shapes: B batch, N tokens = height * width, C channels.
-"""
+"""What all backbones stand on: patch embedding, blocks, and a classifier over tokens."""
 
 from __future__ import annotations
 
@@ -36,11 +33,7 @@ class PatchEmbed(nn.Module):
         self.min_side = kernel_size - 2 * padding
 
     def forward(self, x: Tensor) -> tuple[Tensor, Size]:
-        """Embed a map; returns tokens and their (height, width).
-
-        Raises:
-            InputError: the map is smaller than one patch.
-        """
+        """Tokens and their (height, width). A map smaller than one patch is an InputError."""
         if min(x.shape[-2:]) < self.min_side:
             raise InputError(
                 f"a map of {x.shape[-2]} x {x.shape[-1]} is smaller than a patch; "
@@ -51,13 +44,9 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, [B, N, C] to [B, N, C].
+    """Pre-norm transformer block (ViT, arXiv 2010.11929), [B, N, C] to [B, N, C].
 
-    Args:
-        attention: any kind, called with tokens and their (height, width); ``mlp`` likewise.
-        drop_path: probability that a sample skips a branch in training.
-
-    Source: ViT, arXiv 2010.11929.
+    ``drop_path`` is the probability that a sample skips a branch in training.
     """
 
     def __init__(
@@ -90,13 +79,7 @@ def build_blocks(
 
 
 def spread_drop_path(rate: float, depth: int) -> list[float]:
-    """Stochastic depth of each block: it rises linearly from 0 to ``rate``.
-
-    Raises:
-        InputError: ``rate`` outside [0, 1).
-
-    Source: stochastic depth, arXiv 1603.09382.
-    """
+    """Rates of stochastic depth (arXiv 1603.09382), which rise linearly from 0 to ``rate``."""
     if not 0 <= rate < 1:
         raise InputError(f"drop path is a probability below 1, not {rate}.")
     # On the CPU also where a model is built without data: these are numbers, not weights.
@@ -106,12 +89,8 @@ def spread_drop_path(rate: float, depth: int) -> list[float]:
 class Backbone(nn.Module):
     """A classifier over tokens, with the methods that timm asks for.
 
-    A subclass calls ``super().__init__``, builds its layers, calls ``init_weights`` and defines
-    ``forward_features``.
-
-    Args:
-        num_features: C of the last tokens.
-        num_classes: 0 leaves the mean token as it is.
+    A subclass calls ``super().__init__`` with the C of its last tokens, builds its layers, calls
+    ``init_weights`` and defines ``forward_features``. Without classes the mean token comes out.
     """
 
     def __init__(self, num_features: int, num_classes: int) -> None:

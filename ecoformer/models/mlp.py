@@ -1,7 +1,4 @@
-"""The MLP of a block, with the convolution that some backbones have in it.
-
-Shapes: B batch, N tokens = height * width, C channels.
-"""
+"""The MLP of a block, with the convolution that some backbones have in it."""
 
 from __future__ import annotations
 
@@ -32,10 +29,7 @@ def _as_tokens(x: Tensor) -> Tensor:
 
 
 class DepthwiseConv(nn.Module):
-    """3 x 3 depthwise convolution over the tokens' map, [B, N, C] to [B, N, C].
-
-    Source: PVTv2, arXiv 2106.13797.
-    """
+    """3 x 3 depthwise convolution of tokens [B, N, C] as a map (PVTv2, arXiv 2106.13797)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -50,12 +44,9 @@ _PLAIN_LAYERS = {nn.Linear, nn.Conv2d, DepthwiseConv, nn.GELU, nn.ReLU, nn.Ident
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them, [B, N, C] to [B, N, C].
+    """Two linear layers with GELU between them, [B, N, C] to [B, N, C]; dropout after each.
 
-    Args:
-        drop: dropout after each layer.
-        has_dwconv: convolve before the GELU.
-        has_relu: ReLU before the convolution, as in the linear PVTv2.
+    ``has_dwconv`` convolves before the GELU; ``has_relu`` puts a ReLU before that (linear PVTv2).
 
     Source: PVTv2, arXiv 2106.13797, for the convolution.
     """

@@ -1,7 +1,4 @@
-"""Backbones whose map shrinks from stage to stage.
-
-Shapes: B batch, N tokens = height * width, C channels of a stage.
-"""
+"""Backbones whose map shrinks from stage to stage; C is the width of a stage."""
 
 from __future__ import annotations
 
@@ -20,12 +17,9 @@ from ecoformer.models.sizes import PyramidSizes
 
 
 class Pyramid(Backbone):
-    """A backbone in stages; a subclass defines ``forward_stage``.
+    """A backbone in stages of ``embed_dims`` channels; a subclass defines ``forward_stage``.
 
-    Args:
-        embed_dims: C of each stage. The map of the first has a quarter of the image's sides, that
-            of each other one half of those before it.
-        num_classes: 0 leaves the mean token as it is.
+    The map of the first has a quarter of the image's sides, each other half of those before it.
     """
 
     def __init__(self, embed_dims: Sequence[int], num_classes: int) -> None:
@@ -37,14 +31,9 @@ class Pyramid(Backbone):
         ]
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
-        """Embed a map, run the blocks of a stage, and the norm where it ends in one.
+        """Embed images, or the map of the stage before, and run a stage, counted from 0.
 
-        Args:
-            x: images, or the map of the stage before.
-            stage: from 0.
-
-        Returns:
-            [B, C, height, width].
+        [B, C', height', width'] to [B, C, height, width], normalised where the stage ends so.
         """
         raise NotImplementedError
 
@@ -65,17 +54,15 @@ class Pyramid(Backbone):
         """Maps of stages, for dense prediction; timm's ``features_only`` asks for them.
 
         Args:
-            x: images, sides of at least 32.
             indices: of stages; a number takes so many of the last, None all.
             norm: changes nothing: a map is what its stage hands on.
-            output_fmt: ``"NCHW"``.
             intermediates_only: run no stage behind the last map, and return maps alone.
 
         Returns:
             Tokens of the last stage, and maps [B, C, height, width].
 
         Raises:
-            InputError: another ``output_fmt``, or a stage that there is not.
+            InputError: an ``output_fmt`` but ``"NCHW"``, or a stage that there is not.
         """
         if output_fmt != "NCHW":
             raise InputError(f"maps come as NCHW, not {output_fmt}; permute their axes.")
@@ -107,17 +94,10 @@ def build_stages(
     is_linear: bool = False,
     has_dwconv: bool = False,
 ) -> list[nn.ModuleList]:
-    """Build the blocks of each stage.
+    """Build the blocks of each stage; they take ``kinds`` in turn, in the last ``last_kinds``.
 
-    Args:
-        kinds: attention kinds that the blocks of a stage take in turn; ``last_kinds`` in the last.
-        drop_rate: dropout in attention and MLP.
-        drop_path_rate: stochastic depth of the last block.
-        is_linear: pooled spatial reduction, and ReLU in the MLP.
-        has_dwconv: convolution in the MLP.
-
-    Raises:
-        InputError: ``drop_path_rate`` outside [0, 1).
+    ``drop_path_rate`` is the stochastic depth of the last block; outside [0, 1) it is refused.
+    ``is_linear`` means pooled spatial reduction, and ReLU in the MLP.
     """
     drop_paths = spread_drop_path(drop_path_rate, sum(sizes.depths))
     stages = []

@@ -1,7 +1,4 @@
-"""The families of models by name: what commands, the cost model and timm ask about them.
-
-Nothing here imports PyTorch before a model is built: help and wrong flags need none.
-"""
+"""The families of models by name. Without PyTorch: help and wrong flags need none."""
 
 from __future__ import annotations
 
@@ -22,12 +19,7 @@ FAMILIES = ["pvt.family", "twins.family"]
 
 @dataclass(frozen=True)
 class Layout:
-    """An arrangement of attention kinds that stands where a kind could.
-
-    Args:
-        label: what tables and plots call it.
-        kinds: attention kinds that the blocks of a stage take in turn.
-    """
+    """Attention kinds that the blocks of a stage take in turn, under one name."""
 
     label: str
     kinds: tuple[str, ...]
@@ -39,10 +31,8 @@ class ModelFamily:
 
     Args:
         name: of the package, whose ``create_model`` builds the models.
-        variants: variant name to the kinds and layouts that it was published with, its default
-            first.
+        variants: name to the kinds and layouts that it was published with, its default first.
         default_model: variant or released model name that a command takes when none is named.
-        layouts: by the names that stand among those of kinds.
         recipe: configuration fields whose default differs from the shared one.
         released_names: released model name to (variant, kind or layout).
         timm_names: name in timm's registry to variant.
@@ -61,46 +51,29 @@ class ModelFamily:
     def create_model(
         self, variant: str, attention: str | None = None, **keywords: Any
     ) -> nn.Module:
-        """Build a model with fresh weights, by the function of this name of the package.
+        """Build a model with fresh weights, by the package's function of this name.
 
-        Args:
-            attention: a kind or layout; the variant's default where None.
-            keywords: of that function, as ``num_classes`` and ``hashing``.
-
-        Raises:
-            InputError: no such variant, or the variant has no such attention.
+        The variant's default attention where None. What the family lacks is an InputError.
         """
         attention = attention or self.kinds(variant)[0]
         model: nn.Module = import_module(self.name).create_model(variant, attention, **keywords)
         return model
 
     def kinds(self, variant: str) -> tuple[str, ...]:
-        """Kinds and layouts of a variant: the published ones, then those that a user registered.
-
-        Raises:
-            InputError: no such variant.
-        """
+        """Kinds and layouts of a variant: the published ones, then those that a user registered."""
         self._require_name(variant, self.variants)
         published = self.variants[variant]
         return published + tuple(kind for kind in _list_added() if kind not in published)
 
     def label(self, attention: str) -> str:
-        """What tables and plots call a kind or layout.
-
-        Raises:
-            InputError: there is none of this name.
-        """
+        """What tables and plots call a kind or layout."""
         from ecoformer.attention import attention_class
 
         layout = self.layouts.get(attention)
         return attention_class(attention).label if layout is None else layout.label
 
     def check(self, variant: str, attention: str) -> None:
-        """Refuse what ``create_model`` cannot build.
-
-        Raises:
-            InputError: no such variant, or the variant has no such attention.
-        """
+        """Refuse, by an InputError, what ``create_model`` cannot build."""
         kinds = self.kinds(variant)
         if attention not in kinds:
             raise InputError(
@@ -110,10 +83,8 @@ class ModelFamily:
     def resolve(self, model: str, attention: str | None = None) -> tuple[str, str]:
         """Turn what a command line names into a variant and its attention.
 
-        Args:
-            model: a released model name or a variant. One can be both, with another attention
-                than the default of ``create_model``: released commands keep their meaning.
-            attention: beats what the name implies. None takes that, or the variant's default.
+        A name can be a variant's and a released one, which implies another attention: released
+        commands keep their meaning. ``attention`` beats what the name implies.
 
         Raises:
             InputError: no such model, or the model has no such attention.
@@ -140,11 +111,7 @@ class ModelFamily:
 
 
 def find_family(model: str) -> ModelFamily:
-    """Look for the family that has a variant or a released model name.
-
-    Raises:
-        InputError: none has it.
-    """
+    """Find the family of a variant or released model name; an InputError where none has it."""
     families: list[ModelFamily] = [import_module(module).FAMILY for module in FAMILIES]
     for family in families:
         if model in family.variants or model in family.released_names:

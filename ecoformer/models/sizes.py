@@ -7,14 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PyramidSizes:
-    """Sizes of a backbone in four stages; tuples hold a value a stage.
-
-    Args:
-        mlp_ratios: hidden channels of the MLP over ``embed_dims``.
-        sr_ratios: how much spatial reduction shrinks the map's sides.
-
-    Source: the defaults are those of PVT-Tiny, arXiv 2102.12122; PVTv2 and Twins-PCPVT build on it.
-    """
+    """Sizes of four stages; the defaults are those of PVT-Tiny (arXiv 2102.12122)."""
 
     embed_dims: tuple[int, ...] = (64, 128, 320, 512)
     depths: tuple[int, ...] = (2, 2, 2, 2)
