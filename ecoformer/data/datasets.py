@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,17 @@ FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
+
+
+class Fingerprint(TypedDict):
+    """What tells one set of images from another without reading them.
+
+    ``digest`` covers the classes' names, the labels and the files' names, in order.
+    """
+
+    num_classes: int
+    num_images: int
+    digest: str
 
 
 class LabelledImages(Protocol):
@@ -54,6 +66,9 @@ class LabelledImages(Protocol):
         Returns:
             A file, or a set's name and a number.
         """
+
+    def fingerprint(self) -> Fingerprint:
+        """Identify the set."""
 
 
 class ImageFolder:
@@ -133,6 +148,10 @@ class ImageFolder:
         """
         return str(self.path(index))
 
+    def fingerprint(self) -> Fingerprint:
+        """Identify the set: 0.1 s for ImageNet."""
+        return _fingerprint(self.class_names, self.labels, self.names)
+
 
 class ImageArray:
     """Images that fit in memory.
@@ -176,6 +195,24 @@ class ImageArray:
             The set's name and the image's number in it.
         """
         return f"{self.name} image {index}"
+
+    def fingerprint(self) -> Fingerprint:
+        """Identify the set by its labels."""
+        return _fingerprint(self.class_names, self.labels, np.array([self.name.encode()]))
+
+
+def _fingerprint(class_names: Sequence[str], labels: np.ndarray, names: np.ndarray) -> Fingerprint:
+    digest = hashlib.blake2b(digest_size=16)
+    for class_name in class_names:
+        digest.update(os.fsencode(class_name) + b"\0")
+    digest.update(labels.astype("<i8").data)
+    # Of one length each, padded with zeros.
+    digest.update(np.ascontiguousarray(names).view(np.uint8).data)
+    return {
+        "num_classes": len(class_names),
+        "num_images": len(labels),
+        "digest": digest.hexdigest(),
+    }
 
 
 def read_image(path: Path) -> Image.Image:

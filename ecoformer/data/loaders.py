@@ -14,7 +14,7 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ecoformer.data.datasets import FORMATS, LabelledImages, open_dataset
+from ecoformer.data.datasets import FORMATS, Fingerprint, LabelledImages, open_dataset
 from ecoformer.data.digits import SPLITS
 from ecoformer.data.transforms import (
     Transform,
@@ -22,7 +22,7 @@ from ecoformer.data.transforms import (
     build_mixup,
     build_train_transform,
 )
-from ecoformer.data.workers import prepare_worker
+from ecoformer.data.workers import WorkerWatch, prepare_worker
 from ecoformer.errors import InputError
 from ecoformer.seeding import seeded
 
@@ -108,6 +108,7 @@ class Loader:
         # One image at least must be left to take the others' place.
         self.max_bad_images = min(max_bad_images, len(images) - 1)
         self.bad_images: dict[int, str] = {}
+        self._watch = WorkerWatch()
         # A forked worker starts in milliseconds and shares the parent's modules and file names.
         context = "fork" if num_workers and sys.platform == "linux" else None
         self._loader = DataLoader(
@@ -140,9 +141,9 @@ class Loader:
         """Yield images [B, 3, height, width], float32, and labels [B], int64.
 
         Raises:
-            InputError: more images than allowed cannot be read.
+            InputError: more images than allowed cannot be read, or a worker was killed.
         """
-        for batch, bad in self._loader:
+        for batch, bad in self._watch.iterate(self._loader):
             for index, reason in bad:
                 self._count(index, reason)
             assert batch is not None
@@ -177,6 +178,11 @@ class Loaders:
     eval: Loader
     class_names: Sequence[str]
     mixup: Mixup | None
+
+    def fingerprint(self) -> dict[str, Fingerprint]:
+        """Identify the images of each split that is there, in plain values for a checkpoint."""
+        loaders = {"train": self.train, "val": self.eval}
+        return {split: one.images.fingerprint() for split, one in loaders.items() if one}
 
     @property
     def num_classes(self) -> int:
@@ -256,7 +262,7 @@ def build_loaders(
         sampler(images["train"], seed=seed, **ranks),
         build_train_transform(augment, input_size=input_size),
     )
-    mixup = build_mixup(augment, num_classes=len(class_names))
+    mixup = build_mixup(augment, num_classes=len(class_names), input_size=input_size)
     if mixup and data.batch_size % 2:
         raise InputError(
             f"--batch-size {data.batch_size} is odd, and Mixup pairs images; make it even, or give "

@@ -8,8 +8,14 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any
+
+from ecoformer.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 
 def prepare_worker(worker: int) -> None:
@@ -41,6 +47,43 @@ def end_workers(spared: Collection[BaseProcess] = ()) -> None:
     for worker in multiprocessing.active_children():
         if worker not in spared:
             worker.terminate()
+
+
+class WorkerWatch:
+    """Iterates over a loader, and says in one line where one of its workers was killed.
+
+    PyTorch would raise from a signal handler, in the middle of whatever the process does then: a
+    step, or a save. Here it is only raised where a batch is waited for, after up to five seconds.
+    """
+
+    def __init__(self) -> None:
+        self._workers: list[BaseProcess] = []
+
+    def iterate(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Yield the batches.
+
+        Raises:
+            InputError: a worker was killed.
+        """
+        others = multiprocessing.active_children()
+        is_main = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGCHLD) if is_main else None
+        batches = iter(loader)
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+        # Persistent workers start at the first iteration alone.
+        self._workers += [one for one in multiprocessing.active_children() if one not in others]
+        try:
+            yield from batches
+        except RuntimeError as error:
+            codes = [worker.exitcode for worker in self._workers if worker.exitcode]
+            if not codes:
+                raise
+            how = signal.Signals(-codes[0]).name if codes[0] < 0 else f"exit code {codes[0]}"
+            raise InputError(
+                f"a process that reads data was ended by {how}, as where memory runs out; free "
+                "memory or /dev/shm, or lower --num-workers, and repeat the command."
+            ) from error
 
 
 def _end_when_parent_says() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -298,3 +300,95 @@ def test_workers_obey_their_parent_alone(folder: Path) -> None:
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(10)
     assert worker.exitcode == 0
+
+
+def test_a_killed_worker_is_one_line_where_a_batch_is_waited_for(folder: Path) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = build(folder, num_workers=1, batch_size=2).eval
+    # The second epoch, with workers of the first.
+    read(loader)
+    (worker,) = multiprocessing.active_children()
+    batches = iter(loader)
+    next(batches)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    # Nothing is raised in the middle of something else.
+    for _ in range(50):
+        time.sleep(0.01)
+    with pytest.raises(InputError, match=r"ended by SIGKILL, .*lower --num-workers") as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) is before
+
+
+def test_a_worker_that_exits_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ecoformer.data.datasets.open_regular", lambda path: os._exit(7))
+    with pytest.raises(InputError, match="ended by exit code 7"):
+        read(build(folder, num_workers=1).eval)
+
+
+def test_an_error_in_a_worker_is_not_a_killed_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    loader = build(folder, num_workers=1).eval
+    monkeypatch.setattr("ecoformer.data.loaders.seeded", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        read(loader)
+
+
+@pytest.mark.parametrize("minmax", [(0.0, 0.0), (0.5, 0.5), (0.5, 0.51)])
+def test_a_cutmix_range_that_holds_no_pixel_is_refused(
+    folder: Path, minmax: tuple[float, float]
+) -> None:
+    augment = replace(PLAIN, cutmix_minmax=minmax)
+    with pytest.raises(InputError, match=f"--cutmix-minmax {minmax[0]:g} {minmax[1]:g} .* 40 px"):
+        build(folder, augment=augment)
+
+
+def test_a_narrow_cutmix_range_works(folder: Path) -> None:
+    for minmax in ((0.0, 0.03), (0.97, 1.0), (0.5, 0.55)):
+        loaders = build(folder, augment=replace(PLAIN, cutmix_minmax=minmax))
+        assert loaders.mixup is not None
+        for images, labels in read(loaders.train):
+            loaders.mixup(images, labels)
+
+
+def test_fingerprints_tell_what_changed(tmp_path: Path) -> None:
+    def take() -> dict[str, Any]:
+        return build(tmp_path).fingerprint()
+
+    folder = write_images(tmp_path, 12, 4)
+    first = take()
+    assert first == take()
+    assert {split: {**found, "digest": ""} for split, found in first.items()} == {
+        "train": {"num_classes": 2, "num_images": 12, "digest": ""},
+        "val": {"num_classes": 2, "num_images": 4, "digest": ""},
+    }
+    # Plain values, for a checkpoint.
+    assert json.loads(json.dumps(first)) == first
+
+    (folder / "train" / "a" / "000.png").rename(folder / "train" / "b" / "000.png")
+    moved = take()
+    assert moved["train"]["num_images"] == 12
+    assert moved["train"]["digest"] != first["train"]["digest"]
+    assert moved["val"] == first["val"]
+    (folder / "train" / "b" / "000.png").rename(folder / "train" / "a" / "000.png")
+    assert take() == first
+
+    (folder / "val" / "b" / "001.png").rename(folder / "val" / "b" / "renamed.png")
+    assert take()["val"]["digest"] != first["val"]["digest"]
+    for split in ("train", "val"):
+        (folder / split / "b").rename(folder / split / "c")
+    assert take()["train"]["digest"] != first["train"]["digest"]
+
+
+def test_sets_in_memory_have_fingerprints() -> None:
+    data = DataConfig(data_set="DIGITS", num_workers=0)
+    found = [build_loaders(data, NOISY, input_size=size).fingerprint() for size in (32, 40)]
+    assert found[0] == found[1]
+    assert found[0]["train"]["num_images"] == 1437
+    alone = build_loaders(data, NOISY, input_size=32, train=False).fingerprint()
+    assert alone == {"val": found[0]["val"]}
