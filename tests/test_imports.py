@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FILES = [file for name in ("ecoformer", "pvt", "twins") for file in (ROOT / name).rglob("*.py")]
+OURS = {str(file) for file in FILES}
 # Help, and the refusal of a wrong flag, must not wait for torch.
 TORCH_FREE = [
     *("ecoformer.errors", "ecoformer.files", "ecoformer.hash_config", "ecoformer.models.registry"),
@@ -29,7 +30,7 @@ def refuse(action: str) -> None:
     """Raise if a module of ours asks for this while it is imported; a library of its may."""
     frame = sys._getframe(1)
     while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
-        if Path(frame.f_code.co_filename) in FILES:
+        if frame.f_code.co_filename in OURS:
             raise AssertionError(f"{action} while importing {frame.f_globals['__name__']}")
         frame = frame.f_back  # type: ignore[assignment]
 
