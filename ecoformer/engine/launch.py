@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -17,6 +18,9 @@ from ecoformer.ranks import default_store
 
 # How long a rank waits in a collective: longer than a fit or a save on a slow disk takes.
 _TIMEOUT = timedelta(minutes=10)
+# How long it looks for a store at a port.
+_PATIENCE = timedelta(seconds=5)
+_PORT_KEY = "ecoformer/port"
 _ERROR_KEY = "ecoformer/error"
 
 # Counts the groups that this process has joined: a name in the store serves once.
@@ -89,11 +93,6 @@ def process_group(device_name: str | None = None) -> Iterator[torch.device]:
             yield device
             return
         store, number, size = _meet()
-        # After a restart torchrun lets the ranks meet in the same store, where the addresses of
-        # those that died still are. On several nodes counts may differ, and torchrun needs
-        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store each time.
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(
             store=dist.PrefixStore(str(next(_numbers)), store),
             rank=number,
@@ -121,7 +120,35 @@ def _meet() -> tuple[dist.Store, int, int]:
     store of the last one, which is about to go.
     """
     store, number, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = _open_store(store, number)
     return store, number, size
+
+
+def _open_store(torchrun_store: dist.Store, number: int) -> dist.Store:
+    """Let rank 0 open a store for the ranks of this start alone.
+
+    torchrun keeps its own over restarts, and with it the addresses of ranks that died, which others
+    would wait for; no count in the environment is the same on all nodes after a restart.
+    """
+    host = os.environ["MASTER_ADDR"]
+    if number == 0:
+        store = dist.TCPStore(host, 0, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
+        torchrun_store.set(_PORT_KEY, str(store.port))
+        return store
+    end = time.monotonic() + _TIMEOUT.total_seconds()
+    while True:
+        port = int(torchrun_store.get(_PORT_KEY))
+        try:
+            store = dist.TCPStore(host, port, timeout=_PATIENCE, wait_for_workers=False)
+        except dist.DistError:
+            # The port of a rank 0 that has died, unless its host cannot be reached.
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+        else:
+            store.set_timeout(_TIMEOUT)
+            return store
 
 
 def claim_error() -> bool:

@@ -9,11 +9,12 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ecoformer.checkpoint import read_checkpoint
-from tests.engine.ranks import warm_context
+from tests.engine.ranks import torchrun_environments, warm_context
 from tests.reliability.runs import (
     TINY,
     Run,
@@ -97,23 +98,18 @@ def test_nobody_waits_for_ever_for_a_rank_that_hangs(pair_flags: list[str], tmp_
     assert hanging.wait(0)[1] is None
 
 
-def launch(flags: list[str], said: Path, max_restarts: int, strike: Strike) -> None:
-    """torchrun on two ranks, of which the first attempt loses one."""
+def launch(flags: list[str], said: Path, strike: Strike, **options: Any) -> None:
+    """torchrun on two ranks, here or on two nodes, of which the first attempt loses one."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     lead_session(said)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        max_restarts=max_restarts,
+    settings: dict[str, Any] = {
+        **{"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "monitor_interval": 0.1},
+        **{"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"},
         # This process has its imports behind it; a forkserver of its own would repeat them.
-        start_method="fork",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=str(os.getpid()),
-        monitor_interval=0.1,
-    )
+        "start_method": "fork",
+    }
+    config = LaunchConfig(**settings | options)
     elastic_launch(config, work)(flags, said, strike)
 
 
@@ -137,8 +133,11 @@ def test_torchrun_restarts_or_fails(
 ) -> None:
     strike = Strike("step", 4, signal.SIGKILL, rank=1)
     flags = [*pair_flags, "--output_dir", str(tmp_path)]
-    arguments = (flags, tmp_path / "said.0", max_restarts, strike)
-    torchrun = warm_context().Process(target=launch, args=arguments)
+    torchrun = warm_context().Process(
+        target=launch,
+        args=(flags, tmp_path / "said.0", strike),
+        kwargs={"max_restarts": max_restarts},
+    )
     torchrun.start()
     found = Run(tmp_path, [torchrun])
     [code] = found.wait(90)
@@ -149,6 +148,38 @@ def test_torchrun_restarts_or_fails(
         assert code not in (0, None), found.said()
         return
     assert code == 0, found.said()
+    assert_same_run(found, whole_pair)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("backend", ["c10d", pytest.param("static", marks=pytest.mark.slow)])
+def test_a_torchrun_on_each_of_two_nodes_restarts(
+    backend: str, killed: int, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    strike = Strike("step", 4, signal.SIGKILL, rank=killed)
+    [environment, _] = torchrun_environments(2)
+    options = {
+        **{
+            "min_nodes": 2,
+            "max_nodes": 2,
+            "nproc_per_node": 1,
+            "max_restarts": 2,
+            "run_id": "pair",
+        },
+        **{"rdzv_backend": backend, "rdzv_endpoint": f"127.0.0.1:{environment['MASTER_PORT']}"},
+    }
+    flags = [*pair_flags, "--output_dir", str(tmp_path)]
+    nodes = []
+    for node in range(2):
+        node_options = options | {"rdzv_configs": {"rank": node} if backend == "static" else {}}
+        arguments = (flags, tmp_path / f"said.{node}", strike)
+        nodes.append(warm_context().Process(target=launch, args=arguments, kwargs=node_options))
+        nodes[-1].start()
+    found = Run(tmp_path, nodes)
+    assert found.wait(90) == [0, 0], found.said()
+    sessions = [int(line) for line in (tmp_path / "sessions").read_text().split()]
+    assert len(sessions) == 4
+    assert find_orphans(sessions) == []
     assert_same_run(found, whole_pair)
 
 
