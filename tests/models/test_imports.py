@@ -30,7 +30,7 @@ def test_names_need_neither_torch_nor_timm() -> None:
     run_python(
         "sys.modules.update(torch=None, timm=None)\n"
         "import pvt, twins\n"
-        "from ecoformer import InputError\n"
+        "from ecoformer.errors import InputError\n"
         "from ecoformer.models.registry import find_family\n"
         "assert find_family('alt_gvt_small_ecoformer') is twins.FAMILY\n"
         "assert pvt.FAMILY.resolve('pvt_v2_b0') == ('pvt_v2_b0', 'ecoformer')\n"
