@@ -15,7 +15,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(installed) ## train, convert, cost and compare a small model on embedded data
-	@$(python) -m ecoformer.tools.demo --backbone $(BACKBONE)
+	@$(python) -m ecoformer demo --backbone $(BACKBONE)
 
 test: $(installed) ## all tests but the slow ones
 	@$(python) -m pytest

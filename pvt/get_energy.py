@@ -10,7 +10,7 @@ from pvt import FAMILY
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return run_get_energy(FAMILY, argv)
+    return run_get_energy(argv, FAMILY)
 
 
 if __name__ == "__main__":

@@ -239,15 +239,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def __post_init__(self) -> None:
-        size = self.model.input_size
-        sides = {int(share * size) for share in self.augment.cutmix_minmax or (0, 1)}
-        if len(sides) < 2:
-            raise InputError(
-                f"cutmix_minmax is {self.augment.cutmix_minmax!r}, which is the same side of "
-                f"{size} pixels twice; give shares further apart."
-            )
-
     def to_flat(self) -> dict[str, Any]:
         """Lay the fields of all sections side by side, in types that YAML and JSON know."""
         sections = asdict(self).values()

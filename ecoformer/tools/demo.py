@@ -1,4 +1,4 @@
-"""The whole story on real handwritten digits, in minutes: ``python -m ecoformer.tools.demo``.
+"""The whole story on real handwritten digits, in minutes: ``ecoformer demo``.
 
 It writes the embedded digits as an image folder, trains a small softmax model from nothing,
 fine-tunes it with EcoFormer attention by the commands that ImageNet takes, evaluates both, and
@@ -7,7 +7,6 @@ leaves one table and one picture. It runs from a clone, whose ``configs/demo`` i
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import shlex
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ecoformer.config.arguments import ArgumentParser
 from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The process's exit code: that of the first command that fails; 1 if the accuracy falls
         short; else 0.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m ecoformer.tools.demo",
+    parser = ArgumentParser(
+        prog="ecoformer demo",
         description="Train softmax and EcoFormer attention on real digits and compare them.",
     )
     parser.add_argument("--backbone", choices=sorted(_MODELS), default="pvt")

@@ -1,44 +1,46 @@
-"""The commands ``pvt.get_energy`` and ``twins.get_energy``."""
+"""The command ``ecoformer cost``, which ``pvt.get_energy`` and ``twins.get_energy`` are, too."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ecoformer.config import parse_config
+from ecoformer.config.arguments import ArgumentParser
 from ecoformer.errors import EXIT_DONE, InputError, print_error
 from ecoformer.files import write_text
-
-if TYPE_CHECKING:
-    from ecoformer.models.registry import ModelFamily
+from ecoformer.models.registry import ModelFamily, find_family
 
 
-def run_get_energy(family: ModelFamily, argv: Sequence[str] | None = None) -> int:
-    """Print what a model of a family costs. It needs no weights, and no fit.
+def run_get_energy(argv: Sequence[str] | None = None, family: ModelFamily | None = None) -> int:
+    """Print what a model costs. It needs no weights, and no fit.
+
+    Args:
+        argv: ``sys.argv`` without its first word if not given.
+        family: where models come from; the one that ``--model`` belongs to where None.
 
     Returns:
         The process's exit code: 0 done, 2 bad input.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {family.name}.get_energy",
+    program = f"python -m {family.name}.get_energy" if family else "ecoformer cost"
+    train = f"python -m {family.name}.main" if family else "ecoformer train"
+    parser = ArgumentParser(
+        prog=program,
         usage="%(prog)s [--config FILE] [--model NAME] [--attn_type KIND] [--json [FILE]] ...",
-        description=f"Count operations, energy and area of a {family.name} model for one image.",
-        epilog=f"Flags that shape the model are those of python -m {family.name}.main: --config, "
-        "--model, --attn_type, --input-size, --nbits, --anchor; its others change nothing here.",
-        allow_abbrev=False,
+        description="Count operations, energy and area of a model for one image.",
+        epilog=f"Flags that shape the model are those of {train}: --config, --model, --attn_type, "
+        "--input-size, --nbits, --anchor; its others change nothing here.",
     )
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON; to stdout without FILE"
     )
     options, model_flags = parser.parse_known_args(argv)
-    # Brings torch along, for which --help need not wait.
-    from ecoformer.config import parse_config
-    from ecoformer.tools.energy.description import count, to_json, to_text
-
     try:
         config = parse_config(model_flags, family)
-        cost = count(config, family)
+        # Brings torch along, for which a wrong flag need not wait.
+        from ecoformer.tools.energy.description import count, to_json, to_text
+
+        cost = count(config, family or find_family(config.model.model))
         if options.json != "-":
             print(to_text(config, cost))
         if options.json:
