@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -424,6 +425,46 @@ def test_convert_and_back(suffix: str, tmp_path: Path, capsys: pytest.CaptureFix
     back = read_checkpoint(tmp_path / "back.pth")["model"]
     assert back.keys() == STATE.keys()
     assert all(torch.equal(back[n], STATE[n]) for n in STATE if not n.endswith("projection_matrix"))
+
+
+@pytest.mark.parametrize(("epoch", "expected"), [(3, 3), (None, 0)])
+def test_convert_writes_what_the_released_code_trusts(
+    epoch: int | None, expected: int, tmp_path: Path
+) -> None:
+    training = {"model": to_ours(STATE)} | ({} if epoch is None else {"epoch": epoch})
+    (tmp_path / "ours.pth").write_bytes(to_bytes(training))
+    assert main([str(tmp_path / "ours.pth"), str(tmp_path / "released.pth"), "--released"]) == 0
+    # The released main.py loads "model" strictly, and keeps hash functions only beside an "epoch".
+    found = torch.load(tmp_path / "released.pth", map_location="cpu", weights_only=True)
+    assert list(found) == ["model", "epoch"]
+    assert found["epoch"] == expected
+    assert {name: t.shape for name, t in found["model"].items()} == {
+        name: t.shape for name, t in STATE.items()
+    }
+
+
+def test_convert_keeps_a_bare_state_dict_for_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "ours.pth").write_bytes(to_bytes({"model": to_ours(STATE), "epoch": 3}))
+    assert main([str(tmp_path / "ours.pth"), str(tmp_path / "a.safetensors"), "--released"]) == 0
+    assert safetensors.torch.load_file(tmp_path / "a.safetensors").keys() == STATE.keys()
+
+
+def test_convert_says_where_nothing_vouches_for_its_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.pth").write_bytes(GOOD_LEGACY)
+    assert main([str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]) == 0
+    note, wrote = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"{tmp_path / 'a.pth'}: Nothing vouches for the file's bits")
+    assert wrote == f"wrote {tmp_path / 'b.pth'}"
+
+
+def test_help_on_convert_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from ecoformer.tools.convert import main; "
+    command = [sys.executable, "-c", code + "main(['--help'])"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("usage: ecoformer convert [-h] [--released] IN OUT")
 
 
 @pytest.mark.parametrize("name", ["weights.txt", "weights", "weights.npz"])
