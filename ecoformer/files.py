@@ -43,10 +43,6 @@ def _open_regular(path: str, flags: int) -> int:
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all, and its folder if it is missing.
 
-    Args:
-        path: of the file.
-        text: its content.
-
     Raises:
         InputError: the disk refuses; what stood under ``path`` before is untouched.
     """
@@ -58,11 +54,7 @@ def write_text(path: Path, text: str) -> None:
 def open_atomic(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that takes its name when the block ends well, and vanishes otherwise.
 
-    Args:
-        path: the name; its folder is made if need be.
-
-    Yields:
-        The file, to be written and read.
+    It can be written and read. Its folder is made if need be.
 
     Raises:
         InputError: the disk refuses; what stood under ``path`` before is untouched.
@@ -99,9 +91,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
 def remove_stale(path: Path, *, min_age_s: float = 0.0) -> None:
     """Remove what processes left that were killed while they wrote a file.
 
-    Args:
-        path: the file's name.
-        min_age_s: how long nobody has written to it, where others may write the same file.
+    ``min_age_s`` is how long nobody has written to it, where others may write the same file.
     """
     newest = time.time() - min_age_s
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

@@ -17,10 +17,7 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Mix integers and labels into one seed.
-
-    Args:
-        parts: what the draw depends on, e.g. ``("sample", seed, epoch, position)``.
+    """Mix what a draw depends on, e.g. ``("sample", seed, epoch, position)``, into one seed.
 
     Returns:
         A number in [0, 2**63), the same on every platform and Python version.
@@ -30,11 +27,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's global generators (all devices).
-
-    Args:
-        seed: from ``derive_seed``.
-    """
+    """Seed Python's, NumPy's and PyTorch's global generators (all devices)."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)
@@ -42,11 +35,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators inside a block and restore them after it.
-
-    Args:
-        seed: from ``derive_seed``.
-    """
+    """Seed the global CPU generators inside a block and restore them after it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)

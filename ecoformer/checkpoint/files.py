@@ -48,7 +48,10 @@ _DIGEST = "ecoformer_sha256"
 _UNVOUCHED = "Nothing vouches for the file's bits"
 # Some 100,000 tensors; the list of an archive's members is read at once.
 _MAX_INDEX_BYTES = 8 * 2**20
-_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+}
 
 
 class Checkpoint(dict[str, Any]):
@@ -63,9 +66,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     PyTorch's zip and legacy files and safetensors are told apart by content, not by name. No more
     memory is taken than a few times the file's size. Damaged bits are found by an archive's own
     checksums and by the digest in files of ours; ``notes`` tells where there is neither.
-
-    Args:
-        path: a bare state dict, or a training dictionary with one in ``model`` or ``state_dict``.
 
     Returns:
         ``model``: name -> tensor on the CPU, as laid out in the file but without the prefixes of
@@ -95,12 +95,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def parse_checkpoint(file: IO[bytes], origin: str) -> tuple[object, tuple[str, ...]]:
     """Deserialise an open file by what its first bytes say it is, running nothing in it.
 
-    Args:
-        file: open at its start.
-        origin: what messages call it, e.g. the file's path.
+    ``origin`` is what messages call it, e.g. the file's path.
 
     Returns:
-        What was saved: tensors, on the CPU, in containers of plain values; and notes on the file.
+        Tensors, on the CPU, in containers of plain values; and notes on the file.
 
     Raises:
         InputError: it is no weight file, damaged, asks for code to be run, or unpacks to more
@@ -173,44 +171,55 @@ def _check_archive(file: IO[bytes]) -> tuple[str, ...]:
     except zipfile.BadZipFile:
         raise ValueError("no central directory at its end") from None
     with archive:
-        members = {member.filename: member for member in archive.infolist()}
-        if len(members) < len(archive.infolist()):
-            raise ValueError("two members of one name")
-        for name, member in members.items():
-            # PyTorch writes nothing else; its reader would unpack.
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"member {name} is compressed")
-        if sum(member.file_size for member in members.values()) > num_bytes:
-            raise ValueError("members that are larger than the file")
-        root = next(iter(members)).partition("/")[0]
-        pickled = members.get(f"{root}/data.pkl")
-        if pickled is None:
-            raise ValueError("no data.pkl")
-        if pickled.file_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"a data.pkl of {pickled.file_size} bytes")
+        members = archive.infolist()
+        root = members[0].filename.partition("/")[0]
+        _check_members(members, num_bytes)
         # torch.serialization.set_crc32_options(False) has zeros written.
-        has_checksums = any(member.CRC for member in members.values())
+        has_checksums = any(member.CRC for member in members)
         if not has_checksums:
-            for member in members.values():
+            for member in members:
                 del member.CRC
-        scan = PickleScan()
-        scan.run(io.BytesIO(archive.read(pickled)))
-        scan.check_sharing()
-        for key, storage in scan.storages.items():
-            if members[f"{root}/data/{key}"].file_size != storage.num_bytes:
-                raise ValueError(f"storage {key} of another size than its tensors")
-        if not has_checksums:
-            return (f"{_UNVOUCHED}: the archive was written without checksums",)
-        # PyTorch's reader does not look at them.
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"the checksum of its member {damaged} is wrong")
-        if f"{root}/{_DIGEST}" in members:
-            if archive.read(f"{root}/{_DIGEST}").decode() != _digest_members(archive):
-                raise ValueError("its members are not those that were written")
-        elif not _has_own_identifier(archive, root):
-            return ("The archive was changed after PyTorch had written it: its identifier differs",)
-        return ()
+        _check_contents(archive, root)
+        if has_checksums:
+            return _check_bits(archive, root)
+        return (f"{_UNVOUCHED}: the archive was written without checksums",)
+
+
+def _check_members(members: list[zipfile.ZipInfo], num_bytes: int) -> None:
+    if len({member.filename for member in members}) < len(members):
+        raise ValueError("two members of one name")
+    for member in members:
+        # PyTorch writes nothing else, but its reader would unpack.
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"member {member.filename} is compressed")
+    if sum(member.file_size for member in members) > num_bytes:
+        raise ValueError("members that are larger than the file")
+
+
+def _check_contents(archive: zipfile.ZipFile, root: str) -> None:
+    pickled = archive.getinfo(f"{root}/data.pkl")
+    if pickled.file_size > MAX_PICKLE_BYTES:
+        raise ValueError(f"a data.pkl of {pickled.file_size} bytes")
+    scan = PickleScan()
+    scan.run(io.BytesIO(archive.read(pickled)))
+    scan.check_sharing()
+    for key, storage in scan.storages.items():
+        # PyTorch's reader would go on behind a member that is too short.
+        if archive.getinfo(f"{root}/data/{key}").file_size != storage.num_bytes:
+            raise ValueError(f"storage {key} of another size than its tensors")
+
+
+def _check_bits(archive: zipfile.ZipFile, root: str) -> tuple[str, ...]:
+    # PyTorch's reader does not look at checksums.
+    damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"the checksum of its member {damaged} is wrong")
+    if f"{root}/{_DIGEST}" in archive.namelist():
+        if archive.read(f"{root}/{_DIGEST}").decode() != _digest_members(archive):
+            raise ValueError("its members are not those that were written")
+    elif not _has_own_identifier(archive, root):
+        return ("The archive was changed after PyTorch had written it: its identifier differs",)
+    return ()
 
 
 def _digest_members(archive: zipfile.ZipFile) -> str:
@@ -267,13 +276,7 @@ def _load_safetensors(file: IO[bytes]) -> tuple[dict[str, Tensor], tuple[str, ..
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_PICKLE_BYTES:
         raise ValueError(f"a header of {length} bytes")
-    header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise InputError(
-                f"entry {name!r} is of the unusual type {entry['dtype']}; save it as float32."
-            )
+    metadata = json.loads(file.read(length)).get("__metadata__", {})
     file.seek(0)
     tensors = safetensors.torch.load(file.read())
     if _DIGEST not in metadata:
@@ -296,11 +299,7 @@ def _digest_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def unwrap_state(content: object, origin: str) -> dict[str, Any]:
-    """Find the state dict in what a file held, and check that it is one.
-
-    Args:
-        content: a bare state dict or a training dictionary.
-        origin: what messages call it, e.g. the file's path.
+    """Find the state dict in what a file held, bare or in ``model`` or ``state_dict``.
 
     Returns:
         ``model``: name -> tensor without wrapper prefixes, and the rest of a training dictionary.
@@ -329,6 +328,9 @@ def unwrap_state(content: object, origin: str) -> dict[str, Any]:
             raise InputError(f"{origin}: entry {name!r} is sparse or quantized; save it dense.")
         if tensor.is_meta or tensor.is_nested:
             raise InputError(f"{origin}: entry {name!r} is a meta or nested tensor; save it dense.")
+        if tensor.dtype not in _DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{origin}: entry {name!r} is of type {kind}; save it as float32.")
         short = _WRAPPERS.sub("", name)
         if short in tensors:
             raise InputError(f"{origin}: has {short!r} twice, bare and wrapped; keep one of them.")
@@ -341,9 +343,6 @@ def save_atomic(obj: object, path: str | os.PathLike[str]) -> None:
 
     The archive gets one more member, a digest of the others, which ``read_checkpoint`` verifies
     and PyTorch does not see.
-
-    Args:
-        obj: tensors, and containers and plain values around them.
 
     Raises:
         InputError: the disk refuses; what stood under ``path`` before is untouched.

@@ -42,19 +42,9 @@ _logger = logging.getLogger(__name__)
 class ZooEntry:
     """A released checkpoint and what was published about it, on ImageNet-1k.
 
-    Args:
-        model: the variant that it belongs to; its attention is ``"ecoformer"``.
-        url: where it lies.
-        top1: accuracy, percent.
-        mul_g: multiplications for one image, 10^9.
-        add_g: additions for one image, 10^9.
-        energy_g_pj: energy for one image, 10^9 pJ.
-        throughput_img_s: images a second on an RTX 3090.
-        sha256: of the file, once a person has verified it.
-        input_size: side of the images, pixels.
-        mean: of the images' channels, subtracted before the model.
-        std: of the images' channels, divided by after that.
-        licence: SPDX name.
+    ``top1`` is in percent; operations of one image in 10^9, its energy in 10^9 pJ; images a second
+    on an RTX 3090. ``sha256`` is None until a person has verified the file. Its attention is
+    ``"ecoformer"``.
 
     Source: table of models of the released implementation.
     """
@@ -73,11 +63,7 @@ class ZooEntry:
     licence: str = "Apache-2.0"
 
     def timm_config(self) -> dict[str, object]:
-        """Tell timm what it keeps of weights.
-
-        Returns:
-            Fields of timm's ``PretrainedCfg``.
-        """
+        """Fields of timm's ``PretrainedCfg``."""
         return {
             "url": self.url,
             "input_size": (3, self.input_size, self.input_size),
@@ -124,8 +110,8 @@ def resolve_source(
         A path, at which there need not be a file if ``source`` is one.
 
     Raises:
-        InputError: there is no such zoo name, no such home or address, the download fails, the
-            file in the cache cannot be read, or a checksum is wrong.
+        InputError: there is no such zoo name, no such home or address, the download fails, is too
+            slow or too large, the file in the cache cannot be read, or a checksum is wrong.
     """
     text = os.fspath(source)
     try:
@@ -201,11 +187,7 @@ def _fetch(url: str, path: Path, expected: str | None) -> Path:
 
 
 def _download(url: str, path: Path, file: IO[bytes]) -> int | None:
-    """Write what a URL serves into a file, with a progress bar on terminals.
-
-    Returns:
-        The number of bytes that were promised, if one was.
-    """
+    """Write what a URL serves into a file; return the number of bytes promised, if one was."""
     # Imported here: few runs download anything.
     from tqdm import tqdm
 

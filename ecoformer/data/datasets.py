@@ -30,9 +30,9 @@ FASHION_CLASSES = (
 
 
 class Fingerprint(TypedDict):
-    """What tells one set of images from another without reading them.
+    """Tells one set of images from another without reading them.
 
-    ``digest`` covers the classes' names, the labels and the files' names, in order.
+    ``digest`` covers the names of classes and files and the labels, in order.
     """
 
     num_classes: int
@@ -48,27 +48,13 @@ class LabelledImages(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Read an image.
-
-        Args:
-            index: in [0, len(self)).
-
-        Returns:
-            The image, RGB, and its label, an index of ``class_names``.
-        """
+        """The image, RGB, and its label, an index of ``class_names``."""
 
     def describe(self, index: int) -> str:
-        """Say which image this is, so that a user finds it.
-
-        Args:
-            index: in [0, len(self)).
-
-        Returns:
-            A file, or a set's name and a number.
-        """
+        """Name the file, or the set and the image's number, so that a user finds it."""
 
     def fingerprint(self) -> Fingerprint:
-        """Identify the set."""
+        """Tell this set from others."""
 
 
 class ImageFolder:
@@ -76,10 +62,7 @@ class ImageFolder:
 
     File names lie in one array: counting references writes to a list of strings, so each worker
     would come to hold a copy of its own, about 200 MB for ImageNet. Hidden files and folders are
-    left out.
-
-    Args:
-        root: holds one folder a class; images may lie in folders below that.
+    left out; images may lie in folders below a class's.
 
     Raises:
         InputError: no folder, no class folder, or a class without an image.
@@ -115,41 +98,21 @@ class ImageFolder:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Decode an image.
 
-        Args:
-            index: in [0, len(self)).
-
-        Returns:
-            The image, RGB, and its label, an index of ``class_names``.
-
         Raises:
             Exception: what Pillow says of a file that is not a whole image.
         """
         return read_image(self.path(index)), int(self.labels[index])
 
     def path(self, index: int) -> Path:
-        """Name an image's file.
-
-        Args:
-            index: in [0, len(self)).
-
-        Returns:
-            Its path, the folder's included.
-        """
+        """The image's file, the folder's path included."""
         return self.root / self.class_names[self.labels[index]] / os.fsdecode(self.names[index])
 
     def describe(self, index: int) -> str:
-        """Say which image this is, so that a user finds it.
-
-        Args:
-            index: in [0, len(self)).
-
-        Returns:
-            The path of its file.
-        """
+        """The path of its file."""
         return str(self.path(index))
 
     def fingerprint(self) -> Fingerprint:
-        """Identify the set: 0.1 s for ImageNet."""
+        """Takes 0.1 s for ImageNet."""
         return _fingerprint(self.class_names, self.labels, self.names)
 
 
@@ -157,10 +120,8 @@ class ImageArray:
     """Images that fit in memory.
 
     Args:
-        name: of the set, for messages.
         images: [num_images, height, width] or [num_images, height, width, 3], uint8.
         labels: [num_images], integers.
-        class_names: one for each label.
     """
 
     def __init__(
@@ -175,29 +136,15 @@ class ImageArray:
         return len(self.images)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Take an image out of the array.
-
-        Args:
-            index: in [0, len(self)).
-
-        Returns:
-            The image, RGB, and its label, an index of ``class_names``.
-        """
+        """Take an image out of the array, as RGB."""
         return Image.fromarray(self.images[index]).convert("RGB"), int(self.labels[index])
 
     def describe(self, index: int) -> str:
-        """Say which image this is, so that a user finds it.
-
-        Args:
-            index: in [0, len(self)).
-
-        Returns:
-            The set's name and the image's number in it.
-        """
+        """The set's name and the image's number in it."""
         return f"{self.name} image {index}"
 
     def fingerprint(self) -> Fingerprint:
-        """Identify the set by its labels."""
+        """Of the labels alone."""
         return _fingerprint(self.class_names, self.labels, np.array([self.name.encode()]))
 
 
@@ -271,9 +218,6 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
         path: folder of the data; not needed for ``"DIGITS"``.
         split: ``"train"`` or ``"val"``.
         input_size: side that digits are enlarged to, pixels.
-
-    Returns:
-        Its images, read one by one, and the names of their classes.
 
     Raises:
         InputError: the data are not there, or not as they should be.

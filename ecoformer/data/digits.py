@@ -17,20 +17,15 @@ NUM_VALIDATION = 360
 
 
 def load_digits(split: str, *, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Load one split of the 1,797 digits of 8x8 pixels, enlarged.
+    """Load one split of the 1,797 digits of 8x8 pixels, enlarged to ``size`` pixels a side.
 
     The split is drawn once, from the generator of seed 0: 1,437 digits to train, 360 to validate,
     by the same writers.
 
-    Args:
-        split: ``"train"`` or ``"val"``.
-        size: side of the images, pixels.
-
     Returns:
         Images [num_images, size, size], uint8, white on black, and labels [num_images], int64.
 
-    Source:
-        Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, 1998.
+    Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, 1998.
     """
     from sklearn.datasets import load_digits as load
 
@@ -48,13 +43,6 @@ def write_digits_folder(root: Path, *, size: int = 64) -> Path:
     """Write the digits as PNG files, one folder a class in train/ and val/, unless they are there.
 
     The folder appears whole or not at all, also where several processes write it at once.
-
-    Args:
-        root: folder to make.
-        size: side of the images, pixels.
-
-    Returns:
-        ``root``.
 
     Raises:
         InputError: ``root`` holds something else.

@@ -50,10 +50,7 @@ class _Sample(NamedTuple):
 class SampleReader(Dataset[_Sample]):
     """Read and transform a drawn image; the next one in its place where it cannot be read.
 
-    Args:
-        images: what is read from.
-        transform: what is done to an image; seeded by the draw.
-        max_bad_images: how many may be passed over.
+    A draw seeds its transform. At most ``max_bad_images`` are passed over for one.
     """
 
     def __init__(
@@ -85,8 +82,6 @@ class Loader:
     generator of the caller.
 
     Args:
-        images: what is read from.
-        transform: what is done to each image.
         batches: which images, when, and their seeds.
         num_workers: processes that read; 0 reads in this one.
         pin_memory: page-lock batches, for a faster way to a GPU.
@@ -129,12 +124,7 @@ class Loader:
         return len(self.batches)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch that the next iteration goes through, and where it begins.
-
-        Args:
-            epoch: counted from 0.
-            start_step: batches to leave out, since an earlier process has seen them.
-        """
+        """Choose the epoch of the next iteration, and the batches that it leaves out, as seen."""
         self.batches.set_epoch(epoch, start_step)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -165,13 +155,9 @@ class Loader:
 
 @dataclass(frozen=True)
 class Loaders:
-    """The data of a run.
+    """The data of a run: ``train`` is None for evaluation alone, ``mixup`` where it is off.
 
-    Args:
-        train: None where only evaluation was asked for.
-        eval: each image once, over all ranks.
-        class_names: in the order of the labels.
-        mixup: blends a training batch; None where it is off.
+    ``class_names`` are in the order of the labels.
     """
 
     train: Loader | None
@@ -201,21 +187,13 @@ def build_loaders(
     pin_memory: bool = False,
     train: bool = True,
 ) -> Loaders:
-    """Open the data and build its loaders.
+    """Open the data and build this rank's loaders of them.
 
     Args:
-        data: what to load, and how; no more workers than cores, which would only get in each
-            other's way.
-        augment: what is done to training images.
-        input_size: side of the images, pixels.
+        data: no more workers are started than cores, which would only get in each other's way.
         seed: of order and augmentation; the same on all ranks.
-        rank: this process.
-        world_size: number of processes.
         pin_memory: whether batches go to a CUDA device, so that ``data.pin_mem`` has a meaning.
         train: whether to open the training images; evaluation alone needs none.
-
-    Returns:
-        This rank's share of both splits, in batches; no ``train`` where it was not asked for.
 
     Raises:
         InputError: the data are not there, or not as they should be.
@@ -277,21 +255,13 @@ def build_loaders(
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use.
-
-    Returns:
-        At least 1; all of the machine's where the system does not tell a process its share.
-    """
+    """Count the cores that this process may use; those of the machine where that is not known."""
     # Not every system can tell a process's own share.
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def require_equal_classes(train: Sequence[str], val: Sequence[str]) -> None:
-    """Check that both splits number the same classes.
-
-    Args:
-        train: class names of the training images.
-        val: those of the validation images.
+    """Check that both splits number the same classes, given by name.
 
     Raises:
         InputError: one of them lacks a class.
@@ -306,14 +276,7 @@ def require_equal_classes(train: Sequence[str], val: Sequence[str]) -> None:
 
 
 def describe_failure(error: Exception) -> str:
-    """Say why an image cannot be read.
-
-    Args:
-        error: what reading it raised.
-
-    Returns:
-        One line, without the file's name.
-    """
+    """Say in one line why an image cannot be read, without the file's name."""
     if isinstance(error, UnidentifiedImageError):
         return f"none of the formats {', '.join(FORMATS)}"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -19,22 +19,13 @@ class Order(Protocol):
     def __len__(self) -> int: ...
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is given.
-
-        Args:
-            epoch: counted from 0.
-        """
+        """Choose the epoch whose order is given."""
 
 
 class EvaluationSampler(Sampler[int]):
     """Share out every image exactly once: rank r reads r, r + world_size, ...
 
     Ranks may differ by one image, and may have none.
-
-    Args:
-        num_images: images of all ranks together.
-        rank: this process.
-        world_size: number of processes.
     """
 
     def __init__(self, *, num_images: int, rank: int, world_size: int) -> None:
@@ -47,22 +38,11 @@ class EvaluationSampler(Sampler[int]):
         return len(self.indices)
 
     def set_epoch(self, epoch: int) -> None:
-        """Keep the order: it is the same in every epoch.
-
-        Args:
-            epoch: any.
-        """
+        """Keep the order: it is the same in every epoch."""
 
 
 class ShuffledSampler(DistributedSampler[int]):
-    """Share out a new permutation of the images each epoch; the first ones fill up the last round.
-
-    Args:
-        images: what is drawn from; only its length counts.
-        seed: added to the epoch.
-        rank: this process.
-        world_size: number of processes.
-    """
+    """Share out a new permutation each epoch; its first images fill up the last round."""
 
     def __init__(self, images: Sized, *, seed: int, rank: int, world_size: int) -> None:
         super().__init__(cast(Dataset[Any], images), world_size, rank, seed=seed)
@@ -72,17 +52,10 @@ class RepeatedAugmentationSampler(RepeatAugSampler):
     """Share out a new permutation each epoch, each image ``num_repeats`` times in a row.
 
     The epoch ends after as many draws as there are images, rounded down to whole 256, so it sees a
-    third of them, each in three augmentations, on different ranks where there are several.
+    third of them, each in three augmentations, on different ranks where there are several. timm's
+    sampler knows the epoch alone: the seed is added to it.
 
-    Args:
-        images: what is drawn from; only its length counts.
-        seed: added to the epoch; timm's sampler knows the epoch alone.
-        rank: this process.
-        world_size: number of processes.
-        num_repeats: draws of one image.
-
-    Source:
-        Hoffer et al., "Augment your batch", CVPR 2020; DeiT's form, by timm.
+    Source: Hoffer et al., "Augment your batch", CVPR 2020; DeiT's form, by timm.
     """
 
     def __init__(
@@ -93,11 +66,7 @@ class RepeatedAugmentationSampler(RepeatAugSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is given.
-
-        Args:
-            epoch: counted from 0.
-        """
+        """Choose the epoch, counted from 0, whose order is given."""
         super().set_epoch(self.seed + epoch)
 
 
@@ -112,14 +81,7 @@ class DrawBatches(Sampler[list[Draw]]):
     """Cut a rank's order into batches, and seed each draw by its place among those of all ranks.
 
     A repeated image gets another seed each time, and no seed depends on what was read before.
-
-    Args:
-        order: image indices of this rank.
-        batch_size: draws in a batch.
-        seed: of the run.
-        rank: this process.
-        world_size: number of processes.
-        drop_last: leave out a last batch that is not full.
+    ``drop_last`` leaves out a last batch that is not full.
     """
 
     def __init__(
@@ -146,12 +108,7 @@ class DrawBatches(Sampler[list[Draw]]):
         return num_full + (num_left > 0 and not self.drop_last)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch, and where in it the next iteration begins.
-
-        Args:
-            epoch: counted from 0.
-            start_step: batches to leave out, since an earlier process has seen them.
-        """
+        """Choose the epoch, and how many batches of it were seen by an earlier process."""
         self.epoch = epoch
         self.start_step = start_step
         self.order.set_epoch(epoch)

@@ -27,10 +27,6 @@ def build_train_transform(augment: AugmentConfig, *, input_size: int) -> Transfo
 
     It draws from the global generators of Python, NumPy and PyTorch alone.
 
-    Args:
-        augment: what to do.
-        input_size: side of the result, pixels.
-
     Returns:
         A function from an RGB image to [3, input_size, input_size], float32.
 
@@ -75,14 +71,10 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Imag
 def build_eval_transform(input_size: int) -> Transform:
     """Build the fixed transform of evaluation images.
 
-    Args:
-        input_size: side of the result, pixels.
-
     Returns:
         A function from an RGB image to [3, input_size, input_size], float32.
 
-    Source:
-        DeiT, as released; EcoFormer evaluates with it.
+    Source: DeiT, as released; EcoFormer evaluates with it.
     """
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from torchvision import transforms
@@ -99,13 +91,11 @@ def build_eval_transform(input_size: int) -> Transform:
 
 
 def build_mixup(augment: AugmentConfig, *, num_classes: int, input_size: int) -> Mixup | None:
-    """Build what blends the images and labels of a batch, if it is on.
+    """Build what blends the images and labels of a batch; None where nothing is on.
 
-    It draws from NumPy's global generator, and needs batches of even size.
-
-    Returns:
-        A function from images [B, 3, input_size, input_size], float, and labels [B], int64, to the
-        images, blended in place, and soft labels [B, num_classes], float; None where nothing is on.
+    It takes images [B, 3, input_size, input_size], float, B even, and labels [B], int64; it
+    returns the images, blended in place, and soft labels [B, num_classes], float. It draws from
+    NumPy's global generator.
 
     Raises:
         InputError: no number of pixels lies in ``cutmix_minmax``.

@@ -23,9 +23,6 @@ def prepare_worker(worker: int) -> None:
 
     Ctrl-C and a scheduler's signals reach each process of a job. A worker that ends at one makes
     PyTorch raise in the trainer, wherever it is just then, before it can save and stop.
-
-    Args:
-        worker: its number, which nothing depends on.
     """
     # Pillow remarks on damaged metadata, a line an image.
     warnings.filterwarnings("ignore", module="PIL")
@@ -39,10 +36,8 @@ def prepare_worker(worker: int) -> None:
 def end_workers(spared: Collection[BaseProcess] = ()) -> None:
     """End those that read for this process, also in the middle of an image that never ends.
 
-    At exit PyTorch waits for each of them, five seconds where one is busy.
-
-    Args:
-        spared: children of this process that are somebody else's.
+    At exit PyTorch waits for each of them, five seconds where one is busy. Children that are
+    ``spared`` are somebody else's.
     """
     for worker in multiprocessing.active_children():
         if worker not in spared:

@@ -21,9 +21,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ecoformer.checkpoint import read_checkpoint
+from ecoformer.checkpoint import load_checkpoint, read_checkpoint
 from ecoformer.checkpoint.pickles import MAX_PICKLE_BYTES
 from ecoformer.errors import InputError
+from tests.checkpoint.weights import Entries
 
 WEIGHTS = {"w": torch.arange(4.0)}
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -149,7 +150,7 @@ LEGACY_CLAIM = (
 
 ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a pickle of zeros, compressed": (
-        lambda: rezip(to_bytes(WEIGHTS), {"archive/data.pkl": bytes(2**28)}, zipfile.ZIP_DEFLATED),
+        lambda: rezip(to_bytes(WEIGHTS), {"archive/data.pkl": bytes(2**26)}, zipfile.ZIP_DEFLATED),
         "is compressed",
     ),
     "a large pickle": (lambda: with_pickle(BIG), "a data.pkl of"),
@@ -278,8 +279,11 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a deep safetensors header": (lambda: safetensors_of(b'{"a":' + b"[" * 10**5), "safetensors"),
     "a safetensors header that is a list": (lambda: safetensors_of(b'{"a":[]}'), "safetensors"),
-    "safetensors of float8": (lambda: safetensors_typed("F8_E4M3", 4), "unusual type F8_E4M3"),
-    "safetensors of float4": (lambda: safetensors_typed("F4", 2), "unusual type F4"),
+    "safetensors of float8": (
+        lambda: safetensors_typed("F8_E4M3", 4),
+        "'w' is of type float8_e4m3fn",
+    ),
+    "safetensors of float4": (lambda: safetensors_typed("F4", 2), "'w' is of type float4|damaged"),
 }
 
 
@@ -309,6 +313,26 @@ def test_refused_before_it_unpacks(name: str, tmp_path: Path) -> None:
     assert "\n" not in message
     assert len(message) < 600
     assert elapsed_s < 5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: torch.ones(3, device="meta"), "'w' is a meta or nested tensor"),
+        (lambda: torch.nested.nested_tensor([torch.ones(3)]), "'w' is a meta or nested tensor"),
+        (lambda: torch.nested.nested_tensor([torch.ones(3)], layout=torch.jagged), "'w' is "),
+        (lambda: torch.ones(3).to(torch.float8_e5m2), "'w' is of type float8_e5m2"),
+        (lambda: torch.ones(3, dtype=torch.complex64), "'w' is of type complex64"),
+        (lambda: torch.ones(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "type float4"),
+        (lambda: torch.eye(3).to_sparse(), "'w' is sparse or quantized"),
+    ],
+)
+def test_a_state_dict_of_unusual_tensors_is_refused(
+    make: Callable[[], Tensor], reason: str
+) -> None:
+    with pytest.raises(InputError, match=f"the state dict: entry .*{reason}"):
+        load_checkpoint(Entries(WEIGHTS), {"w": make()})
 
 
 def harmless() -> dict[str, object]:
