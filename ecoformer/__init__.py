@@ -8,22 +8,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ecoformer.public import *  # noqa: F403
-
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from ecoformer.public import *  # noqa: F403
+else:
 
-def __getattr__(name: str) -> object:
-    """Import the public names when one is asked for: PyTorch takes seconds, and help needs none."""
-    if name == "__all__" or not name.startswith("_"):
-        public = import_module(f"{__name__}.public")
-        if hasattr(public, name):
-            return getattr(public, name)
-        # The packages that hold them, as ecoformer.ops, are imported by now.
-        if name in globals():
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        """Import the public names when one is asked for: PyTorch takes seconds, help needs none."""
+        if name == "__all__" or not name.startswith("_"):
+            public = import_module(f"{__name__}.public")
+            if hasattr(public, name):
+                return getattr(public, name)
+            # The packages that hold them, as ecoformer.ops, are imported by now.
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
