@@ -37,7 +37,9 @@ class ExactMean:
         """
         terms = terms.detach()
         is_finite = terms.isfinite()
-        units = terms.double().nan_to_num_(0, 0, 0).clamp_(-_LARGEST, _LARGEST).mul_(_UNITS)
+        # A copy: terms in float64 stay what they are.
+        units = terms.to(torch.float64, copy=True).nan_to_num_(0, 0, 0)
+        units.clamp_(-_LARGEST, _LARGEST).mul_(_UNITS)
         self._sums += torch.stack(
             [units.round_().long().sum(), is_finite.sum(), (~is_finite).sum()]
         )

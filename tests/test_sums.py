@@ -47,5 +47,12 @@ def test_huge_terms_do_not_overflow() -> None:
     assert mean > 1e6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_terms_stay_what_they_are(dtype: torch.dtype) -> None:
+    terms = torch.tensor([0.5, 2.0], dtype=dtype)
+    assert mean_of(terms) == 1.25
+    assert terms.tolist() == [0.5, 2.0]
+
+
 def test_no_term_no_mean() -> None:
     assert math.isnan(mean_of())
