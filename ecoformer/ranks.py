@@ -69,11 +69,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def run_on_main(action: Callable[[], object]) -> None:
-    """Do something on rank 0 while the others wait.
-
-    Raises:
-        Exception: what the action raised, on every rank.
-    """
+    """Do something on rank 0 while the others wait; what it raises, every rank raises."""
     error: Exception | None = None
     if is_main():
         try:
@@ -86,11 +82,7 @@ def run_on_main(action: Callable[[], object]) -> None:
 
 
 def download_on_main(action: Callable[[], object]) -> None:
-    """As ``run_on_main``, for what may take hours.
-
-    Raises:
-        Exception: what the action raised, on every rank.
-    """
+    """As ``run_on_main``, for what may take hours."""
     key = f"ecoformer/download{next(_downloads)}"
 
     def download() -> None:

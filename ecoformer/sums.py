@@ -9,19 +9,14 @@ from torch import Tensor
 
 from ecoformer.ranks import is_main, sum_over_ranks
 
-# Terms are rounded to multiples of 2^-24, finer than a float32 between 1 and 2 is. A term above
-# 2^20 counts as that: 2^19 of them still fit into an int64.
+# Terms are rounded to multiples of 2^-24, finer than a float32 above 1. One above 2^20 counts as
+# that: 2^19 of them still fit into an int64.
 _UNITS = 2**24
 _LARGEST = 2**20
 
 
 class ExactMean:
-    """A mean over all ranks, by integer sums: they add up the same way round in any order.
-
-    Args:
-        device: where the terms are.
-        sums: what ``sums()`` gave earlier, to go on from there.
-    """
+    """A mean over all ranks, by integer sums, which no order changes; goes on from ``sums()``."""
 
     def __init__(self, device: torch.device, sums: Sequence[int] = (0, 0, 0)) -> None:
         # Rank 0 goes on with what all ranks had; the others start from nothing.
@@ -30,11 +25,7 @@ class ExactMean:
         self._sums = torch.tensor(start, dtype=torch.int64, device=device)
 
     def add(self, terms: Tensor) -> None:
-        """Count some terms in. Does not wait for the device.
-
-        Args:
-            terms: [...], float; one that is not finite makes the mean NaN.
-        """
+        """Count terms [...], float; one that is not finite makes the mean NaN."""
         terms = terms.detach()
         is_finite = terms.isfinite()
         # A copy: terms in float64 stay what they are.
@@ -45,18 +36,10 @@ class ExactMean:
         )
 
     def sums(self) -> list[int]:
-        """Add up what all ranks have; every rank must ask.
-
-        Returns:
-            Units, number of finite terms, number of others.
-        """
+        """Units, number of finite terms and number of others, of all ranks; each must ask."""
         return sum_over_ranks(self._sums.clone()).tolist()
 
     def mean(self) -> float:
-        """Divide the sums of all ranks; every rank must ask.
-
-        Returns:
-            The mean; NaN where there is no term, or one that is not finite.
-        """
+        """NaN where there is no term, or one that is not finite; every rank must ask."""
         units, num_finite, num_others = self.sums()
         return units / (_UNITS * num_finite) if num_finite and not num_others else float("nan")

@@ -1,8 +1,4 @@
-"""A run as a command: from words to a run, and from errors to exit codes.
-
-Only the configuration is imported before the words are understood: torch and timm take seconds,
-and whoever mistyped a flag need not wait for them.
-"""
+"""A run as a command: from words to a run, and from errors to exit codes."""
 
 from __future__ import annotations
 
@@ -24,12 +20,7 @@ from ecoformer.models.registry import ModelFamily
 
 
 def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = None) -> int:
-    """Train, evaluate or time a model, as a command line says.
-
-    Args:
-        argv: ``sys.argv`` without its first word if not given.
-        family: where models and defaults come from; the one that ``--model`` belongs to where
-            None.
+    """Train, evaluate or time a model, as a command line (``sys.argv`` if not given) says.
 
     Returns:
         The process's exit code: 0 done, 1 another rank failed and says why, 2 bad input,
@@ -46,6 +37,7 @@ def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = 
 
 
 def _run(config: Config, family: ModelFamily | None) -> int:
+    # PyTorch and timm take seconds: whoever mistyped a flag need not wait for them.
     from ecoformer.engine.launch import claim_error, has_failed_elsewhere
     from ecoformer.engine.logs import print_log
     from ecoformer.engine.run import evaluate, time_model, train

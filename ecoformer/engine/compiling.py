@@ -19,11 +19,9 @@ def compile_model(model: nn.Module) -> nn.Module:
 
 
 def vary_batch_size(network: Network) -> Network:
-    """Announce to a compiled network that other batches have another size.
+    """Let a compiled network compile once for all batch sizes but one, a case of its own.
 
-    It then compiles once for all sizes, but for batches of one, which are a case of their own. To
-    a network that is not compiled it means nothing. Tensors that it is called with have the batch
-    on their first axis.
+    The tensors that it is called with have the batch on their first axis.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -15,15 +15,10 @@ from ecoformer.tasks.base import Metrics
 
 @torch.inference_mode()
 def measure(session: Session, network: nn.Module) -> Metrics:
-    """Measure a model on the session's data for evaluation; it is in eval mode afterwards.
+    """Measure a model, compiled or not but not parallel; it is in eval mode afterwards.
 
-    Ranks may have any number of batches, none too: they meet only after the last one.
-
-    Args:
-        network: the model, compiled or not, but not one wrapped for training on many ranks.
-
-    Returns:
-        The same on all ranks.
+    Ranks may have any number of batches, none too: they meet only after the last one. All get the
+    same.
 
     Raises:
         InputError: no rank has a sample.

@@ -29,7 +29,7 @@ class Health:
     """Stops all ranks at one step when a loss or gradient is not finite.
 
     The outcome of a step is read after the next one has been queued, so the device never waits
-    for the host. Nothing is saved before ``finish``. ``str`` gives the last loss and the rate.
+    for the host. Nothing is saved before ``finish``.
     """
 
     def __init__(self, state: TrainState, device: torch.device) -> None:

@@ -28,14 +28,9 @@ _numbers = itertools.count()
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Choose what this process computes on.
+    """Choose ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is CUDA where there is one.
 
-    Args:
-        name: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or None for CUDA where there is one. Of the
-            processes that torchrun starts on a machine, each takes its own CUDA device.
-
-    Returns:
-        The CPU, or a CUDA device with its number.
+    Of the processes that torchrun starts on a machine, each takes its own CUDA device.
 
     Raises:
         InputError: there is no such device.
@@ -65,15 +60,9 @@ def choose_device(name: str | None) -> torch.device:
 
 @contextmanager
 def process_group(device_name: str | None = None) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, for the time of a block.
+    """Join the processes that torchrun started, for a block; yields this process's device.
 
     A group that is there already is used and left as it is. Without torchrun there is none.
-
-    Args:
-        device_name: see ``choose_device``.
-
-    Yields:
-        This process's device; it is the current one in the block.
 
     Raises:
         InputError: there is no such device, or the group that is there cannot reach the CPU.
@@ -116,8 +105,7 @@ def process_group(device_name: str | None = None) -> Iterator[torch.device]:
 def _meet() -> tuple[dist.Store, int, int]:
     """The store of all ranks, this rank's number and how many there are.
 
-    Kept for the life of the process: a rank that asks for the next group early would find the
-    store of the last one, which is about to go.
+    Kept for the process's life: a rank early for the next group would find a store about to go.
     """
     store, number, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -152,10 +140,9 @@ def _open_store(torchrun_store: dist.Store, number: int) -> dist.Store:
 
 
 def claim_error() -> bool:
-    """Ask whether this rank is to print its error.
+    """Ask whether this rank is to print its error: the first that fails is.
 
-    Returns:
-        True on the first rank that fails, and on no other unless the ranks have lost each other.
+    So are others where the ranks have lost each other.
     """
     if not dist.is_initialized():
         return is_main_process()
@@ -166,11 +153,7 @@ def claim_error() -> bool:
 
 
 def has_failed_elsewhere() -> bool:
-    """Ask whether another rank's failure explains a broken collective.
-
-    Returns:
-        True where a rank has claimed an error, or can no longer be asked.
-    """
+    """Ask whether a rank has claimed an error, or all are gone: that breaks collectives."""
     if not dist.is_initialized():
         return False
     with suppress(RuntimeError):

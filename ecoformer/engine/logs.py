@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from ecoformer.errors import InputError, print_records
@@ -37,14 +36,7 @@ def print_log() -> Iterator[None]:
 
 
 def format_seconds(seconds: float) -> str:
-    """Write a duration for people.
-
-    Args:
-        seconds: a duration.
-
-    Returns:
-        ``h:mm:ss``, rounded to seconds, after ``1 day,`` and the like where it lasts so long.
-    """
+    """Write a duration as ``h:mm:ss``, after ``1 day,`` and the like where it lasts so long."""
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -59,14 +51,9 @@ def track(
     """Pass items through; rank 0 shows a bar on a terminal and a line now and then elsewhere.
 
     Args:
-        items: what is worked through.
-        name: what stands before the numbers.
         total: items in all, those before ``start`` included.
         start: items that an earlier process has done.
-        note: what stands behind the numbers, asked for when something is shown.
-
-    Yields:
-        The items, as they are.
+        note: gives what stands behind the numbers, when something is shown.
     """
     if not is_main():
         yield from items
@@ -90,16 +77,10 @@ def track(
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """Read the log of a run.
-
-    Args:
-        folder: of the run.
-
-    Returns:
-        The records of its ``log.txt``, one an epoch; a line that a crash has cut is none.
+    """Read ``log.txt`` of a run, one record an epoch; a line that a crash has cut is none.
 
     Raises:
-        InputError: it holds no such file, or another one of that name.
+        InputError: the folder holds no such file, or another one of that name.
     """
     path = folder / "log.txt"
     try:
@@ -130,11 +111,7 @@ class RunLog:
     """``log.txt``, one JSON object an epoch, and the same numbers as TensorBoard events.
 
     ``log.txt`` holds no times: a run that was interrupted and resumed leaves the same file as
-    one that was not.
-
-    Args:
-        folder: the run's folder.
-        first_epoch: the epoch that comes next; lines of it and of later ones are dropped.
+    one that was not. Lines of ``first_epoch``, which comes next, and of later ones are dropped.
     """
 
     def __init__(self, folder: Path, *, first_epoch: int) -> None:
@@ -147,12 +124,9 @@ class RunLog:
         run_on_main(lambda: _drop_epochs(self._path, first_epoch))
 
     def write(self, record: Mapping[str, float], *, is_last: bool = False) -> None:
-        """Add an epoch; every rank must call.
+        """Add an epoch, by its ``epoch``; every rank must call.
 
-        Args:
-            record: numbers by name, among them ``epoch``.
-            is_last: whether the run ends here. Before that, what the disk refuses costs a warning,
-                and is written together with the next epoch.
+        What the disk refuses costs a warning, and is written together with the next epoch.
 
         Raises:
             InputError: the disk refuses the last line.
@@ -198,12 +172,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._close()
 
 

@@ -19,20 +19,9 @@ _BASE_BATCH = 512
 
 
 def scale_learning_rate(optim: OptimConfig, *, batch_size: int, world_size: int) -> float:
-    """Scale the base learning rate to the images of an update, of which it expects 512.
+    """Scale the base rate, which is for 512 samples an update, to the peak; others stay unscaled.
 
-    Images of accumulated batches count, as they do in timm. Warm-up and minimum rates are not
-    scaled.
-
-    Args:
-        optim: names the base rate and the batches an update.
-        batch_size: images a step on one rank.
-        world_size: number of ranks.
-
-    Returns:
-        The peak rate.
-
-    Source: EcoFormer, released recipe.
+    Accumulated batches count, as in timm. Source: EcoFormer, released recipe.
     """
     return optim.lr * batch_size * world_size * optim.grad_accum_steps / _BASE_BATCH
 
@@ -41,14 +30,6 @@ def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Op
     """Build the optimiser over two groups: tensors without weight decay, then those with.
 
     1-D tensors, biases and what ``model.no_weight_decay()`` names are not decayed.
-
-    Args:
-        model: the bare model.
-        optim: optimiser, its constants and weight decay.
-        peak_lr: from ``scale_learning_rate``.
-
-    Returns:
-        One of timm or PyTorch, at the peak rate.
 
     Raises:
         InputError: no such optimiser, or it is not installed.
@@ -75,23 +56,13 @@ def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Op
 
 
 def create_schedule(optimizer: Optimizer, optim: OptimConfig, *, seed: int) -> Scheduler:
-    """Build the learning-rate schedule, which lasts exactly ``epochs`` epochs.
+    """Build the schedule of an optimiser at its peak rate; it lasts ``epochs``, warm-up included.
 
-    Warm-up epochs count in its time. It is stepped after an epoch with that epoch's number, so
-    epochs 0 and 1 share the first value.
-
-    Args:
-        optimizer: its learning rate is the peak.
-        optim: the schedule's name and constants.
-        seed: of the learning-rate noise.
-
-    Returns:
-        One of timm, which sets the rate of ``optimizer``.
+    It is stepped after an epoch with that epoch's number, so epochs 0 and 1 share the first value.
+    The seed is that of noise on the rate. Source: EcoFormer, released recipe.
 
     Raises:
         InputError: no such schedule, or its constants do not fit together.
-
-    Source: EcoFormer, released recipe.
     """
     from timm.scheduler import create_scheduler_v2
 
@@ -133,15 +104,9 @@ def _use_released_bounds(schedule: Any, optim: OptimConfig) -> None:
 
 
 def schedule_state(schedule: Scheduler) -> dict[str, Any]:
-    """Collect all that a schedule remembers.
+    """Collect a schedule's fields, and under ``plateau`` those of the one within.
 
     timm's own state of a plateau schedule leaves its counters out.
-
-    Args:
-        schedule: from ``create_schedule``.
-
-    Returns:
-        Its fields by name; under ``plateau`` the state of the one within, if there is one.
     """
     state = {k: v for k, v in vars(schedule).items() if k not in ("optimizer", "lr_scheduler")}
     plateau = getattr(schedule, "lr_scheduler", None)
@@ -149,13 +114,7 @@ def schedule_state(schedule: Scheduler) -> dict[str, Any]:
 
 
 def restore_schedule(schedule: Scheduler, state: dict[str, Any], *, last_epoch: int) -> None:
-    """Set a schedule, and with it the optimiser, to where it was after an epoch.
-
-    Args:
-        schedule: from ``create_schedule``.
-        state: from ``schedule_state``.
-        last_epoch: the last finished epoch, -1 where there is none.
-    """
+    """Set a schedule, and its optimiser's rate, to where it was after an epoch, -1 for none."""
     if "plateau" in state:
         # Read from the past, not from the epoch; the rate itself is in the optimiser's state.
         state = dict(state)

@@ -10,15 +10,9 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "none": torch.f
 
 
 def choose_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """Choose the type that autocast computes in.
+    """Choose the type that autocast computes in; float32 stands for no autocast.
 
-    Args:
-        name: ``"float16"``, ``"bfloat16"``, ``"none"``, or None for float16 on CUDA, as
-            released, and none elsewhere.
-        device: where the model is.
-
-    Returns:
-        A half-precision type, or float32, which stands for no autocast.
+    None is float16 on CUDA, as released, and no autocast elsewhere.
 
     Raises:
         InputError: no such type.
@@ -31,26 +25,10 @@ def choose_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Compute a block in mixed precision, or leave it alone.
-
-    Args:
-        device: where the model is.
-        dtype: from ``choose_amp_dtype``.
-
-    Returns:
-        The context; idle for float32.
-    """
+    """Compute a block in mixed precision; float32 leaves it alone."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def create_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """Build what keeps small gradients from vanishing in float16.
-
-    Args:
-        device: where the model is.
-        dtype: from ``choose_amp_dtype``.
-
-    Returns:
-        A gradient scaler; idle for other types.
-    """
+    """Build what keeps small gradients from vanishing in float16; idle for other types."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -48,10 +48,7 @@ _logger = logging.getLogger(__name__)
 
 
 def start_state(session: Session, model: nn.Module) -> TrainState:
-    """Build everything that training changes, where this run begins or goes on.
-
-    Args:
-        model: fresh, on the device; it takes the weights of ``--resume`` or ``--finetune``.
+    """Build what training changes, where this run begins or goes on, around a fresh model.
 
     Raises:
         InputError: a checkpoint cannot be used, or there is no such optimiser or schedule.
@@ -91,13 +88,9 @@ def load_for_evaluation(model: nn.Module, config: Config) -> None:
 
 
 def restore(state: TrainState, checkpoint: Mapping[str, Any], config: Config, origin: str) -> None:
-    """Go on where a checkpoint was written.
+    """Go on where a checkpoint, which messages call ``origin``, was written.
 
-    Args:
-        checkpoint: from ``read_checkpoint``; of a released run too, which knows neither its best
-            score nor its configuration in a form to compare.
-        config: of the present run.
-        origin: what messages call the checkpoint.
+    A released one knows neither its best score nor its configuration in a form to compare.
 
     Raises:
         InputError: it holds weights only, it belongs to another model or optimiser, or the run

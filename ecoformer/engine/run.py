@@ -1,12 +1,12 @@
-"""A run as a Python call. The command line, the demo and the tables call these, too.
+"""A run as a Python call; the command line, the demo and the tables stand on these.
 
-What a run has to say goes to the logger ``ecoformer``; ``print_log`` shows it as the command line
-does. Progress goes to standard error. No call ends the process or reads its arguments. The global
-random generators are seeded anew in every step.
+A run talks to the logger ``ecoformer``, which ``print_log`` shows as the command line does, and
+shows progress on standard error. It seeds the global generators anew in every step. Under torchrun
+each call joins the ranks and leaves them at its end; a ``torch.distributed`` group that is there
+already is used and left as it is. It must reach the CPU (``cpu:gloo,cuda:nccl``).
 
-Under torchrun each call joins the ranks and leaves them at its end. Where ``torch.distributed`` is
-initialised already, a run uses that group, which must reach the CPU (``cpu:gloo,cuda:nccl``), and
-leaves it as it is; every rank must call.
+``family`` is a backbone and ``task`` a class that are not registered, in place of those that
+``config`` names.
 """
 
 from __future__ import annotations
@@ -41,11 +41,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Run:
-    """A run that has been trained, at least for an epoch.
-
-    Args:
-        build: makes ``model``, when it is first asked for.
-    """
+    """A run that was trained; ``build`` makes its model when that is first asked for."""
 
     def __init__(self, folder: Path, config: Config, build: Callable[[], nn.Module]) -> None:
         self.folder = folder
@@ -54,20 +50,11 @@ class Run:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model after the last epoch, in eval mode; of ``load_run`` on the CPU.
-
-        Raises:
-            InputError: the run holds no finished epoch, or its data are gone.
-        """
+        """In eval mode, after the last epoch; an InputError if its data or checkpoint are gone."""
         return self._build().eval()
 
     @property
     def log(self) -> list[dict[str, float]]:
-        """The records of ``log.txt``, one an epoch.
-
-        Raises:
-            InputError: there is none yet.
-        """
         return read_log(self.folder)
 
 
@@ -76,15 +63,7 @@ def train(
 ) -> Run:
     """Train, or go on from the checkpoint in ``config.run.output_dir``.
 
-    SIGTERM, SIGUSR1 and Ctrl-C save and stop while this lasts, if called in the main thread;
-    afterwards the handlers are those of before.
-
-    Args:
-        family: of the backbone, where it is not a registered one.
-        task: class of a task that is not registered, in place of the one of ``config.run.task``.
-
-    Returns:
-        The run, its model where it was trained.
+    In the main thread, SIGTERM, SIGUSR1 and Ctrl-C save and stop while this lasts.
 
     Raises:
         InputError: a setting, the data, a checkpoint or the disk.
@@ -105,10 +84,6 @@ def evaluate(
 ) -> Metrics:
     """Measure the weights of ``config.run.resume``; ``"auto"`` are the folder's.
 
-    Args:
-        family: see ``train``.
-        task: see ``train``.
-
     Raises:
         InputError: a setting, the data or the weights.
         NonFiniteError: the model's output is not finite.
@@ -125,11 +100,7 @@ def evaluate(
 def load_run(
     folder: str | Path, *, family: ModelFamily | None = None, task: TaskMaker | None = None
 ) -> Run:
-    """Open the folder of a run; its model is built when it is asked for.
-
-    Args:
-        family: see ``train``.
-        task: see ``train``.
+    """Open the folder of a run; its model is built, on the CPU, when it is asked for.
 
     Raises:
         InputError: it is no run.
@@ -151,16 +122,9 @@ def load_run(
 def time_model(
     config: Config, *, family: ModelFamily | None = None, task: TaskMaker | None = None
 ) -> Throughput:
-    """Time the model of a configuration in eval mode, without data or weights.
+    """Time a model in eval mode, without data or weights, by ``config.run.throughput``.
 
-    Args:
-        config: ``config.run.throughput`` names the protocol; the median of single batches where
-            None. No mixed precision unless it names one: the released protocol has none.
-        family: see ``train``.
-        task: see ``train``.
-
-    Raises:
-        InputError: a setting, or there is no such model.
+    Without mixed precision unless ``config`` names one: the released protocol has none.
     """
     batch_size = config.data.batch_size
     with process_group(config.run.device) as device:

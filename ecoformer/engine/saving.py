@@ -23,10 +23,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves a run's state into its folder, in a ``with`` block that ends when all is written.
-
-    A save costs a copy of the state; the disk works while training goes on.
-    """
+    """Saves a run's state into its folder, in a ``with`` block that ends when all is written."""
 
     def __init__(self, state: TrainState, config: Config) -> None:
         self._state = state
@@ -43,15 +40,11 @@ class Saver:
         """Write the last checkpoint, and the best one before it where this is the best.
 
         Every rank must call. A run that dies between the two does this epoch again, and the best
-        one again with it.
-
-        Args:
-            is_last: whether the run ends here, so that the files must be there afterwards.
+        one with it. The last save of a run comes back when its files are there.
 
         Raises:
-            InputError: the disk refuses the run's last save; any other costs a warning.
-            NonFiniteError: a weight is not finite, here or in the save before; nothing was
-                written.
+            InputError: the disk refuses the last save; any other costs a warning.
+            NonFiniteError: a weight is not finite, here or in the save before; nothing is written.
         """
         checkpoint = self._state.to_checkpoint(self._config)
         names = (BEST_CHECKPOINT, LAST_CHECKPOINT) if is_best else (LAST_CHECKPOINT,)
@@ -61,7 +54,6 @@ class Saver:
         self._last_save = time.monotonic()
 
     def wait(self) -> None:
-        """Come back when nothing is being written."""
         self._writer.wait()
 
     def __enter__(self) -> Saver:
@@ -74,8 +66,8 @@ class Saver:
 class BackgroundWriter:
     """Writes one checkpoint at a time in a thread; a step waits for the copy alone.
 
-    The copy stays in memory, since filling pages a second time is several times faster. It costs
-    as much host memory as a checkpoint is large, page-locked for one from a GPU.
+    The copy stays in host memory, page-locked for a GPU: filling pages again is several times
+    faster.
     """
 
     def __init__(self) -> None:
@@ -85,11 +77,6 @@ class BackgroundWriter:
 
     def write(self, checkpoint: Mapping[str, Any], paths: Sequence[Path]) -> None:
         """Copy a checkpoint, and begin to write it; a disk that refuses costs a warning.
-
-        Args:
-            checkpoint: ``model``, a state dict on any device; beside it other tensors, containers
-                and plain values.
-            paths: files, written one after the other.
 
         Raises:
             NonFiniteError: a weight of the checkpoint before is not finite.
@@ -101,7 +88,7 @@ class BackgroundWriter:
         self._pending = self._thread.submit(_save_or_warn, self._copy, paths)
 
     def write_now(self, checkpoint: Mapping[str, Any], paths: Sequence[Path]) -> None:
-        """Write a checkpoint as ``write`` does, and come back when its files are there.
+        """Write a checkpoint, and come back when its files are there.
 
         Raises:
             InputError: the disk refuses.
@@ -111,11 +98,7 @@ class BackgroundWriter:
         _save(checkpoint, paths)
 
     def wait(self) -> None:
-        """Come back when nothing is being written.
-
-        Raises:
-            NonFiniteError: a weight is not finite; nothing was written.
-        """
+        """Come back when nothing is being written; raises NonFiniteError as ``write`` would."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -149,7 +132,7 @@ def _save(checkpoint: Mapping[str, Any], paths: Sequence[Path]) -> None:
 
 
 def _copy_to_host(value: Any, old: Any) -> Any:
-    """A copy, in the tensors of an old one where they fit; those from a GPU may still come."""
+    """Copy into the tensors of an old copy where they fit; those from a GPU may still come."""
     if isinstance(value, Tensor):
         is_fit = isinstance(old, Tensor) and (old.shape, old.dtype) == (value.shape, value.dtype)
         if not is_fit:

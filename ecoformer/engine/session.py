@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 
 from ecoformer.config import Config
 from ecoformer.engine.precision import autocast, choose_amp_dtype
-from ecoformer.errors import InputError, suggest
-from ecoformer.models.registry import ModelFamily
+from ecoformer.models.registry import ModelFamily, find_family
 from ecoformer.seeding import derive_seed, seeded
 from ecoformer.tasks import find_task
 from ecoformer.tasks.base import Data, Network, Task
@@ -25,11 +23,7 @@ TaskMaker = Callable[[Config], Task]
 
 @dataclass(frozen=True)
 class Session:
-    """A run's settings, task and data, and where and in which precision it computes.
-
-    Args:
-        amp_dtype: from ``choose_amp_dtype``.
-    """
+    """A run's settings, task and data, and where and in which precision it computes."""
 
     config: Config
     task: Task
@@ -57,11 +51,10 @@ class Session:
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
         return Path(self.config.run.output_dir)
 
     def move(self, batch: Any) -> Any:
-        """Bring the tensors of a batch to the device, whatever they lie in."""
+        """Bring the tensors of a batch to the device."""
         return move_to(batch, self.device)
 
     def compute(self, network: nn.Module) -> Network:
@@ -80,14 +73,7 @@ def create_task(config: Config, task: TaskMaker | None = None) -> Task:
 
 
 def create_model(config: Config, task: Task, family: ModelFamily | None = None) -> nn.Module:
-    """Build a task's model on the CPU, with weights drawn from the run's seed.
-
-    Args:
-        family: of the backbone; the one that has ``config.model.model`` where None.
-
-    Raises:
-        InputError: there is no such model.
-    """
+    """Build a task's model on the CPU, with weights drawn from the run's seed."""
     settings = config.model
 
     def create(**options: Any) -> nn.Module:
@@ -103,18 +89,6 @@ def create_model(config: Config, task: Task, family: ModelFamily | None = None) 
 
     with seeded(derive_seed("model", config.run.seed)):
         return task.create_model(create)
-
-
-def find_family(model: str) -> ModelFamily:
-    """Find the family that has a variant."""
-    families = [importlib.import_module(package).FAMILY for package in ("pvt", "twins")]
-    for family in families:
-        if model in family.variants:
-            return family
-    names = [name for family in families for name in family.variants]
-    raise InputError(
-        f"unknown model {model!r}{suggest(model, names)} There are: {', '.join(names)}."
-    )
 
 
 def move_to(batch: Any, device: torch.device) -> Any:

@@ -1,8 +1,7 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: noticed at once, obeyed by all ranks together between two steps.
 
-A handler only notes its signal. What may take long and can be done again, a wait for data, a fit
-or an evaluation, is left right away; whether to stop is then agreed on. A second Ctrl-C ends the
-process where it is.
+A wait for data, a fit or an evaluation, which can be done again, is left right away. A second
+Ctrl-C ends the process where it is.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Request(IntEnum):
-    """What a run is to do before its next step; the largest of all ranks' counts."""
+    """What a run does before its next step; the largest of all ranks' wishes."""
 
     NONE = 0
     SAVE = 1
@@ -43,10 +42,7 @@ _may_leave = False
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Take the signals as a wish to stop, which ``agree`` reports, inside a block.
-
-    Only the main thread can: in another one the signals do what they did before.
-    """
+    """Take signals as a wish to stop, which ``agree`` reports; in the main thread only."""
     global _is_stop_asked
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -75,11 +71,10 @@ def _note(number: int, frame: FrameType | None) -> None:
 def leave_at_signal(action: Callable[[], T]) -> T | None:
     """Do something, but leave it, wherever it is, when a signal comes or has come.
 
-    Args:
-        action: changes nothing that is needed afterwards.
+    The action must change nothing that is needed afterwards.
 
     Returns:
-        What the action returned; None where it was left, and ``agree`` then says ``STOP``.
+        What it returned; None where it was left, and ``agree`` then says ``STOP``.
     """
     global _may_leave
     try:
@@ -94,15 +89,9 @@ def leave_at_signal(action: Callable[[], T]) -> T | None:
 
 
 def agree(*, is_save_due: bool = False) -> Request:
-    """Settle what all ranks do next; every rank must ask.
+    """Settle what all ranks do next: stop where one was told to, else save if rank 0 is due.
 
-    It takes a meeting of the ranks' processors, not of their devices, which go on meanwhile.
-
-    Args:
-        is_save_due: whether it is time for a checkpoint; rank 0's clock counts.
-
-    Returns:
-        The same on all ranks: to stop where one was told to, else to save if that is due.
+    Every rank must ask. The processors meet, not the devices, which go on meanwhile.
     """
     wish = Request.SAVE if is_save_due and is_main() else Request.NONE
     wish = Request.STOP if _is_stop_asked else wish

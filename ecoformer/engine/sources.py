@@ -21,9 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 def find_source(config: Config) -> str | None:
-    """Tell what ``--resume`` names; for ``auto`` a checkpoint of the folder, if it holds one.
-
-    Every rank must ask.
+    """Tell what ``--resume`` names, for ``auto`` the folder's checkpoint; every rank must ask.
 
     Raises:
         InputError: the folder's checkpoint is there and cannot be read.
@@ -36,9 +34,7 @@ def find_source(config: Config) -> str | None:
 
 
 def fetch(source: str) -> Path:
-    """Find the file of a path, URL or zoo name; one rank downloads for all that share a disk.
-
-    Every rank must ask.
+    """Find the file of a path, URL or zoo name; every rank must ask, and one downloads for all.
 
     Raises:
         InputError: there is no such source, or what came is not what was published.

@@ -31,16 +31,12 @@ BEST_CHECKPOINT = "best_checkpoint.pth"
 
 @dataclass
 class TrainState:
-    """All that changes while a run trains.
-
-    Random generators are not among it: each draw is seeded by epoch, step and rank.
+    """All that changes while a run trains; no generator: epoch, step and rank seed each draw.
 
     Args:
         model: the bare model, hash functions included.
-        scaler: of float16 gradients; idle otherwise.
         loss: the losses of this epoch's steps.
-        epoch: the epoch that is trained.
-        step: batches of it that are done, on each rank.
+        step: batches of ``epoch`` that are done, on each rank.
         best_score: ``Metrics.score`` of the best epoch so far.
     """
 
@@ -57,15 +53,7 @@ class TrainState:
     def create(
         cls, model: nn.Module, config: Config, *, device: torch.device, amp_dtype: torch.dtype
     ) -> TrainState:
-        """Prepare a training that has not begun.
-
-        Args:
-            model: on the device.
-            amp_dtype: from ``choose_amp_dtype``.
-
-        Raises:
-            InputError: no such optimiser or schedule.
-        """
+        """Prepare the training of a model that is on the device; an InputError where it cannot."""
         peak_lr = scale_learning_rate(
             config.optim, batch_size=config.data.batch_size, world_size=world_size()
         )
@@ -80,7 +68,6 @@ class TrainState:
 
     @property
     def learning_rate(self) -> float:
-        """That of the present epoch."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def finish_epoch(self, score: float) -> None:
@@ -92,9 +79,8 @@ class TrainState:
     def to_checkpoint(self, config: Config) -> dict[str, Any]:
         """Describe the state in tensors and plain values; every rank must ask.
 
-        Returns:
-            The keys of released training files, with ``config`` for ``args``, and ours.
-            ``epoch`` is the last finished one, -1 before that; ``step`` counts in the next.
+        The keys are those of released training files, ``config`` for ``args``, and ours. ``epoch``
+        is the last finished one, -1 before that; ``step`` counts in the next.
         """
         import timm
 

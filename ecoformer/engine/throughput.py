@@ -23,13 +23,8 @@ NUM_BATCHES = _NUM_WARMUP + _NUM_TIMED
 
 @dataclass(frozen=True)
 class Throughput:
-    """Samples a second, as measured.
-
-    Args:
-        median: of single batches; by the released protocol, of all of them together.
-        low: a tenth of the batches was slower.
-        high: a tenth of the batches was faster.
-        samples: what they are, for people.
+    """Samples a second: the median of single batches, and what a tenth of them was slower and
+    faster than. By the released protocol, all are the rate of all batches together.
     """
 
     median: float
@@ -57,17 +52,12 @@ def measure_throughput(
     is_compiled: bool = False,
     samples: str = "samples",
 ) -> Throughput:
-    """Time a model in eval mode.
-
-    No fit is needed: a copy is timed, with random hash functions where there are no others.
+    """Time a copy of a model in eval mode, with random hash functions where it has no others.
 
     Args:
         inputs: arguments of the model, on any device, of ``batch_size`` samples.
         protocol: ``"released"`` times 30 batches as one after 50 to warm up, the device's queue
             full; ``"median"`` does the same and times each batch on its own.
-
-    Returns:
-        Samples a second; without a spread for ``"released"``.
 
     Source: the released implementation.
     """
@@ -78,7 +68,6 @@ def measure_throughput(
         model = compile_model(model)
 
     def run(num_batches: int) -> float:
-        """Seconds that some batches take, to the end of the last."""
         start = time.perf_counter()
         for _ in range(num_batches):
             with autocast(device, amp_dtype):

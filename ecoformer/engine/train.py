@@ -96,10 +96,7 @@ def train_epoch(session: Session, state: TrainState, network: nn.Module, saver: 
     """Train ``state.epoch``, or what is left of it, counting its losses in ``state.loss``.
 
     A step draws from generators that are seeded by where it stands, so a resumed epoch draws
-    what an uninterrupted one does.
-
-    Args:
-        network: ``state.model`` as it is called for a step: compiled, on many ranks.
+    what an uninterrupted one does. ``network`` is the model, compiled or parallel or both.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; all ranks raise at the same step.

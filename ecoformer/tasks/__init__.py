@@ -30,11 +30,7 @@ def register_task(name: str) -> Callable[[T], T]:
 
 
 def find_task(name: str) -> type[Task]:
-    """Look a task up, by its registered name or as ``"module:Class"``.
-
-    Raises:
-        InputError: there is no such task.
-    """
+    """Look a task up by its name or as ``"module:Class"``; an InputError where there is none."""
     found = TASKS.get(name, name)
     if not isinstance(found, str):
         return found

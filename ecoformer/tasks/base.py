@@ -1,8 +1,7 @@
-"""What the engine asks of a task.
+"""What the engine asks of a task: data, a model, a loss and a measure.
 
-A task brings data, a model, a loss and a measure. Resuming, signals, ranks, precision, saves, NaN
-and refits of hash functions are the engine's, for every task alike. A batch is any nest of tuples,
-lists and dicts; the engine looks at nothing in it and moves its tensors to the device.
+Resuming, signals, ranks, precision, saves, NaN and refits of hash functions are the engine's. A
+batch is any nest of tuples, lists and dicts, in which the engine only moves tensors to the device.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from ecoformer.config import Config
 
-# The model as the engine hands it to a task: called like the model, it computes in the run's
-# precision, so what comes out may be of half precision.
+# Called like the model; it computes in the run's precision, so what comes out may be of half.
 Network = Callable[..., Any]
 
 
 class Batches(Protocol):
-    """This rank's batches of one split, tensors on the CPU; ranks may have different numbers."""
+    """This rank's batches, on the CPU."""
 
     def __len__(self) -> int: ...
 
@@ -43,28 +41,17 @@ class TrainBatches(Batches, Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is measured on.
-
-    Args:
-        train: None where only evaluation was asked for.
-        eval: each sample once, over all ranks.
-        summary: one phrase for the log, such as ``"DIGITS: 1437 training and 360 ..."``.
-    """
+    """What a run trains on, None to evaluate only, and is measured on, each sample once."""
 
     train: TrainBatches | None
     eval: Batches
+    # For the log: "DIGITS: 1437 training and 360 validation images of 10 classes".
     summary: str = ""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a model is worth on the data it was measured on, equal on all ranks.
-
-    Args:
-        values: by their names in ``log.txt``.
-        primary: the name of the value that says which epoch is best.
-        is_lower_better: of the primary value.
-    """
+    """Measured values, by their names in ``log.txt``; the primary one says which epoch is best."""
 
     values: Mapping[str, float]
     primary: str
@@ -77,7 +64,7 @@ class Metrics:
         return -value if self.is_lower_better else value
 
     def format_score(self, score: float) -> str:
-        """Write a score, of this epoch or another, with its name and unit."""
+        """Write the score of any epoch as the primary value, with its name and unit."""
         return f"{self.primary} {-score if self.is_lower_better else score:.4f}"
 
     def __str__(self) -> str:
@@ -85,7 +72,7 @@ class Metrics:
 
 
 class Meter(ABC):
-    """One evaluation: takes this rank's batches, then meets the other ranks."""
+    """One evaluation: takes this rank's batches, of which there may be none, then meets others."""
 
     @abstractmethod
     def add(self, network: Network, batch: Any) -> None:
@@ -96,9 +83,7 @@ class Meter(ABC):
 
     @abstractmethod
     def finish(self) -> Metrics:
-        """Bring all ranks' counts together (``sum_over_ranks``, ``gather_objects``).
-
-        Called once, on every rank, also on one that had no batch.
+        """Join what all ranks have, by ``ecoformer.ranks``; the result is the same on each.
 
         Raises:
             InputError: no rank had a sample.
@@ -107,11 +92,7 @@ class Meter(ABC):
 
 
 class Task(ABC):
-    """What a run trains.
-
-    Args:
-        config: of the run, completed.
-    """
+    """What a run trains, by its completed configuration."""
 
     # What messages call what they count.
     samples: ClassVar[str] = "samples"
@@ -121,7 +102,7 @@ class Task(ABC):
 
     @abstractmethod
     def open_data(self, device: torch.device, *, is_train: bool) -> Data:
-        """Open the data, or only those for evaluation; ``ecoformer.ranks`` tells this rank's share.
+        """Open this rank's share of the data, for evaluation alone or for both.
 
         Raises:
             InputError: the data are not there, or not as they should be.
@@ -129,25 +110,19 @@ class Task(ABC):
 
     @abstractmethod
     def create_model(self, create: Callable[..., nn.Module]) -> nn.Module:
-        """Build the model with fresh weights, on the CPU.
+        """Build the model on the CPU; ``open_data`` has been called unless it is only timed.
 
-        Called after ``open_data``, or without it where a model is only timed.
-
-        Args:
-            create: builds the configured backbone with its attention and rates; takes what the
-                task decides, such as ``num_classes``. A task may wrap its result, or do without.
+        ``create`` builds the configured backbone and takes what the task decides, such as
+        ``num_classes``; a task may wrap what it gives, or do without.
         """
 
     def prepare(self, batch: Any) -> Any:
-        """Change a training batch on the device, drawing from the global generators.
-
-        They are seeded by (seed, epoch, step, rank) just before.
-        """
+        """Change a training batch on the device, by the global generators, seeded for the step."""
         return batch
 
     @abstractmethod
     def fit_inputs(self, batch: Any) -> Any:
-        """Choose what hash functions are fitted on: inputs of the model, from a prepared batch."""
+        """Choose the inputs that hash functions are fitted on, from a prepared batch."""
 
     @abstractmethod
     def loss(self, network: Network, batch: Any) -> Tensor:
@@ -161,15 +136,12 @@ class Task(ABC):
         """Draw arguments of the model at random, on the CPU, to time it without data."""
 
     def describe_inputs(self) -> str:
-        """Say in a word or two how large a sample is, such as ``"224 px"``."""
+        """The size of a sample in a word or two, such as ``"224 px"``."""
         return ""
 
     def name_samples(self, epoch: int, step: int) -> Mapping[str, Sequence[Any]]:
-        """Name what this rank's batch of a training step holds, for the report of a bad step.
+        """Name this rank's samples of a step, for the report of a bad one, as plain values.
 
-        The data may be moved to that step: training is over when this is asked.
-
-        Returns:
-            Key of the report to plain values, such as ``{"image_indices": [3, 14]}``.
+        Such as ``{"image_indices": [3, 14]}``. Training is over by then: ``set_epoch`` is free.
         """
         return {}

@@ -26,13 +26,7 @@ _NUM_CLASSES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy(Metrics):
-    """What a classifier got right.
-
-    Args:
-        num_images: seen by all ranks together.
-        num_top1: images whose label was the first guess.
-        num_top5: images whose label was among the first five guesses, or among all of fewer.
-    """
+    """Images of all ranks, and those whose label was the first guess, or among the first five."""
 
     num_images: int
     num_top1: int
@@ -40,7 +34,7 @@ class Accuracy(Metrics):
 
     @classmethod
     def count(cls, num_images: int, num_top1: int, num_top5: int, loss: float) -> Accuracy:
-        """Turn counts into percent; ``loss`` is the mean cross-entropy."""
+        """Turn counts into percent, beside the mean cross-entropy."""
         values = {
             "test_loss": loss,
             "test_acc1": 100 * num_top1 / num_images,
@@ -50,21 +44,17 @@ class Accuracy(Metrics):
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy."""
         return self.values["test_loss"]
 
     @property
     def acc1(self) -> float:
-        """Top-1 accuracy in percent."""
         return self.values["test_acc1"]
 
     @property
     def acc5(self) -> float:
-        """Top-5 accuracy in percent."""
         return self.values["test_acc5"]
 
     def format_score(self, score: float) -> str:
-        """Write a top-1 accuracy."""
         return f"top-1 {score:.2f} %"
 
     def __str__(self) -> str:
@@ -75,14 +65,13 @@ class Accuracy(Metrics):
 
 
 class AccuracyMeter(Meter):
-    """Counts right guesses. All sums are of integers: one process and many give equal numbers."""
+    """Counts in integers, so that one process and many give equal numbers."""
 
     def __init__(self, device: torch.device) -> None:
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, top-1, top-5
         self._loss = ExactMean(device)
 
     def add(self, network: Network, batch: Any) -> None:
-        """Count images [B, 3, height, width] with labels [B], int64."""
         images, labels = batch
         logits = as_full_precision(network(images))
         guesses = logits.topk(min(5, logits.shape[-1])).indices  # [B, 5]
@@ -92,7 +81,6 @@ class AccuracyMeter(Meter):
         self._loss.add(F.cross_entropy(logits, labels, reduction="none"))
 
     def finish(self) -> Accuracy:
-        """Add up over ranks."""
         num_images, num_top1, num_top5 = sum_over_ranks(self._counts).tolist()
         if not num_images:
             raise InputError("there is no image to evaluate on.")
@@ -118,7 +106,6 @@ class Classification(Task):
         self._loaders: Loaders | None = None
 
     def open_data(self, device: torch.device, *, is_train: bool) -> Data:
-        """Open the data set of ``config.data``."""
         self._loaders = loaders = build_loaders(
             self.config.data,
             self.config.augment,
@@ -138,20 +125,16 @@ class Classification(Task):
         )
 
     def create_model(self, create: Callable[..., nn.Module]) -> nn.Module:
-        """Build the backbone with one output a class."""
         return create(num_classes=self._loaders.num_classes if self._loaders else _NUM_CLASSES)
 
     def prepare(self, batch: Any) -> Any:
-        """Mix images up, where that is on."""
         mixup = self._loaders.mixup if self._loaders else None
         return batch if mixup is None else mixup(*batch)
 
     def fit_inputs(self, batch: Any) -> Tensor:
-        """The images."""
         return batch[0]
 
     def loss(self, network: Network, batch: Any) -> Tensor:
-        """Cross-entropy, with label smoothing where the targets are labels."""
         images, targets = batch
         logits = as_full_precision(network(images))
         is_mixed = targets.is_floating_point()
@@ -159,20 +142,17 @@ class Classification(Task):
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     def start_evaluation(self, device: torch.device) -> AccuracyMeter:
-        """Begin to count."""
         return AccuracyMeter(device)
 
     def draw_inputs(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor]:
-        """Standard-normal images of the configured size."""
         side = self.config.model.input_size
         return (torch.randn(batch_size, 3, side, side, generator=generator),)
 
     def describe_inputs(self) -> str:
-        """The image side in pixels."""
         return f"{self.config.model.input_size} px"
 
     def name_samples(self, epoch: int, step: int) -> Mapping[str, Sequence[int]]:
-        """The images' numbers; seed, epoch, step and place tell their augmentation, too."""
+        # Seed, epoch, step and an image's place in here tell its augmentation, too.
         assert self._loaders is not None and self._loaders.train is not None
         self._loaders.train.set_epoch(epoch, start_step=step)
         return {"image_indices": [draw.image for draw in next(iter(self._loaders.train.batches))]}

@@ -96,27 +96,6 @@ def _capture(
     return modules[layer], *seen[0]
 
 
-def load_run(folder: Path) -> nn.Module:
-    """Build the model of a run on the CPU, in eval mode, with the weights after its last epoch.
-
-    Raises:
-        InputError: it is no run, holds no finished epoch, or its data are gone.
-    """
-    if not (folder / "config.yaml").exists():
-        raise InputError(f"{folder} is no run: it holds no config.yaml; give a run's folder.")
-    config = read_config(folder / "config.yaml")
-    data, settings = config.data, config.model
-    images = open_dataset(data.data_set, data.data_path, "val", input_size=settings.input_size)
-    model = find_family(settings.model).create_model(
-        settings.model,
-        settings.attn_type,
-        num_classes=len(images.class_names),
-        hashing=config.hashing,
-    )
-    load_checkpoint(model, folder / LAST_CHECKPOINT, strict=True)
-    return model.eval()
-
-
 def draw_codes(
     softmax_run: Path,
     ecoformer_run: Path,
