@@ -12,7 +12,7 @@ from ecoformer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, print_
 COMMANDS = {
     "train": ("train a model, or time it", "engine.command:run_command"),
     "eval": ("measure the accuracy of weights", "engine.command:run_command"),
-    "cost": ("count operations, energy and area of a model", "tools.energy:run_get_energy"),
+    "cost": ("count operations, energy and area of a model", "tools.energy.command:run_get_energy"),
     "convert": ("write weights in another format or layout", "tools.convert:main"),
     "tables": ("make the paper's tables, and our own", "tools.tables.command:main"),
     "plots": ("draw runs, tables, codes, the method", "tools.plots.command:main"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ecoformer.tools.energy import run_get_energy
+from ecoformer.tools.energy.command import run_get_energy
 from pvt import FAMILY
 
 

@@ -1,31 +1,35 @@
-"""The whole story on real handwritten digits, in minutes: ``ecoformer demo``.
+"""Tell the whole story on real handwritten digits, in minutes: ``ecoformer demo``.
 
 It writes the embedded digits as an image folder, trains a small softmax model from nothing,
-fine-tunes it with EcoFormer attention by the commands that ImageNet takes, evaluates both, and
-leaves one table and one picture. It runs from a clone, whose ``configs/demo`` it uses.
+fine-tunes it with EcoFormer attention as ImageNet is trained, evaluates both, and leaves one table
+and one picture. It runs from a clone, whose ``configs/demo`` it uses.
 """
 
 from __future__ import annotations
 
-import importlib
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecoformer.config.arguments import ArgumentParser
-from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
+from ecoformer.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    InputError,
+    NonFiniteError,
+    Preempted,
+    print_error,
+)
 
 if TYPE_CHECKING:
     from ecoformer.cost import Cost
+    from ecoformer.engine.run import Run
 
 _CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
 # Variant and image side of each backbone: what two cores train in minutes.
 _MODELS = {"pvt": ("pvt_v2_b0", 64), "twins": ("alt_gvt_small", 48)}
-_ATTENTION = {"msa": "softmax", "ecoformer": "EcoFormer"}
 _DIGIT_SIZE = 64
-_NUM_CLASSES = 10
 _BATCH_SIZE = 32
 _LEAST_TOP1 = 97.0
 _LARGEST_LOSS = 1.0
@@ -36,7 +40,6 @@ class Result:
     """What one stage of the demo gave.
 
     Args:
-        attention: label of its attention.
         curve: top-1 on the held-out images after each epoch, percent.
         cost: of one image.
         images_per_s: median rate of evaluation.
@@ -51,12 +54,9 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo.
 
-    Args:
-        argv: the words after the program's name; ``sys.argv`` if not given.
-
     Returns:
-        The process's exit code: that of the first command that fails; 1 if the accuracy falls
-        short; else 0.
+        The process's exit code: 1 if the accuracy falls short, 2 bad input, 3 non-finite, 75
+        preempted and saved, else 0.
     """
     parser = ArgumentParser(
         prog="ecoformer demo",
@@ -66,29 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dir", type=Path, default=None, help="default: runs/demo_BACKBONE")
     args = parser.parse_args(argv)
     folder = args.output_dir or Path("runs", f"demo_{args.backbone}")
+    variant, input_size = _MODELS[args.backbone]
     try:
-        data = _prepare(folder)
-    except InputError as error:
+        results = _measure(_train(variant, folder), input_size)
+        picture = folder / "demo.png"
+        _draw(results, picture)
+    except (InputError, NonFiniteError, Preempted) as error:
         print_error(error)
         return error.exit_code
-    softmax, ecoformer = folder / "msa", folder / "ecoformer"
-    variant, input_size = _MODELS[args.backbone]
-    common = ["--data-path", str(data), "--data-set", "IMNET"]
-    for run_folder, start in (
-        (softmax, []),
-        (ecoformer, ["--finetune", str(softmax / "last_checkpoint.pth")]),
-    ):
-        config = ["--config", str(_CONFIGS / f"{variant}_{run_folder.name}.py"), *common]
-        output = ["--output_dir", str(run_folder)]
-        # The weights after the last epoch: choosing the best would peek at the held-out images.
-        last = ["--resume", str(run_folder / "last_checkpoint.pth")]
-        for command in ([*config, *output, *start, "--resume", "none"], [*config, *last, "--eval"]):
-            if code := _run(args.backbone, command):
-                return code
-
-    results = _measure(args.backbone, variant, input_size, folder)
-    picture = folder / "demo.png"
-    _draw(results, picture)
     print(f"\n{variant}, {input_size} px, 360 held-out digits\n\n{_format_table(results)}\n")
     print(f"curves and energy: {picture}")
     softmax_top1, ecoformer_top1 = (result.curve[-1] for result in results)
@@ -101,40 +86,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _prepare(folder: Path) -> Path:
-    """Write the digits; returns their folder."""
+def _train(variant: str, folder: Path) -> list[Run]:
+    """Train and evaluate both stages."""
     if not _CONFIGS.is_dir():
         raise InputError(f"{_CONFIGS} is missing; run the demo from a clone of the repository.")
     # Here, so that --help and a wrong flag answer at once.
     from ecoformer.data import write_digits_folder
+    from ecoformer.engine.state import LAST_CHECKPOINT
+    from ecoformer.tools.runs import run_evaluation, run_training
 
-    return write_digits_folder(folder / "digits", size=_DIGIT_SIZE)
+    data = write_digits_folder(folder / "digits", size=_DIGIT_SIZE)
+    runs = []
+    start: dict[str, object] = {}
+    for kind in ("msa", "ecoformer"):
+        settings = {
+            "config": str(_CONFIGS / f"{variant}_{kind}.py"),
+            "data_path": str(data),
+            "data_set": "IMNET",
+        }
+        output = {"output_dir": str(folder / kind), "resume": None}
+        runs.append(run_training({**settings, **start, **output}))
+        # The weights after the last epoch: choosing the best would peek at the held-out images.
+        last = str(folder / kind / LAST_CHECKPOINT)
+        run_evaluation({**settings, "resume": last})
+        start = {"finetune": last}
+    return runs
 
 
-def _run(backbone: str, command: list[str]) -> int:
-    """Say a command and run it, in this process: importing everything again takes seconds."""
-    print(f"\n$ python -m {backbone}.main {shlex.join(command)}", flush=True)
-    return importlib.import_module(f"{backbone}.main").main(command)
-
-
-def _measure(backbone: str, variant: str, input_size: int, folder: Path) -> list[Result]:
+def _measure(runs: Sequence[Run], input_size: int) -> list[Result]:
     import torch
 
+    from ecoformer.attention import attention_class
     from ecoformer.cost import count_cost
-    from ecoformer.engine.logs import read_log
     from ecoformer.tools.measure import measure_rates
 
-    create_model = importlib.import_module(backbone).create_model
-    models = {kind: create_model(variant, kind, num_classes=_NUM_CLASSES) for kind in _ATTENTION}
-    rates = measure_rates(models, torch.randn(_BATCH_SIZE, 3, input_size, input_size))
+    device = next(runs[0].model.parameters()).device
+    images = torch.randn(_BATCH_SIZE, 3, input_size, input_size, device=device)
+    labels = [attention_class(str(run.config.model.attn_type)).label for run in runs]
+    rates = measure_rates(
+        {label: run.model for label, run in zip(labels, runs, strict=True)}, images
+    )
     return [
         Result(
             label,
-            [record["test_acc1"] for record in read_log(folder / kind)],
-            count_cost(models[kind], input_size),
-            rates[kind],
+            [record["test_acc1"] for record in run.log],
+            count_cost(run.model, input_size),
+            rates[label],
         )
-        for kind, label in _ATTENTION.items()
+        for label, run in zip(labels, runs, strict=True)
     ]
 
 

@@ -24,7 +24,7 @@ from ecoformer.attention import (
 from ecoformer.attention.base import Size
 from ecoformer.models.registry import find_family
 from ecoformer.tools.plots.curves import draw_cost
-from ecoformer.tools.tables.comparisons import list_contenders
+from ecoformer.tools.tables.ablations import list_arms
 from pvt import get_energy
 
 MODELS = ["pvt_v2_b0", "pvt_v2_b2_li", "alt_gvt_small", "pcpvt_small_v0"]
@@ -125,7 +125,7 @@ def test_the_cost_table_has_its_row_and_its_note(capsys: pytest.CaptureFixture[s
     command = ["--model", "pvt_v2_b0", "--attn_type", "toy", "--input-size", "64"]
     assert get_energy.main(command) == 0
     out = capsys.readouterr().out
-    assert "\ntoy attention " in out and "\nmsa attention " in out
+    assert "\n| toy attention " in out and "\n| msa attention " in out
     assert "\nToy attention counts its gate." in out
     counted = count_cost(create("pvt_v2_b0", "toy"), 64).by_kind()["toy attention"]
     num_values = 2 * (16 * 16 * 32 + 8 * 8 * 64 + 4 * 4 * 160)
@@ -134,8 +134,8 @@ def test_the_cost_table_has_its_row_and_its_note(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("variant", ["pvt_v2_b0", "alt_gvt_small"])
 def test_tables_and_plots_know_it(variant: str) -> None:
-    contenders = {c.attention: c.name for c in list_contenders("kinds", variant)}
-    assert contenders["toy"] == "mean of the values, gated"
+    arms = {c.attention: c.name for c in list_arms("kinds", variant)}
+    assert arms["toy"] == "mean of the values, gated"
     (axes,) = draw_cost(variant, [32]).axes
     assert "mean of the values, gated" in [line.get_label() for line in axes.lines]
 

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from ecoformer.tools.doctor import checks, main
+from ecoformer.tools.doctor import checks
 from ecoformer.tools.doctor.checks import Finding
+from ecoformer.tools.doctor.command import main
 from tests.data.images import BAD_IMAGES, spoil, write_images
 from tests.privileges import without_privileges
 

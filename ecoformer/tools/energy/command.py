@@ -16,7 +16,6 @@ def run_get_energy(argv: Sequence[str] | None = None, family: ModelFamily | None
     """Print what a model costs. It needs no weights, and no fit.
 
     Args:
-        argv: ``sys.argv`` without its first word if not given.
         family: where models come from; the one that ``--model`` belongs to where None.
 
     Returns:

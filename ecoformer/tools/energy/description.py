@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import torch
 
+from ecoformer.attention import attention_class, attention_kinds
 from ecoformer.config import Config
 from ecoformer.cost.count import (
     ADD_AREA_UM2,
@@ -34,12 +35,6 @@ _SCOPE = (
     f"{ADD_AREA_UM2:,} um^2 for a unit of its own each. GELU, ReLU, softmax, pooling, residual "
     "sums and traffic to memory count nothing."
 )
-# The released counter has a figure for softmax over all tokens and for EcoFormer alone.
-_OWN_COUNTS = {
-    "performer": "Performer attention is our own count: the four products with its features.",
-    "sra": "Spatial reduction is our own count: softmax over the keys that a query sees.",
-    "lsa": "Window attention is our own count: softmax over the keys that a query sees.",
-}
 
 
 def count(config: Config, family: ModelFamily) -> Cost:
@@ -105,5 +100,6 @@ def to_json(config: Config, cost: Cost) -> str:
 
 
 def _list_notes(cost: Cost) -> list[str]:
-    own = [note for kind, note in _OWN_COUNTS.items() if f"{kind} attention" in cost.by_kind()]
-    return [_SCOPE, *own]
+    classes = map(attention_class, attention_kinds())
+    notes = [cls.cost_note for cls in classes if f"{cls.kind} attention" in cost.by_kind()]
+    return [_SCOPE, *filter(None, notes)]

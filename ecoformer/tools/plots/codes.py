@@ -18,7 +18,6 @@ from ecoformer.data.datasets import open_dataset
 from ecoformer.engine.run import load_run
 from ecoformer.errors import InputError
 from ecoformer.tools.figures import make_figure
-from ecoformer.tools.tables.costs import find_family
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

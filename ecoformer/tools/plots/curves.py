@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
+from ecoformer.models.registry import find_family
 from ecoformer.tools.figures import make_figure
-from ecoformer.tools.tables.costs import ATTENTION_LABELS, describe_cost, find_family
+from ecoformer.tools.tables.costs import describe_cost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,15 +11,14 @@ import torch
 from ecoformer.data.datasets import open_dataset
 from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
+from ecoformer.models.registry import find_family
 from ecoformer.tools.measure import measure_rates
 from ecoformer.tools.table import Column, Row, Value
 from ecoformer.tools.tables.costs import (
-    ATTENTION_LABELS,
     EXECUTED_NOTE,
     add_savings,
     cost_columns,
     describe_cost,
-    find_family,
 )
 from ecoformer.tools.tables.recipe import Recipe
 
@@ -80,13 +79,15 @@ def list_arms(ablation: str, variant: str, values: Sequence[str] = ()) -> list[A
     Raises:
         InputError: no such backbone, or a value that the setting cannot take.
     """
-    kinds = find_family(variant).variants[variant]
+    family = find_family(variant)
+    kinds = family.kinds(variant)
     if ablation == "kinds":
         if values:
             raise InputError("kinds takes no --values: it compares all that the model has.")
-        plain = [Arm(label, kind) for kind, label in ATTENTION_LABELS.items() if kind in kinds]
+        # Softmax first, which the others are set against, and EcoFormer beside its other bias.
+        ordered = sorted(kinds, key=lambda kind: (kind != "msa", kind == "ecoformer"))
         return [
-            *plain,
+            *(Arm(family.label(kind), kind) for kind in ordered),
             Arm("EcoFormer, normalized bias", "ecoformer", {"value_bias": "normalized"}),
         ]
     setting, usual = _SETTINGS[ablation]
@@ -116,8 +117,7 @@ def run_ablation(
         Rows for ``ABLATION_COLUMNS``, and the accuracy after each epoch of each seed.
 
     Raises:
-        InputError: the data cannot be used.
-        CommandFailed: a run failed, and has said why.
+        InputError, NonFiniteError, Preempted: see ``ecoformer.engine.run.train``.
     """
     images = open_dataset(recipe.data_set, recipe.data_path, "val", input_size=recipe.input_size)
     num_classes = len(images.class_names)

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 
 from ecoformer.checkpoint import resolve_source
-from ecoformer.config import Config
+from ecoformer.config import make_config
 from ecoformer.data.datasets import open_dataset
 from ecoformer.engine.run import evaluate
 from ecoformer.errors import InputError
 from ecoformer.files import write_text
 from ecoformer.tools.table import Value, format_csv
-from ecoformer.tools.tables.costs import find_family
 
 # What two evaluations share that must give the same accuracy.
 _IDENTITY = ("name", "sha256", "data_set", "data_path", "input_size")
@@ -69,13 +68,17 @@ def evaluate_models(
             results[name] = row | {key: float(earlier[-1][key] or 0) for key in ("top1", "top5")}
             continue
         variant, attention = name.split("/")
-        settings = {
-            **{"model": variant, "attn_type": attention, "resume": str(path), "eval": True},
-            **{"data_set": validation.data_set, "data_path": validation.data_path},
-            **{"batch_size": validation.batch_size, "input_size": validation.input_size},
-            "device": str(validation.device),
-        }
-        metrics = evaluate(Config.from_flat(settings))
+        config = make_config(
+            model=variant,
+            attn_type=attention,
+            resume=str(path),
+            data_set=validation.data_set,
+            data_path=validation.data_path,
+            batch_size=validation.batch_size,
+            input_size=validation.input_size,
+            device=str(validation.device),
+        )
+        metrics = evaluate(config)
         print(f"{name}: {metrics}", flush=True)
         top1, top5 = (metrics.values[f"test_acc{k}"] for k in (1, 5))
         results[name] = row | {"top1": top1, "top5": top5}

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, get_args
 
 from ecoformer.config.arguments import ArgumentParser
 from ecoformer.config.schema import field_types
-from ecoformer.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, NonFiniteError, print_error
+from ecoformer.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    InputError,
+    NonFiniteError,
+    Preempted,
+    print_error,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -49,22 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make one table: print it, and write it as Markdown, CSV and JSON.
 
     Returns:
-        The process's exit code: 0 done, 2 bad input, 3 non-finite, 130 interrupted, or that of a
-        run inside.
+        The process's exit code: 0 done, 2 bad input, 3 non-finite, 75 preempted and saved, 130
+        interrupted.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     options = _parse(words)
     try:
         _check_sizes(options)
-        # Brings torch along, which --help need not wait for.
-        from ecoformer.tools.tables.recipe import CommandFailed
-
-        try:
-            table = _make(options, f"{_PROG} {shlex.join(words)}")
-        except CommandFailed as failure:
-            return failure.exit_code
+        table = _make(options, f"{_PROG} {shlex.join(words)}")
         table.write(options.output_dir, options.table)
-    except (InputError, NonFiniteError) as error:
+    except (InputError, NonFiniteError, Preempted) as error:
         print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
@@ -149,6 +150,7 @@ def _check_sizes(options: argparse.Namespace) -> None:
 
 
 def _make(options: argparse.Namespace, command: str) -> Table:
+    # These bring torch along, which --help need not wait for.
     from ecoformer.engine.launch import choose_device
     from ecoformer.tools.measure import describe_environment
     from ecoformer.tools.table import Table

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
 from ecoformer.cost import count_cost
 from ecoformer.cost.executed import count_executed
-from ecoformer.errors import InputError, suggest
 from ecoformer.hash_config import HashConfig
-from ecoformer.models.registry import ModelFamily
+from ecoformer.models.registry import find_family
 from ecoformer.tools.table import Column, Row, Value
 
-ATTENTION_LABELS = {
-    "msa": "softmax",
-    "msa_share_qk": "softmax, shared queries and keys",
-    "sra": "spatial reduction",
-    "lsa_msa": "softmax, windows and all tokens",
-    "lsa_gsa": "softmax in windows, spatial reduction",
-    "performer": "Performer",
-    "ecoformer": "EcoFormer",
-}
 COST_NOTE = (
     "#Mul, #Add, energy (45 nm) and area are the paper's model of one image. Hardware of today "
     "really saves what disappears, the N^2 products of softmax attention; it does not save what "
@@ -51,22 +39,6 @@ def cost_columns(*, is_small: bool = False) -> tuple[Column, ...]:
         Column("area_um2", "area m^2", scale=1e12),
         Column("executed", f"executed {operations}", scale=scale),
         Column("executed_saving", "executed saved %", ".1f"),
-    )
-
-
-def find_family(variant: str) -> ModelFamily:
-    """Look for a variant in the backbone packages.
-
-    Raises:
-        InputError: none has it.
-    """
-    families = [importlib.import_module(package).FAMILY for package in ("pvt", "twins")]
-    for family in families:
-        if variant in family.variants:
-            return family
-    names = [name for family in families for name in family.variants]
-    raise InputError(
-        f"unknown model {variant!r}{suggest(variant, names)} There are: {', '.join(names)}."
     )
 
 

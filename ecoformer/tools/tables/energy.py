@@ -6,13 +6,13 @@ import torch
 
 from ecoformer.cost.joules import EnergyMeter, EnergyNotMeasurable, find_meter
 from ecoformer.hashing import with_random_hash_functions
+from ecoformer.models.registry import find_family
 from ecoformer.tools.table import Column, Value
 from ecoformer.tools.tables.costs import (
     EXECUTED_NOTE,
     add_savings,
     cost_columns,
     describe_cost,
-    find_family,
 )
 
 ENERGY_COLUMNS = (

@@ -9,13 +9,13 @@ import torch
 from ecoformer.checkpoint.zoo import ZOO, ZooEntry
 from ecoformer.engine.throughput import measure_throughput
 from ecoformer.errors import InputError, suggest
+from ecoformer.models.registry import find_family
 from ecoformer.tools.table import Column, Value
 from ecoformer.tools.tables.costs import (
     COST_NOTE,
     add_savings,
     cost_columns,
     describe_cost,
-    find_family,
 )
 
 MAIN_COLUMNS = (
@@ -101,12 +101,9 @@ def add_throughput(
     for row in rows:
         variant, attention = str(row["name"]).split("/")
         model = find_family(variant).create_model(variant, attention)
+        images = torch.randn(batch_size, 3, sizes[variant], sizes[variant])
         result = measure_throughput(
-            model.to(device),
-            protocol="median",
-            batch_size=batch_size,
-            input_size=sizes[variant],
-            device=device,
+            model.to(device), [images], batch_size=batch_size, protocol="median", samples="images"
         )
         print(f"{row['name']}: {result}", flush=True)
         row["images_per_s"] = result.median

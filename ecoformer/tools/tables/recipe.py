@@ -1,4 +1,4 @@
-"""One small two-stage recipe, so that attention kinds and hash settings can be compared.
+"""Train attention kinds and hash settings by one small recipe, so that they can be compared.
 
 Stage 1 trains from nothing and stage 2 goes on at a lower rate. Kinds that softmax weights convert
 to share one softmax stage 1 a seed; the others have a stage 1 of their own. So all see the same
@@ -7,8 +7,6 @@ number of epochs.
 
 from __future__ import annotations
 
-import importlib
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,42 +14,36 @@ from pathlib import Path
 import torch
 
 from ecoformer.attention import attention_class, attention_kinds
-from ecoformer.engine.logs import read_log
-from ecoformer.tools.tables.costs import find_family
+from ecoformer.engine.state import LAST_CHECKPOINT
+from ecoformer.tools.runs import run_training
 
 # Light, since the runs are short, and fit for digits, which must not be flipped.
-_FLAGS = (
-    *("--no-repeated-aug", "--scale", "0.7", "1.0", "--hflip", "0", "--aa", "none"),
-    *("--color-jitter", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0", "--drop-path", "0"),
-    *("--min-lr", "1e-5", "--warmup-epochs", "0", "--num_workers", "2", "--no-pin-mem"),
-)
-_RATES = ("8e-3", "2e-3")
-
-
-class CommandFailed(Exception):
-    """A command inside this one failed, and has said why.
-
-    Args:
-        exit_code: its exit code.
-    """
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"exit code {exit_code}")
-        self.exit_code = exit_code
+_FIELDS: dict[str, object] = {
+    "repeated_aug": False,
+    "scale": (0.7, 1.0),
+    "hflip": 0.0,
+    "aa": None,
+    "color_jitter": 0.0,
+    "reprob": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "drop_path": 0.0,
+    "min_lr": 1e-5,
+    "warmup_epochs": 0,
+    "num_workers": 2,
+    "pin_mem": False,
+}
+_RATES = (8e-3, 2e-3)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all runs of a comparison share.
+    """What all runs of a comparison share; data are named as the flags take them.
 
     Args:
-        variant: the backbone.
-        data_set: as ``--data-set`` takes it.
-        data_path: as ``--data-path`` takes it; ``"DIGITS"`` needs none.
         input_size: image side, pixels.
         epochs: of stage 1 and of stage 2.
         batch_size: images a step; rates follow it.
-        device: where they run.
         folder: where the runs' folders lie.
     """
 
@@ -71,61 +63,47 @@ class Recipe:
 
         Args:
             attention: kind of stage 2.
-            seed: of everything random.
             hashing: settings of ``HashConfig`` that are not the default.
 
         Returns:
             The records of ``log.txt`` of both stages, one an epoch.
 
         Raises:
-            CommandFailed: a stage failed, and has said why.
+            InputError, NonFiniteError, Preempted: see ``ecoformer.engine.run.train``.
         """
         hashing = hashing or {}
         parent = self.parent(attention)
         first = self.folder / f"seed{seed}" / f"{parent}_stage1"
         folder = "_".join([attention, *(f"{name}_{value}" for name, value in hashing.items())])
-        second = first.with_name(folder)
-        hash_flags = [word for name, value in hashing.items() for word in (f"--{name}", str(value))]
-        weights = ["--finetune", str(first / "last_checkpoint.pth")]
+        second = {"finetune": str(first / LAST_CHECKPOINT), **hashing}
         return [
-            *self._run(parent, 0, seed, first, []),
-            *self._run(attention, 1, seed, second, [*weights, *hash_flags]),
+            *self._run(parent, 0, seed, first, {}),
+            *self._run(attention, 1, seed, first.with_name(folder), second),
         ]
 
     def parent(self, attention: str) -> str:
-        """Choose what stage 1 trains.
-
-        Args:
-            attention: kind of stage 2.
-
-        Returns:
-            Its kind of attention: softmax where that can be converted, the same kind elsewhere.
-        """
+        """Choose what stage 1 trains: softmax where that can be converted, else the same kind."""
         is_kind = attention in attention_kinds()
         return "msa" if is_kind and attention_class(attention).parent == "msa" else attention
 
     def _run(
-        self, attention: str, stage: int, seed: int, folder: Path, flags: list[str]
+        self, attention: str, stage: int, seed: int, folder: Path, fields: Mapping[str, object]
     ) -> list[dict[str, float]]:
-        """Run one stage in this process; a finished one is seen by its checkpoint, and left."""
-        package = find_family(self.variant).name
-        command = [
-            *("--model", self.variant, "--attn_type", attention, "--seed", str(seed)),
-            *("--data-set", self.data_set, "--input-size", str(self.input_size)),
-            *(("--data-path", self.data_path) if self.data_path else ()),
-            *("--batch-size", str(self.batch_size), "--epochs", str(self.epochs[stage])),
-            *(
-                "--output_dir",
-                str(folder),
-                "--device",
-                str(self.device),
-                *_FLAGS,
-                "--lr",
-                _RATES[stage],
-                *flags,
-            ),
-        ]
-        print(f"\n$ python -m {package}.main {shlex.join(command)}", flush=True)
-        if code := importlib.import_module(f"{package}.main").main(command):
-            raise CommandFailed(code)
-        return read_log(folder)
+        run = run_training(
+            {
+                "model": self.variant,
+                "attn_type": attention,
+                "seed": seed,
+                "data_set": self.data_set,
+                **({"data_path": self.data_path} if self.data_path else {}),
+                "input_size": self.input_size,
+                "batch_size": self.batch_size,
+                "epochs": self.epochs[stage],
+                "lr": _RATES[stage],
+                "output_dir": str(folder),
+                "device": str(self.device),
+                **_FIELDS,
+                **fields,
+            }
+        )
+        return run.log

@@ -20,7 +20,8 @@ from ecoformer.errors import InputError
 from ecoformer.ops import kernelized_hash_attention
 from ecoformer.ops.backends.triton import TritonBackend
 from ecoformer.tools import measure
-from ecoformer.tools.benchmark import cores, correctness, fits, main, suite
+from ecoformer.tools.benchmark import cores, correctness, fits, suite
+from ecoformer.tools.benchmark.command import main
 from ecoformer.tools.benchmark.comparison import Comparison, Contender, Setup, compare
 from ecoformer.tools.benchmark.correctness import check_core
 from ecoformer.tools.benchmark.measurements import Measurement, Report
@@ -262,7 +263,7 @@ def test_gpu_preset_runs_in_the_interpreter_without_what_a_gpu_machine_may_lack(
         "from ecoformer.tools import measure\n"
         "measure._COPY_BYTES['cpu'] = 2**20\n"
         "measure.PeakMemory.measure = lambda self, build, call=None: None\n"
-        "from ecoformer.tools.benchmark import main\n"
+        "from ecoformer.tools.benchmark.command import main\n"
         f"code = main({[*words, '--no-compile', '--json', str(file)]})\n"
         "assert 'ecoformer.ops.backends.triton.launch' in sys.modules\n"
         "sys.exit(code)\n"

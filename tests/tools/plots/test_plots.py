@@ -20,8 +20,8 @@ from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import with_random_hash_functions
 from ecoformer.ops import hash_attention
 from ecoformer.ops.attention import ValueBias
-from ecoformer.tools.plots import main
 from ecoformer.tools.plots.codes import view_token
+from ecoformer.tools.plots.command import main
 from ecoformer.tools.plots.curves import draw_curves, draw_tradeoff
 
 LAYER = "block1.0.attn"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ecoformer.tools.tables import main
+from ecoformer.tools.tables.command import main
 from tests.engine.conftest import image_folder
 
 __all__ = ["image_folder", "refuse"]

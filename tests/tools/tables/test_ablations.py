@@ -12,8 +12,8 @@ import pytest
 from ecoformer.config.file import read_config
 from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
-from ecoformer.tools.tables import main
 from ecoformer.tools.tables.ablations import describe_accuracy, list_arms
+from ecoformer.tools.tables.command import main
 from tests.tools.tables.conftest import Refuse
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from ecoformer.checkpoint.zoo import ZOO
 from ecoformer.engine.throughput import Throughput
 from ecoformer.tools.table import Table, Value
-from ecoformer.tools.tables import main, published
+from ecoformer.tools.tables import published
+from ecoformer.tools.tables.command import main
 from ecoformer.tools.tables.published import MAIN_COLUMNS, MAIN_NOTES, describe_models
 
 # 6.72 G additions, by the released counter too; 6.75 were published.
