@@ -240,7 +240,7 @@ def build_loaders(
         sampler(images["train"], seed=seed, **ranks),
         build_train_transform(augment, input_size=input_size),
     )
-    mixup = build_mixup(augment, num_classes=len(class_names), input_size=input_size)
+    mixup = build_mixup(augment, num_classes=len(class_names))
     if mixup and data.batch_size % 2:
         raise InputError(
             f"--batch-size {data.batch_size} is odd, and Mixup pairs images; make it even, or give "

@@ -90,28 +90,17 @@ def build_eval_transform(input_size: int) -> Transform:
     )
 
 
-def build_mixup(augment: AugmentConfig, *, num_classes: int, input_size: int) -> Mixup | None:
+def build_mixup(augment: AugmentConfig, *, num_classes: int) -> Mixup | None:
     """Build what blends the images and labels of a batch; None where nothing is on.
 
-    It takes images [B, 3, input_size, input_size], float, B even, and labels [B], int64; it
+    It takes images [B, 3, height, width], float, B even, and labels [B], int64; it
     returns the images, blended in place, and soft labels [B, num_classes], float. It draws from
     NumPy's global generator.
-
-    Raises:
-        InputError: no number of pixels lies in ``cutmix_minmax``.
     """
     if not (augment.mixup or augment.cutmix or augment.cutmix_minmax):
         return None
     from timm.data import Mixup
 
-    if augment.cutmix_minmax:
-        low, high = augment.cutmix_minmax
-        # timm draws a side from the one to below the other.
-        if int(low * input_size) >= int(high * input_size):
-            raise InputError(
-                f"--cutmix-minmax {low:g} {high:g} leaves no number of pixels of {input_size} px "
-                "to draw from; take a wider range, such as 0.2 0.8."
-            )
     return Mixup(
         mixup_alpha=augment.mixup,
         cutmix_alpha=augment.cutmix,

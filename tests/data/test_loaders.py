@@ -339,23 +339,6 @@ def test_an_error_in_a_worker_is_not_a_killed_one(
         read(loader)
 
 
-@pytest.mark.parametrize("minmax", [(0.0, 0.0), (0.5, 0.5), (0.5, 0.51)])
-def test_a_cutmix_range_that_holds_no_pixel_is_refused(
-    folder: Path, minmax: tuple[float, float]
-) -> None:
-    augment = replace(PLAIN, cutmix_minmax=minmax)
-    with pytest.raises(InputError, match=f"--cutmix-minmax {minmax[0]:g} {minmax[1]:g} .* 40 px"):
-        build(folder, augment=augment)
-
-
-def test_a_narrow_cutmix_range_works(folder: Path) -> None:
-    for minmax in ((0.0, 0.03), (0.97, 1.0), (0.5, 0.55)):
-        loaders = build(folder, augment=replace(PLAIN, cutmix_minmax=minmax))
-        assert loaders.mixup is not None
-        for images, labels in read(loaders.train):
-            loaders.mixup(images, labels)
-
-
 def test_fingerprints_tell_what_changed(tmp_path: Path) -> None:
     def take() -> dict[str, Any]:
         return build(tmp_path).fingerprint()
