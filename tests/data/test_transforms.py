@@ -113,7 +113,7 @@ def test_scale_bounds_the_crop() -> None:
 
 
 def test_mixup_follows_numpy_and_smooths_labels() -> None:
-    mixup = build_mixup(AugmentConfig(), num_classes=5, input_size=40)
+    mixup = build_mixup(AugmentConfig(), num_classes=5)
     assert mixup is not None
     outcomes = []
     for _ in range(2):
@@ -128,8 +128,8 @@ def test_mixup_follows_numpy_and_smooths_labels() -> None:
 
 
 def test_mixup_is_off_where_nothing_is_on() -> None:
-    assert build_mixup(AugmentConfig(mixup=0.0, cutmix=0.0), num_classes=5, input_size=40) is None
+    assert build_mixup(AugmentConfig(mixup=0.0, cutmix=0.0), num_classes=5) is None
     minmax = build_mixup(
-        AugmentConfig(mixup=0.0, cutmix=0.0, cutmix_minmax=(0.2, 0.8)), num_classes=5, input_size=40
+        AugmentConfig(mixup=0.0, cutmix=0.0, cutmix_minmax=(0.2, 0.8)), num_classes=5
     )
     assert minmax is not None
