@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.precision import autocast
 from ecoformer.hashing import with_random_hash_functions
+from ecoformer.models.registry import find_family
 from ecoformer.ops import use_backend
 from ecoformer.tools.benchmark.comparison import (
     REFERENCE_FLOATS,
@@ -68,10 +69,8 @@ def create_model(kind: str, variant: str) -> nn.Module:
         import timm
 
         return timm.create_model(variant)
-    import pvt
-
     attention = "ecoformer" if kind == _REFERENCE else kind
-    return with_random_hash_functions(pvt.create_model(variant, attention))
+    return with_random_hash_functions(find_family(variant).create_model(variant, attention))
 
 
 def build_model(kind: str, work: Workload, device: torch.device, dtype: torch.dtype) -> Call:

@@ -34,6 +34,7 @@ from ecoformer.errors import InputError
 from ecoformer.files import open_atomic
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash_functions
+from ecoformer.models.registry import find_family
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -316,13 +317,11 @@ def check_output(options: argparse.Namespace) -> Iterator[Finding]:
 
 def check_training_step(options: argparse.Namespace) -> Iterator[Finding]:
     """Fit the hash functions of a PVTv2 on small noise and train it for a step."""
-    from pvt import create_model
-
     device = choose_device(options.device)
     amp_dtype = choose_amp_dtype(None, device)
     began = time.monotonic()
-    model = create_model("pvt_v2_b0", num_classes=2, hashing=HashConfig(num_fit_steps=2))
-    model.to(device)
+    variant, hashing = "pvt_v2_b0", HashConfig(num_fit_steps=2)
+    model = find_family(variant).create_model(variant, num_classes=2, hashing=hashing).to(device)
     images = torch.randn(_STEP_BATCH, 3, _STEP_SIZE, _STEP_SIZE, device=device)
     targets = torch.arange(_STEP_BATCH, device=device) % 2
     optimizer = torch.optim.AdamW(model.parameters())
