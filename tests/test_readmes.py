@@ -63,10 +63,8 @@ ADDITIONS: dict[str, Sequence[str]] = {
     "ecoformer eval": ONE_STEP,
     "ecoformer doctor": ("--device", "cpu"),
     "ecoformer tables energy": ("--device", "cpu", "--batch-size", "1"),
-    "ecoformer tables kinds": (
-        *("--no-train", "--data-set", "DIGITS", "--batch-size", "1", "--device", "cpu"),
-    ),
-    "ecoformer benchmark attention": (
+    "ecoformer tables kinds": ("--seeds", "0", "--batch-size", "8", "--device", "cpu"),
+    "ecoformer benchmark": (
         *("--resolutions", "32", "48", "64", "--rounds", "1", "--batch-size", "1"),
         *("--device", "cpu"),
     ),
@@ -103,6 +101,12 @@ def read_snippets(readme: Path) -> list[Snippet]:
             opened = None
     assert opened is None, f"{readme}:{opened}: the block is not closed"
     return snippets
+
+
+def read_prose(readme: Path) -> str:
+    """What stands outside of fenced blocks."""
+    text = (ROOT / readme).read_text("utf-8")
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def split_commands(text: str) -> list[list[str]]:
@@ -283,6 +287,8 @@ def run_command(words: Sequence[str], *, dry: bool = False) -> None:
             assert f"name: {name}" in (ROOT / "environment/environment.yml").read_text()
         case ["python3", "-m", "venv", ".venv"] | [".", ".venv/bin/activate"]:
             pass
+        case ["export", *settings]:
+            assert all(re.fullmatch(r"[A-Z_]+=\w+", setting) for setting in settings)
         case _:
             pytest.fail(f"nobody here knows how to run: {shlex.join(words)}")
 
@@ -341,14 +347,26 @@ def test_snippets_run(readme: Path, clone: Path) -> None:
             raise AssertionError(f"{snippet}: {error}") from error
 
 
+def read_commands(readme: Path) -> Iterator[list[str]]:
+    """Commands in backticks outside of blocks."""
+    for command in INLINE.findall(read_prose(readme)):
+        words = shlex.split(" ".join(command.split()))
+        # It stands for all commands.
+        if "COMMAND" not in words:
+            yield words
+
+
 @pytest.mark.parametrize("readme", READMES, ids=str)
 def test_commands_in_the_text_are_accepted(readme: Path, clone: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", (ROOT / readme).read_text("utf-8"), flags=re.DOTALL | re.M)
-    for command in INLINE.findall(text):
-        words = shlex.split(" ".join(command.split()))
-        # Names in capitals stand for a choice, and the door alone for all of its commands.
-        if "COMMAND" not in words:
-            run_command(words, dry=True)
+    for words in read_commands(readme):
+        run_command(words, dry=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("readme", ["README.md", ".github/assets/README.md"])
+def test_commands_behind_figures_run(readme: str, clone: Path) -> None:
+    for words in read_commands(Path(readme)):
+        run_command(words)
 
 
 @pytest.mark.parametrize("readme", READMES, ids=str)
@@ -386,8 +404,7 @@ def test_it_is_short(readme: str, limit: int) -> None:
 def test_nothing_stands_twice() -> None:
     seen: dict[str, Path] = {}
     for readme in READMES:
-        text = (ROOT / readme).read_text("utf-8")
-        for line in re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.M).splitlines():
+        for line in read_prose(readme).splitlines():
             assert len(line) < 70 or seen.setdefault(line, readme) == readme, line
 
 
@@ -467,10 +484,12 @@ def test_figures_are_those_of_the_results() -> None:
 def test_stages_run_on_two_ranks(clone: Path) -> None:
     """The README's first commands, by torchrun itself."""
     snippet = next(s for s in read_snippets(Path("README.md")) if "-m pvt.main" in s.text)
+    # Larger images, so that half of the batch still has the tokens that a fit needs.
+    halves = ("--batch-size", "4", "--input-size", "64")
     for words in split_commands(snippet.text)[:2]:
         words = ["--nproc_per_node=2" if word.startswith("--nproc") else word for word in words]
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *words[1:], *ONE_STEP],
+            [sys.executable, "-m", "torch.distributed.run", *words[1:], *ONE_STEP, *halves],
             capture_output=True,
             text=True,
         )
