@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _MAIN_LIBRARIES = ("torch", "torchvision", "timm")
 # Modules that are called otherwise than what pip installs.
 _MODULES = {
+    "mmengine-lite": "mmengine",
     "pillow": "PIL",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
