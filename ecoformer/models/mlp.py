@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import reduce
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
@@ -19,13 +18,14 @@ _BLOCK_VALUES_PER_THREAD = 2**18
 _CHANNEL_STEP = 32
 
 
+# Not by einops: a large map has some hundred blocks, and its Python would cost a percent.
 def _as_map(x: Tensor, size: Size) -> Tensor:
     """View tokens as an image in channels-last memory, so that a convolution copies nothing."""
-    return rearrange(x, "b (h w) c -> b c h w", h=size[0], w=size[1])
+    return x.unflatten(1, size).movedim(3, 1)
 
 
 def _as_tokens(x: Tensor) -> Tensor:
-    return rearrange(x, "b c h w -> b (h w) c")
+    return x.flatten(2).transpose(1, 2)
 
 
 class DepthwiseConv(nn.Module):
