@@ -15,6 +15,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ecoformer.ops import reference
+
 # Sizes at which an implementation slips: keywords of ``draw_problem``.
 SIZES: dict[str, dict[str, Any]] = {
     "odd": {"tokens": 17},
@@ -86,6 +88,23 @@ def draw_problem(
         functions={name: tensor.to(full) for name, tensor in functions.items()},
         grad=draw(images, heads, tokens, dim, seed=generator).to(dtype),
     )
+
+
+def draw_alike_problem(spread: float, *, dtype: torch.dtype = torch.float64) -> Problem:
+    """Draw rows that point the same way but for ``spread``, some of which are the anchors."""
+    images, heads, tokens, dim, bits, num_anchors = 2, 2, 40, 8, 6, 5
+    problem = draw_problem(images=images, heads=heads, tokens=tokens, dim=dim, dtype=dtype)
+    q = normalize(draw(1, heads, 1, dim, seed=5), dim=-1)
+    q = q + spread * normalize(draw(images, heads, tokens, dim, seed=6), dim=-1)
+    q = q.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    x = reference.normalize_rows(q.to(torch.promote_types(dtype, torch.float32)))
+    anchors = x[0, :, :num_anchors].contiguous()
+    functions = {
+        "anchors": anchors,
+        "weight": draw(heads, bits, num_anchors, seed=7).to(x.dtype),
+        "kernel_mean": reference.kernel_features(x, anchors).mean((0, 2)),
+    }
+    return Problem(q, problem.v, functions, problem.grad)
 
 
 def draw_unit_rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

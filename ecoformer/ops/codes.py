@@ -38,7 +38,8 @@ def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
 
     The distances come from ``|x|^2 + |a|^2 - 2 x.a``, and their mean, one for each image and
     head, from the means of the rows and of the anchors: no [B, H, N, M, D] tensor is built.
-    The bandwidth is differentiated through.
+    Both are taken from the centre of the anchors first, without which rows that are nearly equal
+    would have distances of rounding. The bandwidth is differentiated through.
 
     Args:
         x: [B, H, N, D], float32 or float64. Unit rows; ``|x|^2`` is nevertheless computed, so
@@ -50,7 +51,9 @@ def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
 
     Source: EcoFormer; bandwidth from the released implementation.
     """
-    x_squared = x.square().sum(-1).unsqueeze(-2)  # [B, H, 1, N]
+    center = anchor_center(anchors)
+    x, anchors = x - center, anchors - center
+    x_squared = torch.linalg.vector_norm(x, dim=-1).square().unsqueeze(-2)  # [B, H, 1, N]
     anchors_squared = anchors.square().sum(-1, keepdim=True)  # [H, M, 1]
     scale = kernel_scale(x.mean(-2, keepdim=True), x_squared.mean(-1, keepdim=True), anchors)
     # Accumulated in place; the scale is folded into the smaller factor of the product.
@@ -61,8 +64,16 @@ def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
     return exponents.exp_()
 
 
+def anchor_center(anchors: Tensor) -> Tensor:
+    """Mean of the anchors [H, M, D] of each head, [H, 1, D]; that of equal ones is exact."""
+    first = anchors[:, :1]
+    return first + (anchors - first).mean(-2, keepdim=True)
+
+
 def kernel_scale(x_mean: Tensor, x_squared_mean: Tensor, anchors: Tensor) -> Tensor:
     """``-1 / (2 s)``, s being the mean squared distance between rows and anchors.
+
+    Both are taken from the anchors' centre, or what is left of s where all are alike is rounding.
 
     Args:
         x_mean: [B, H, 1, D], float, mean row.
@@ -70,12 +81,24 @@ def kernel_scale(x_mean: Tensor, x_squared_mean: Tensor, anchors: Tensor) -> Ten
         anchors: [H, M, D], float.
 
     Returns:
-        [B, H, 1, 1].
+        [B, H, 1, 1]; finite where all rows equal all anchors, so that features are 1 there.
     """
-    anchors_mean = anchors.mean(-2, keepdim=True)  # [H, 1, D]
-    anchors_squared_mean = anchors.square().sum(-1, keepdim=True).mean(-2, keepdim=True)
+    anchors_mean = anchors.mean(-2, keepdim=True)  # [H, 1, D], what the centre was rounded by
+    anchors_squared_sum = anchors.square().sum((-2, -1), keepdim=True)  # [H, 1, 1]
     cross = (x_mean * anchors_mean).sum(-1, keepdim=True)
-    return -0.5 / (x_squared_mean + anchors_squared_mean - 2 * cross)
+    # Small operations count where a layer is small: factors are part of the sums.
+    bandwidth = torch.add(x_squared_mean, anchors_squared_sum, alpha=1 / anchors.shape[-2])
+    bandwidth = torch.sub(bandwidth, cross, alpha=2)
+    return -0.5 / bandwidth.clamp_min(min_bandwidth(bandwidth.dtype))
+
+
+def min_bandwidth(dtype: torch.dtype) -> float:
+    """What the literal form divides by where it would divide 0 by 0.
+
+    Its square is a normal number, so that no gradient overflows; distances of rows that differ
+    are larger.
+    """
+    return torch.finfo(dtype).tiny ** 0.5
 
 
 def binarize(y: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -41,6 +41,8 @@ def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
     differences = x[:, :, :, None, :] - anchors[None, :, None, :, :]  # [B, H, N, M, D]
     distances = differences.square().sum(-1)  # [B, H, N, M]
     bandwidth = distances.mean((2, 3), keepdim=True)  # [B, H, 1, 1]
+    # Where every row equals every anchor, 0 / 0 stands for 0: the features are 1.
+    bandwidth = bandwidth.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
     return torch.exp(-distances / (2 * bandwidth))
 
 

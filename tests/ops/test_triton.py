@@ -19,7 +19,7 @@ from ecoformer.ops import kernelized_hash_attention, operator, reference, use_ba
 from ecoformer.ops.backends import HashFunctions, find_backend, find_fused_backend
 from ecoformer.ops.backends import triton as triton_ops
 from ecoformer.ops.backends.blocked import BlockedBackend
-from tests.problems import Problem, draw_problem, solve
+from tests.problems import Problem, draw_alike_problem, draw_problem, solve
 
 pytest.importorskip("triton")
 
@@ -155,6 +155,52 @@ def test_interpreted_rows_that_are_too_short_equal_the_reference() -> None:
     is_long = problem.q.norm(dim=-1) > 1e-6
     grad_q = solve(kernelized_hash_attention, problem)[1]
     assert relative_error(grad_q[is_long], expected[1][is_long]) < 2e-6
+
+
+@interpreted
+def test_interpreted_row_of_infinite_norm_harms_no_other() -> None:
+    problem = draw_problem(dtype=torch.float32)
+    problem.q[0, 1, 3] *= 1e20
+    expected = solve(reference.kernelized_hash_attention, problem)
+    found = solve(kernelized_hash_attention, problem)
+    assert all(tensor.isfinite().all() for tensor in found)
+    assert relative_error(found[0], expected[0]) < 2e-6
+
+
+@interpreted
+@pytest.mark.parametrize("spread", [0.3, 0.05, 5e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpreted_kernels_equal_the_reference_on_near_rows(
+    spread: float, dtype: torch.dtype
+) -> None:
+    problem = draw_alike_problem(spread, dtype=dtype)
+    expected = solve(reference.kernelized_hash_attention, problem.upcast())
+    errors = map(relative_error, solve(kernelized_hash_attention, problem), expected)
+    assert max(errors) < max(1e-4, TOLERANCES[dtype])
+
+
+@interpreted
+@pytest.mark.parametrize("spread", [1e-5, 1e-6, 1e-7, 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpreted_rows_alike_to_rounding_are_finite(spread: float, dtype: torch.dtype) -> None:
+    found = solve(kernelized_hash_attention, draw_alike_problem(spread, dtype=dtype))
+    assert all(tensor.isfinite().all() for tensor in found)
+
+
+@interpreted
+@pytest.mark.parametrize("is_zero", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpreted_equal_rows_have_no_gradient(is_zero: bool, dtype: torch.dtype) -> None:
+    problem = draw_alike_problem(0.0, dtype=dtype)
+    if is_zero:
+        problem.q.zero_()
+        problem.functions["anchors"].zero_()
+    with use_backend("blocked"):
+        expected = solve(kernelized_hash_attention, problem)
+    out, grad_q, grad_v = solve(kernelized_hash_attention, problem)
+    assert not grad_q.any() and not expected[1].any()
+    assert relative_error(out, expected[0].double()) < TOLERANCES[dtype]
+    assert relative_error(grad_v, expected[2].double()) < TOLERANCES[dtype]
 
 
 @interpreted

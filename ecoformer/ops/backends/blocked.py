@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ecoformer.ops.backends.base import FusedBackend, HashFunctions, empty_rows
-from ecoformer.ops.codes import MIN_NORM, binarize, kernel_scale
+from ecoformer.ops.codes import MIN_NORM, anchor_center, binarize, kernel_scale
 
 # Rows in a block, of all its images and heads, for each thread: what is made of a row takes a
 # few hundred bytes, which together should stay in the cache that cores share, and a block has
@@ -29,6 +29,9 @@ from ecoformer.ops.codes import MIN_NORM, binarize, kernel_scale
 _ROWS_PER_THREAD = 16384
 # What an image of one head may have without being cut into parts.
 _MAX_WHOLE_TOKENS = 4096
+# Mean squared distance below which rows are moved: 0 for equal rows, 2 for independent ones. The
+# squares that cancel are about 1.
+_MIN_BANDWIDTH = 2**-6
 
 
 class BlockedBackend(FusedBackend):
@@ -80,6 +83,9 @@ def _forward_block(
     num_parts, chunk = _cut(q)
     rows, values = _Rows.of(_flatten(q, dtype, num_parts)), _flatten(v, dtype, num_parts)
     rows.measure_scale(functions.anchors, num_parts, out=scale)
+    if _is_narrow(scale):
+        rows, functions = _move_to_center(rows, functions, num_parts)
+        rows.measure_scale(functions.anchors, num_parts, out=scale)
     encoder = _Encoder.of(functions, scale, num_parts)
     totals = _split_sums(sums)
     context, code_sum, value_sum = totals
@@ -124,7 +130,10 @@ def _backward_block(
     """With numerators n_i and denominators d_i, g_i and e_i are the gradients of n_i and d_i."""
     num_bits, num_anchors = functions.weight.shape[-2:]
     dtype, c, num_tokens = functions.weight.dtype, num_bits + 1, q.shape[-2]
-    rows, values = _Rows.of(_flatten(q, dtype)), _flatten(v, dtype)
+    raw_rows, values = _Rows.of(_flatten(q, dtype)), _flatten(v, dtype)
+    rows = raw_rows
+    if _is_narrow(scale):
+        rows, functions = _move_to_center(rows, functions)
     encoder = _Encoder.of(functions, scale)
     context, code_sum, value_sum = _split_sums(sums)
     exponents = encoder.exponents(rows)
@@ -160,16 +169,17 @@ def _backward_block(
     scale = scale.view(-1, 1, 1)
     share = 2 * scale * grad_scale[:, None, None] / (num_tokens * num_anchors)
     grad_distances = grad_exponents.mul_(scale).add_(share)
-    grad_q.copy_(rows.backward(grad_distances, _repeat(functions.anchors, len(q))).view(q.shape))
+    half_grad = rows.backward(grad_distances, _repeat(functions.anchors, len(q)))
+    grad_q.copy_(raw_rows.backward_of_norm(half_grad).view(q.shape))
 
 
 class _Rows(NamedTuple):
-    """Raw rows, and what makes unit rows of them.
+    """Rows, and what their distances from the anchors are made of.
 
     Args:
         q: [G, n, D].
         inverse_norms: [G, 1, n], what the rows are multiplied with.
-        x_squared: [G, 1, n], squared norms of the unit rows.
+        x_squared: [G, 1, n], squared norms of the rows after that.
     """
 
     q: Tensor
@@ -178,10 +188,19 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor) -> _Rows:
+        """Raw rows, which become unit rows."""
         norms = torch.linalg.vector_norm(q, dim=-1).unsqueeze(-2)
         inverse_norms = norms.clamp_min(MIN_NORM).reciprocal_()
         # A row with an infinite norm is a zero row, as where each is divided by it.
         return cls(q, inverse_norms, norms.mul_(inverse_norms).nan_to_num_(0).square_())
+
+    def move(self, center: Tensor) -> _Rows:
+        """Take unit rows from a center [G, 1, D]."""
+        # The bits of ``normalize_rows``, so that a row that is an anchor stays at no distance.
+        norms = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True).clamp_min_(MIN_NORM)
+        x = torch.addcdiv(-center, self.q, norms)
+        x_squared = torch.linalg.vector_norm(x, dim=-1).square_().unsqueeze(-2)
+        return _Rows(x, torch.ones_like(x_squared), x_squared)
 
     def split(self, num_tokens: int) -> Iterator[_Rows]:
         for q, inverse_norms, x_squared in zip(
@@ -196,22 +215,26 @@ class _Rows(NamedTuple):
         """[b, H], these being all the rows of their images; anchors [H, M, D]."""
         num_tokens = self.q.shape[-2] * num_parts
         x_mean = _gather(torch.bmm(self.inverse_norms, self.q), num_parts) / num_tokens
-        x_squared_mean = _gather(self.x_squared.sum(-1, keepdim=True), num_parts) / num_tokens
-        x_mean, x_squared_mean = (x.unflatten(0, out.shape) for x in (x_mean, x_squared_mean))
+        x_squared_mean = self.x_squared.view(*out.shape, 1, num_tokens).mean(-1, keepdim=True)
+        x_mean = x_mean.unflatten(0, out.shape)
         out.copy_(kernel_scale(x_mean, x_squared_mean, anchors).view(out.shape))
 
     def backward(self, grad_distances: Tensor, anchors: Tensor) -> Tensor:
-        """Gradient of the raw rows from that of their distances [G, M, n]; anchors [G, M, D]."""
-        inverse_norms = self.inverse_norms.transpose(-1, -2)
-        x = self.q * inverse_norms
-        toward = torch.bmm(grad_distances.transpose(-1, -2), anchors)  # [G, n, D]
-        along = grad_distances.sum(-2, keepdim=True)  # [G, 1, n]
-        # dx / 2 = along x - toward; a row that was normalised loses its part along x, which
-        # one too short for it keeps.
+        """Half the gradient of the multiplied rows, [G, n, D].
+
+        From that of their distances [G, M, n] to the anchors [G, M, D].
+        """
+        away = torch.bmm(grad_distances.transpose(-1, -2), -anchors)
+        along = grad_distances.sum(-2, keepdim=True)
+        return away.addcmul_(self.q, (along * self.inverse_norms).transpose(-1, -2))
+
+    def backward_of_norm(self, half_grad: Tensor) -> Tensor:
+        """The gradient of raw rows from half that of unit rows, both [G, n, D]; overwrites it."""
+        # A row that was normalised loses its part along itself, which one too short for it keeps.
         is_unit = self.inverse_norms * MIN_NORM < 1
-        radial = (along * self.x_squared - _row_sums(x * toward)) * is_unit
-        x *= (along - radial).transpose(-1, -2)
-        return x.sub_(toward).mul_(2 * inverse_norms)
+        radial = _row_sums(self.q * half_grad) * self.inverse_norms.square() * is_unit
+        half_grad.addcmul_(self.q, radial.transpose(-1, -2), value=-1)
+        return half_grad.mul_(2 * self.inverse_norms.transpose(-1, -2))
 
 
 class _Encoder(NamedTuple):
@@ -260,6 +283,24 @@ class _Encoder(NamedTuple):
         features -= self.kernel_mean
         y = torch.bmm(self.weight, features)
         return binarize(y, out=y)
+
+
+def _is_narrow(scale: Tensor) -> bool:
+    """Whether rows and anchors are so alike that their distances cancel where they are."""
+    if scale.device.type != "cpu":
+        # A look would wait for the device.
+        return True
+    return scale.numel() > 0 and scale.min().item() < -0.5 / _MIN_BANDWIDTH
+
+
+def _move_to_center(
+    rows: _Rows, functions: HashFunctions, num_parts: int = 1
+) -> tuple[_Rows, HashFunctions]:
+    """Take raw rows and anchors from the centre of the latter, which changes no distance."""
+    center = anchor_center(functions.anchors)
+    num_images = len(rows.q) // (len(center) * num_parts)
+    rows = rows.move(_share(_repeat(center, num_images), num_parts))
+    return rows, functions._replace(anchors=functions.anchors - center)
 
 
 def _repeat(x: Tensor, num_images: int) -> Tensor:

@@ -16,6 +16,9 @@ import triton.language as tl
 from ecoformer.ops.codes import MIN_NORM
 
 _MIN_NORM = tl.constexpr(MIN_NORM)
+# Mean squared distance below which rows and anchors are equal but for rounding: rows are made unit
+# rows by an approximate reciprocal here, anchors were made by division.
+_MIN_BANDWIDTH = tl.constexpr(2**-40)
 
 
 @triton.jit
@@ -78,6 +81,19 @@ def _load_vector(vector, SIZE: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.con
 
 
 @triton.jit
+def _load_anchors(
+    anchors, head, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Anchors of a head from their centre, [M, D], and the centre [D], see ``anchor_center``."""
+    anchors += head * M * D
+    tile = _load_matrix(anchors, M, D, BLOCK_M, BLOCK_D, D)
+    first = _load_vector(anchors, D, BLOCK_D, 1)
+    is_anchor = (tl.arange(0, BLOCK_M) < M)[:, None]
+    center = first + tl.sum(tl.where(is_anchor, tile - first[None, :], 0.0), 0) / M
+    return tl.where(is_anchor, tile - center[None, :], 0.0), center
+
+
+@triton.jit
 def _load_functions(
     anchors,
     weight,
@@ -90,9 +106,11 @@ def _load_functions(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Hash functions of a head: anchors [M, D], weight [K, M], kernel mean [M]."""
+    """Hash functions of a head: anchors [M, D] and their centre, weight [K, M], kernel mean [M]."""
+    anchors_tile, center = _load_anchors(anchors, head, D, M, BLOCK_D, BLOCK_M)
     return (
-        _load_matrix(anchors + head * M * D, M, D, BLOCK_M, BLOCK_D, D),
+        anchors_tile,
+        center,
         _load_matrix(weight + head * K * M, K, M, BLOCK_K, BLOCK_M, M),
         _load_vector(kernel_mean + head * M, M, BLOCK_M, 1),
     )
@@ -189,18 +207,17 @@ def _is_short(rows):
 
 
 @triton.jit
-def _measure(q):
-    """What makes rows [n, D] unit rows, [n], and the squared norms of these, [n]."""
-    q_squared = tl.sum(q * q, 1)
-    inverse_norms = tl.minimum(tl.rsqrt(q_squared), 1 / _MIN_NORM)
-    return inverse_norms, q_squared * inverse_norms * inverse_norms
+def _measure(q, center):
+    """What makes rows [n, D] unit rows, [n]; these from the centre, and their squared norms."""
+    inverse_norms = tl.minimum(tl.rsqrt(tl.sum(q * q, 1)), 1 / _MIN_NORM)
+    x = q * inverse_norms[:, None] - center[None, :]
+    return inverse_norms, x, tl.sum(x * x, 1)
 
 
 @triton.jit
 def _project(
     q,
-    inverse_norms,
-    x_squared,
+    center,
     anchors,
     weight,
     kernel_mean,
@@ -208,38 +225,59 @@ def _project(
     Q_IS_SHORT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Exponents and kernel [n, M], and the y [n, K] whose signs are the codes."""
-    products = _dot(q, tl.trans(anchors), Q_IS_SHORT, False, PRECISION)
-    exponents = products * (-2 * scale * inverse_norms)[:, None]
+    """Of rows [n, D]: their inverse norms [n], exponents and kernel [n, M], and y [n, K].
+
+    The signs of y are the codes.
+    """
+    inverse_norms, x, x_squared = _measure(q, center)
+    if Q_IS_SHORT:
+        # Half the products; what the centre adds comes off again, within float32's rounding of x.
+        products = _dot(q, tl.trans(anchors), True, False, PRECISION) * inverse_norms[:, None]
+        products -= tl.sum(anchors * center[None, :], 1)[None, :]
+    else:
+        products = _dot(x, tl.trans(anchors), False, False, PRECISION)
+    exponents = (-2 * scale) * products
     exponents += (scale * x_squared)[:, None] + (scale * tl.sum(anchors * anchors, 1))[None, :]
+    # A distance of 0 may round to less, and where all rows are alike that is divided by little.
+    # Not tl.minimum, which would hide NaN.
+    exponents = tl.where(exponents > 0, 0.0, exponents)
     kernel = tl.exp(exponents)
     y = _dot(kernel - kernel_mean[None, :], tl.trans(weight), False, False, PRECISION)
-    return exponents, kernel, y
+    return inverse_norms, exponents, kernel, y
 
 
 @triton.jit
 def measure_rows_kernel(
     q,
     q_strides,
+    anchors,
     row_sums,
     num_heads,
     num_tokens,
     range_tokens,
     D: tl.constexpr,
+    M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """Sums over a range of unit rows and of their squared norms, [groups, ranges, D + 1]."""
+    """Sums over a range of unit rows and of their squared norms, [groups, ranges, D + 1].
+
+    The rows are taken from the centre of the anchors: distances of nearly equal ones cancel
+    elsewhere.
+    """
     group, part = tl.program_id(0), tl.program_id(1)
+    _anchors, center = _load_anchors(anchors, group % num_heads, D, M, BLOCK_D, BLOCK_M)
     x_sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     x_squared_sums = tl.zeros([BLOCK_N], tl.float32)
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, tokens < last, D, BLOCK_D)
-        inverse_norms, x_squared = _measure(q_tile)
-        x_sums += q_tile * inverse_norms[:, None]
-        x_squared_sums += x_squared
+        is_token = tokens < last
+        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
+        _inverse_norms, x, x_squared = _measure(q_tile, center)
+        x_sums += tl.where(is_token[:, None], x, 0.0)
+        x_squared_sums += tl.where(is_token, x_squared, 0.0)
     row_sums += (group * tl.num_programs(1) + part).to(tl.int64) * (D + 1)
     dims = tl.arange(0, BLOCK_D)
     tl.store(row_sums + dims, tl.sum(x_sums, 0), mask=dims < D)
@@ -257,7 +295,11 @@ def _kernel_scale(
     M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """-1 / (2 s) of a group, s being its mean squared distance between rows and anchors."""
+    """-1 / (2 s) of a group, s being its mean squared distance between rows and anchors.
+
+    Both are taken from the centre of the anchors. Where all are equal it is 0, which makes
+    features of 1 without a gradient.
+    """
     row_sums += (group * num_ranges).to(tl.int64) * (D + 1)
     x_sum = tl.zeros([BLOCK_D], tl.float32)
     x_squared_sum = 0.0
@@ -267,7 +309,9 @@ def _kernel_scale(
         row_sums += D + 1
     anchors_squared_mean = tl.sum(anchors * anchors) / M
     cross = tl.sum(x_sum * tl.sum(anchors, 0)) / (num_tokens * M)
-    return -0.5 / (x_squared_sum / num_tokens + anchors_squared_mean - 2 * cross)
+    bandwidth = x_squared_sum / num_tokens + anchors_squared_mean - 2 * cross
+    # NaN stays NaN.
+    return tl.where(bandwidth < _MIN_BANDWIDTH, 0.0, -0.5 / bandwidth)
 
 
 @triton.jit
@@ -299,7 +343,7 @@ def sum_values_kernel(
     """Codes h, a bit each, [groups, N]; sums of ``[h, 1]^T [v, 1]``; scales [groups]."""
     group, part = tl.program_id(0), tl.program_id(1)
     num_ranges = tl.num_programs(1)
-    anchors_tile, weight_tile, mean_tile = _load_functions(
+    anchors_tile, center, weight_tile, mean_tile = _load_functions(
         anchors, weight, kernel_mean, group % num_heads, D, K, M, BLOCK_D, BLOCK_K, BLOCK_M
     )
     scale = _kernel_scale(row_sums, group, num_ranges, num_tokens, anchors_tile, D, M, BLOCK_D)
@@ -316,11 +360,9 @@ def sum_values_kernel(
         is_token = tokens < last
         q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
         v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
-        inverse_norms, x_squared = _measure(q_tile)
-        _exponents, _kernel, y = _project(
+        _inverse_norms, _exponents, _kernel, y = _project(
             q_tile,
-            inverse_norms,
-            x_squared,
+            center,
             anchors_tile,
             weight_tile,
             mean_tile,
@@ -443,7 +485,7 @@ def sum_gradients_kernel(
     first, so this and the corner give it without another pass.
     """
     group, part = tl.program_id(0), tl.program_id(1)
-    anchors_tile, weight_tile, mean_tile = _load_functions(
+    anchors_tile, center, weight_tile, mean_tile = _load_functions(
         anchors, weight, kernel_mean, group % num_heads, D, K, M, BLOCK_D, BLOCK_K, BLOCK_M
     )
     sums += group.to(tl.int64) * (K + 1) * (D + 1)
@@ -462,11 +504,9 @@ def sum_gradients_kernel(
         v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
         grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
         q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
-        inverse_norms, x_squared = _measure(q_tile)
-        exponents, kernel, y = _project(
+        _inverse_norms, exponents, kernel, y = _project(
             q_tile,
-            inverse_norms,
-            x_squared,
+            center,
             anchors_tile,
             weight_tile,
             mean_tile,
@@ -537,7 +577,7 @@ def write_gradients_kernel(
 ):
     """Gradients of a range of rows, from what ``sum_gradients_kernel`` found for all."""
     group, part = tl.program_id(0), tl.program_id(1)
-    anchors_tile, weight_tile, mean_tile = _load_functions(
+    anchors_tile, center, weight_tile, mean_tile = _load_functions(
         anchors, weight, kernel_mean, group % num_heads, D, K, M, BLOCK_D, BLOCK_K, BLOCK_M
     )
     matrix: tl.constexpr = (K + 1) * (D + 1)
@@ -561,11 +601,9 @@ def write_gradients_kernel(
         v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
         grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
         q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
-        inverse_norms, x_squared = _measure(q_tile)
-        _exponents, kernel, y = _project(
+        inverse_norms, _exponents, kernel, y = _project(
             q_tile,
-            inverse_norms,
-            x_squared,
+            center,
             anchors_tile,
             weight_tile,
             mean_tile,
@@ -600,14 +638,13 @@ def write_gradients_kernel(
         grad_y = tl.where(tl.abs(y) < 1, grad_h, 0.0)
         grad_exponents = _dot(grad_y, weight_tile, False, False, PRECISION) * kernel
         grad_distances = tl.where(is_anchor, scale * grad_exponents + share, 0.0)
-        # dx / 2 = along x - toward; normalising removes the part along x, but from rows that are
-        # too short for it.
+        # dx / 2 = along x - toward, both from the centre; normalising removes the part along the
+        # row itself, but from rows that are too short for it.
         x = q_tile * inverse_norms[:, None]
-        toward = _dot(grad_distances, anchors_tile, False, False, PRECISION)
-        along = tl.sum(grad_distances, 1)
-        radial = along * x_squared - tl.sum(x * toward, 1)
-        radial = tl.where(inverse_norms * _MIN_NORM < 1, radial, 0.0)
-        grad_q_tile = ((along - radial)[:, None] * x - toward) * (2 * inverse_norms)[:, None]
+        half_grad = tl.sum(grad_distances, 1)[:, None] * (x - center[None, :])
+        half_grad -= _dot(grad_distances, anchors_tile, False, False, PRECISION)
+        radial = tl.where(inverse_norms * _MIN_NORM < 1, tl.sum(x * half_grad, 1), 0.0)
+        grad_q_tile = (half_grad - radial[:, None] * x) * (2 * inverse_norms)[:, None]
         _store_rows(
             grad_q_tile, grad_q, grad_q_strides, group, num_heads, tokens, is_token, D, BLOCK_D
         )

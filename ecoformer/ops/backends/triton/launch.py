@@ -79,7 +79,7 @@ def forward(
     code_dtype = torch.int32 if num_bits <= 32 else torch.int64
     codes = torch.empty(launch.grid[0], num_tokens, dtype=code_dtype, device=q.device)
     range_sums = launch.new_empty(*launch.grid, num_bits + 1, head_dim + 1)
-    launch(kernels.measure_rows_kernel, q, row_sums)
+    launch(kernels.measure_rows_kernel, q, launch.functions[0], row_sums)
     launch(kernels.sum_values_kernel, q, v, *launch.functions, row_sums, scales, codes, range_sums)
     sums = range_sums.sum(1)
     launch(kernels.write_output_kernel, v, codes, sums, out)
