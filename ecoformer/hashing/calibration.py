@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +35,22 @@ def hash_layers(model: nn.Module) -> dict[str, KernelHash]:
 
 @torch.no_grad()
 def fit_hash_functions(
-    model: nn.Module, images: Tensor, generator: torch.Generator | None = None
+    model: nn.Module, inputs: object, generator: torch.Generator | None = None
 ) -> dict[str, HashFit]:
-    """Learn the hash functions of every EcoFormer layer from one batch of images.
+    """Learn the hash functions of every EcoFormer layer from one batch.
 
-    The images run through the model once, front to back: a layer is fitted just before it is
-    used, so the next one sees rows that were already hashed. The model stays in the mode,
-    train or eval, that it is in; autocast is off. A first fit starts from standard-normal
-    rows, a refit from the present ones; anchors are drawn anew either way.
+    The batch runs through the model once, front to back: a layer is fitted just before its first
+    use, so the next one sees rows that were already hashed. The model stays in the mode, train or
+    eval, that it is in; autocast is off. A first fit starts from standard-normal rows, a refit from
+    the present ones; anchors are drawn anew either way.
 
     Args:
-        model: a model with EcoFormer layers.
-        images: [B, 3, height, width], float, normalised as for training, on the model's
-            device.
+        model: has EcoFormer layers.
+        inputs: what the model takes, as it is trained, on its device. A tuple holds several
+            arguments, ``model(*inputs)``, and a mapping keywords, ``model(**inputs)``. Anything
+            else is one argument, ``model(inputs)``: images [B, 3, height, width], or a list, as a
+            detector takes its images. A function is called with the model, and runs it as it
+            likes.
         generator: a CPU generator that all draws come from, in layer order; the default one
             where None.
 
@@ -53,8 +58,8 @@ def fit_hash_functions(
         What was learned, by layer name.
 
     Raises:
-        InputError: the model has no EcoFormer layer, or the batch has fewer tokens in a stage
-            than there are anchors.
+        InputError: the model has no EcoFormer layer, or the inputs reach none; or the batch has
+            fewer tokens in a stage than there are anchors.
         NonFiniteError: a layer's rows or its fit are not finite; the layer is named.
 
     Source: EcoFormer, arXiv 2209.09004.
@@ -71,23 +76,38 @@ def fit_hash_functions(
             module: nn.Module, inputs: tuple[Tensor, Tensor], name: str = name
         ) -> None:
             assert isinstance(module, KernelHash)
+            if name in fits:
+                return
             fits[name] = _fit_layer(name, module, inputs[0], generator)
             if inputs[0].shape[-2] < 2 * module.config.num_similar:
                 short.append(name)
 
         handles.append(layer.register_forward_pre_hook(fit_before_use))
     try:
-        with without_autocast(images):
-            model(images)
+        with without_autocast(next(iter(layers.values())).weight):
+            _call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
+    if not fits:
+        raise InputError("the inputs reach no EcoFormer layer of the model, so nothing was fitted.")
     if short:
         _logger.info(
             "fewer tokens than two times num_similar, so half of them are similar and half not: %s",
             ", ".join(short),
         )
     return fits
+
+
+def _call(model: nn.Module, inputs: Any) -> None:
+    if isinstance(inputs, tuple):
+        model(*inputs)
+    elif isinstance(inputs, Mapping):
+        model(**inputs)
+    elif callable(inputs):
+        inputs(model)
+    else:
+        model(inputs)
 
 
 def _fit_layer(

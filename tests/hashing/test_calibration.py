@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import UserDict, namedtuple
+from typing import Any
 
 import pytest
 import torch
@@ -196,6 +198,58 @@ def test_success_leaves_no_hook() -> None:
 def test_a_model_without_hash_functions_has_nothing_to_fit() -> None:
     with pytest.raises(InputError, match="no EcoFormer layer"):
         fit_hash_functions(nn.Linear(2, 2), torch.ones(1, 2))
+
+
+class Detector(nn.Module):
+    """Takes images in any of the ways that models do, and runs its backbone on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = TinyModel()
+
+    def forward(self, images: Tensor | list[Tensor], scale: float = 1.0) -> Tensor:
+        if isinstance(images, list):
+            images = torch.stack(images)
+        return self.backbone(scale * images)
+
+
+Pair = namedtuple("Pair", ["images", "scale"])
+
+INPUTS: dict[str, Any] = {
+    "a tensor": draw_images(),
+    "a tuple of one": (draw_images(),),
+    "a tuple": (2 * draw_images(), 0.5),
+    "a named tuple": Pair(2 * draw_images(), 0.5),
+    "a list of images": list(draw_images()),
+    "a dict": {"images": 2 * draw_images(), "scale": 0.5},
+    "a mapping": UserDict(images=draw_images()),
+    "a function": lambda model: model(draw_images()),
+    "a function that runs a part": lambda model: model.backbone(draw_images()),
+    "a function that runs twice": lambda model: [model(draw_images()) for _ in range(2)],
+}
+
+
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+def test_inputs_are_what_the_model_takes(inputs: Any) -> None:
+    detector = Detector().eval()
+    fits = fit_hash_functions(detector, inputs, torch.Generator().manual_seed(0))
+    assert list(fits) == [f"backbone.{FIRST}", f"backbone.{SECOND}"]
+    assert is_same(hash_state(detector.backbone), hash_state(fit()))
+
+
+def test_a_shared_layer_is_fitted_at_its_first_use() -> None:
+    model = TinyModel().eval()
+    model.blocks[1] = model.blocks[0]
+    images = draw_images()
+    fits = fit_hash_functions(model, images)
+    assert list(fits) == [FIRST]
+    find_tokens(hash_layers(model)[FIRST].anchors, rows_of(model, FIRST, images))
+
+
+def test_inputs_that_reach_no_layer_are_an_error() -> None:
+    model = TinyModel().eval()
+    with pytest.raises(InputError, match="reach no EcoFormer layer"):
+        fit_hash_functions(model, lambda model: None)
 
 
 def test_nothing_is_fitted_in_a_forward() -> None:

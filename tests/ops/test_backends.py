@@ -50,6 +50,10 @@ class Doubled(ComposedBackend):
     """Another number than the others give, so that one sees who was asked."""
 
     name = "doubled"
+    is_able = True
+
+    def can_run(self, q: Tensor, v: Tensor, functions: HashFunctions) -> bool:
+        return self.is_able
 
     def compose(
         self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
@@ -144,18 +148,22 @@ def test_an_unknown_name_is_one_line(name: str, hint: str) -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("name", ["recorder", "doubled"])
 def test_a_backend_that_cannot_run_is_one_line(
-    problem: Problem, recorder: Recorder, is_compiled: bool
+    name: str, problem: Problem, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend = kernelized_hash_attention
-    if is_compiled:
-        torch.compiler.reset()
-        attend = torch.compile(attend, backend="aot_eager")
+    monkeypatch.setattr(backends.find_backend(name), "is_able", False)
+    with use_backend(name), pytest.raises(InputError, match=f"'{name}' cannot run on cpu"):
+        solve(kernelized_hash_attention, problem)
+    assert not recorder.calls
+
+
+def test_a_compiled_call_refuses_what_cannot_run(problem: Problem, recorder: Recorder) -> None:
+    torch.compiler.reset()
+    attend = torch.compile(kernelized_hash_attention, backend="aot_eager")
     recorder.is_able = False
     with use_backend("recorder"), pytest.raises(InputError, match="'recorder' cannot run on cpu"):
         solve(attend, problem)
-    assert not recorder.calls
 
 
 def test_triton_does_not_run_here(problem: Problem) -> None:

@@ -151,6 +151,7 @@ class ComposedBackend(Backend):
     def attend(
         self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
     ) -> Tensor:
+        self.require(q, v, functions)
         dtype = compute_dtype(q, v)
         with without_autocast(q):
             out = self.compose(
