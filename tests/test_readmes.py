@@ -465,8 +465,7 @@ def read_table(name: str) -> list[dict[str, str]]:
     lines = (ROOT / f".github/results/{name}.md").read_text("utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
     header, _, *body = rows
-    # Of columns with one name the first, which is that of the means.
-    return [dict(reversed([*zip(header, cells, strict=True)])) for cells in body]
+    return [dict(zip(header, cells, strict=True)) for cells in body]
 
 
 def test_figures_are_those_of_the_results() -> None:

@@ -30,7 +30,7 @@ ABLATION_COLUMNS = (
     Column("top1_ci95", "+- 95 %"),
     Column("top1_std", "std"),
     Column("difference", "vs first row"),
-    Column("difference_ci95", "+- 95 %"),
+    Column("difference_ci95", "vs first +- 95 %"),
     Column("num_seeds", "seeds", ".0f"),
     *cost_columns(is_small=True),
     Column("images_per_s", "images/s", ".0f"),
@@ -45,8 +45,8 @@ _SETTINGS: dict[str, tuple[str, tuple[int, ...] | tuple[str, ...]]] = {
 _TIMED_BATCH = 32
 _SEEDS_NOTE = (
     "top-1 is the mean over seeds, std their standard deviation; vs first row is the mean of the "
-    "differences from the first row, seed by seed. Each +- 95 % is half the width of Student's t "
-    "interval of the mean before it; a difference below it is not significant over these seeds."
+    "differences from the first row, seed by seed. +- 95 % is half the width of Student's t "
+    "interval of such a mean; a difference below its own is not significant over these seeds."
 )
 
 
