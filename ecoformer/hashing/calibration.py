@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ecoformer.errors import InputError, NonFiniteError
@@ -22,14 +23,7 @@ _logger = logging.getLogger(__name__)
 
 
 def hash_layers(model: nn.Module) -> dict[str, KernelHash]:
-    """Find the hash functions of a model.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Name to module, in the order of the modules.
-    """
+    """Find the hash functions of a model by name, in the order of its modules."""
     return {name: m for name, m in model.named_modules() if isinstance(m, KernelHash)}
 
 
@@ -37,29 +31,22 @@ def hash_layers(model: nn.Module) -> dict[str, KernelHash]:
 def fit_hash_functions(
     model: nn.Module, inputs: object, generator: torch.Generator | None = None
 ) -> dict[str, HashFit]:
-    """Learn the hash functions of every EcoFormer layer from one batch.
+    """Learn the hash functions of every EcoFormer layer from one batch; return them by layer.
 
     The batch runs through the model once, front to back: a layer is fitted just before its first
-    use, so the next one sees rows that were already hashed. The model stays in the mode, train or
-    eval, that it is in; autocast is off. A first fit starts from standard-normal rows, a refit from
-    the present ones; anchors are drawn anew either way.
+    use, so the next one sees rows that were already hashed. The model stays in its mode, train or
+    eval; autocast is off. A first fit starts from standard-normal rows, a refit from the present
+    ones; anchors are drawn anew either way.
 
     Args:
-        model: has EcoFormer layers.
-        inputs: what the model takes, as it is trained, on its device. A tuple holds several
-            arguments, ``model(*inputs)``, and a mapping keywords, ``model(**inputs)``. Anything
-            else is one argument, ``model(inputs)``: images [B, 3, height, width], or a list, as a
-            detector takes its images. A function is called with the model, and runs it as it
-            likes.
-        generator: a CPU generator that all draws come from, in layer order; the default one
-            where None.
-
-    Returns:
-        What was learned, by layer name.
+        inputs: what the model takes, prepared as for training, on its device: a tuple of several
+            arguments, a mapping of keywords, a function that gets the model and runs it; anything
+            else is one argument, as images [B, 3, height, width] or a detector's list of them.
+        generator: a CPU generator that all draws come from, in layer order.
 
     Raises:
-        InputError: the model has no EcoFormer layer, or the inputs reach none; or the batch has
-            fewer tokens in a stage than there are anchors.
+        InputError: no EcoFormer layer, none that the inputs reach, or fewer tokens in the batch
+            than anchors.
         NonFiniteError: a layer's rows or its fit are not finite; the layer is named.
 
     Source: EcoFormer, arXiv 2209.09004.
@@ -136,7 +123,7 @@ def _fit_layer(
 def _draw_anchors(
     name: str, x: Tensor, num_anchors: int, generator: torch.Generator | None
 ) -> Tensor:
-    """[H, M, D]: tokens of the first image, or of as many as hold M tokens."""
+    """Draw [H, M, D] from tokens of the first image, or of as many as hold M."""
     num_images, _, num_tokens, _ = x.shape
     num_sources = -(-num_anchors // num_tokens)
     if num_sources > num_images:
@@ -144,20 +131,15 @@ def _draw_anchors(
             f"{name}: {num_images} images of {num_tokens} tokens are fewer than the "
             f"{num_anchors} anchors; fit on at least {num_sources} images, or on larger ones."
         )
-    tokens = x[:num_sources].transpose(0, 1).flatten(1, 2)  # [H, images * N, D]
+    tokens = rearrange(x[:num_sources], "b h n d -> h (b n) d")
     chosen = torch.randperm(tokens.shape[1], generator=generator)[:num_anchors]
     return tokens[:, chosen.to(x.device)]
 
 
 def with_random_hash_functions(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of a model that runs without a fit, for cost and speed, never for accuracy.
+    """Copy a model so that it runs without a fit, for cost and speed, never for accuracy.
 
-    Args:
-        model: any module; it is not touched.
-        seed: of the hash functions.
-
-    Returns:
-        A deep copy; unfitted hash functions are random.
+    Hash functions of the deep copy that are not fitted are random.
     """
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)

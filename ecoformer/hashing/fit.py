@@ -20,17 +20,11 @@ _MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class HashFit:
-    """Learned hash functions of one layer.
+    """Learned hash functions of one layer, float32, or float64 where the rows were."""
 
-    Args:
-        weight: [H, K, M], float.
-        kernel_mean: [H, M], float, mean kernel feature over tokens, then images.
-        is_changed: [K], bool, the bits whose rows moved from where they started.
-    """
-
-    weight: Tensor
-    kernel_mean: Tensor
-    is_changed: Tensor
+    weight: Tensor  # [H, K, M]
+    kernel_mean: Tensor  # [H, M], mean kernel feature over tokens, then images
+    is_changed: Tensor  # [K], bool, the bits whose rows moved from where they started
 
 
 @torch.no_grad()
@@ -39,10 +33,10 @@ def fit_hash(
 ) -> HashFit:
     """Learn the hash functions greedily, one bit after the other, for all heads together.
 
-    Each bit maximises ``y^T P y`` over ``y = tanh(kappa w / 2)``; its new row is kept only if
-    the hard codes are strictly better with it. ``P`` starts as the similarity targets and
-    loses ``y y^T`` with every bit, so later bits correct earlier ones. It is never built: its
-    sparse start and the codes so far give its products in O(N T + N K) time and memory.
+    Each bit maximises ``y^T P y`` over ``y = tanh(kappa w / 2)``; its new row is kept only if the
+    hard codes are strictly better with it. ``P`` starts as the similarity targets and loses
+    ``y y^T`` with every bit, so later bits correct earlier ones. It is never built: its sparse
+    start and the codes so far give its products in O(N T + N K) time and memory.
 
     Args:
         x: [B, H, N, D], float, unit rows.
@@ -51,15 +45,11 @@ def fit_hash(
         num_similar: T; N // 2 is used where N < 2 T.
         num_steps: steps a bit of SGD with Nesterov momentum 0.9 and learning rate 5e-4.
 
-    Returns:
-        The learned functions, float32, or float64 where ``x`` is.
-
     Raises:
         ValueError: fewer than two tokens, or ``num_similar`` below 1.
         NonFiniteError: a learned row is not finite.
 
-    Source: EcoFormer, arXiv 2209.09004; constants from the released
-        implementation.
+    Source: EcoFormer, arXiv 2209.09004; constants from the released implementation.
     """
     num_tokens = x.shape[-2]
     if num_tokens < 2:
@@ -81,7 +71,7 @@ def fit_hash(
 def _fit_bits(
     features: Tensor, targets: SimilarityTargets, weight: Tensor, num_steps: int
 ) -> tuple[Tensor, Tensor]:
-    """All bits in turn. No step waits for the device."""
+    """Fit all bits in turn. No step waits for the device."""
     num_images, num_heads, _, num_tokens = features.shape
     num_bits = weight.shape[1]
     learned = weight.clone()
@@ -123,11 +113,7 @@ def _project(features: Tensor, row: Tensor) -> Tensor:
 
 
 def _agreement(codes: Tensor, targets: SimilarityTargets, earlier: Tensor, num_bits: int) -> Tensor:
-    """``y^T P y`` of hard codes, summed over images and heads, exactly.
-
-    It is an integer that can pass 2^24, where float32 stops counting: hence float64. The
-    constant factors of the mean change no comparison.
-    """
+    """``y^T P y`` of hard codes, summed over images and heads: in float64, as it can pass 2^24."""
     codes, earlier = codes.double(), earlier.double()
     similarity = num_bits * (codes * targets.multiply(codes)).sum() / 2
     return similarity - (earlier @ codes.unsqueeze(-1)).square().sum()

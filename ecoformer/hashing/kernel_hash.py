@@ -15,22 +15,16 @@ from ecoformer.ops import encode, kernelized_hash_attention, normalize_rows
 class KernelHash(nn.Module):
     """K learned binary hash functions a head, and attention through their codes.
 
-    All state is in buffers, since no gradient reaches it: ``weight`` [H, K, M],
-    ``kernel_mean`` [H, M], ``anchors`` [H, M, D], float32, and ``is_fitted`` [], bool.
-    Nothing is fitted in a forward: see ``fit_hash_functions``.
-
-    Args:
-        num_heads: H.
-        head_dim: D.
-        config: sizes and value bias.
+    All state is in buffers, since no gradient reaches it. Nothing is fitted in a forward: see
+    ``fit_hash_functions``. Shapes: B batch, H heads, N tokens, D head dim, K bits, M anchors.
 
     Source: EcoFormer, arXiv 2209.09004.
     """
 
-    weight: Tensor
-    kernel_mean: Tensor
-    anchors: Tensor
-    is_fitted: Tensor
+    weight: Tensor  # [H, K, M], float32
+    kernel_mean: Tensor  # [H, M], float32
+    anchors: Tensor  # [H, M, D], float32, unit rows
+    is_fitted: Tensor  # [], bool
 
     def __init__(self, num_heads: int, head_dim: int, config: HashConfig) -> None:
         super().__init__()
@@ -44,19 +38,13 @@ class KernelHash(nn.Module):
         self._is_fitted = False
 
     def refresh_fitted(self) -> None:
-        """Make the Python mirror of ``is_fitted`` follow the buffer, after a broadcast, say."""
+        """Follow the buffer ``is_fitted``, after a broadcast, say."""
         if not self.is_fitted.is_meta:
             self._is_fitted = bool(self.is_fitted)
 
     @torch.no_grad()
     def set_functions(self, *, weight: Tensor, kernel_mean: Tensor, anchors: Tensor) -> None:
-        """Take hash functions over; the module is fitted from then on.
-
-        Args:
-            weight: [H, K, M], float.
-            kernel_mean: [H, M], float.
-            anchors: [H, M, D], float, unit rows.
-        """
+        """Copy hash functions of any float dtype; the module is fitted from then on."""
         self.weight.copy_(weight)
         self.kernel_mean.copy_(kernel_mean)
         self.anchors.copy_(anchors)
@@ -64,17 +52,7 @@ class KernelHash(nn.Module):
         self._is_fitted = True
 
     def encode(self, q: Tensor) -> Tensor:
-        """Binary codes of raw rows.
-
-        Args:
-            q: [B, H, N, D], float.
-
-        Returns:
-            [B, H, N, K] in {-1, +1}, float32, or float64 where ``q`` is.
-
-        Raises:
-            InputError: the hash functions are not fitted.
-        """
+        """Encode raw rows [B, H, N, D] as ``ops.encode`` does; unfitted is an InputError."""
         self._require_fitted()
         return encode(
             normalize_rows(q),
@@ -84,17 +62,9 @@ class KernelHash(nn.Module):
         )
 
     def forward(self, q: Tensor, v: Tensor) -> Tensor:
-        """Attend over ``v`` through the codes of ``q``.
+        """Attend over v [B, H, N, D] through the codes of raw rows q [B, H, N, D].
 
-        Args:
-            q: [B, H, N, D], float, raw rows of the shared query-key projection.
-            v: [B, H, N, D], float.
-
-        Returns:
-            [B, H, N, D], the dtype of ``v``.
-
-        Raises:
-            InputError: the hash functions are not fitted.
+        As ``kernelized_hash_attention``; unfitted is an InputError.
         """
         self._require_fitted()
         return kernelized_hash_attention(
@@ -114,11 +84,7 @@ class KernelHash(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Tell ``print(model)`` the sizes.
-
-        Returns:
-            H, K and M, e.g. ``heads=1, bits=16, anchors=25``.
-        """
+        """Say for ``print(model)``, e.g., ``heads=1, bits=16, anchors=25``."""
         num_heads, num_bits, num_anchors = self.weight.shape
         return f"heads={num_heads}, bits={num_bits}, anchors={num_anchors}"
 

@@ -1,6 +1,6 @@
 """Which tokens the codes should bring together, and which apart, as a sparse matrix.
 
-Shapes: B batch, H heads, N tokens, D head dim, T similar pairs a token.
+Shapes: B batch, H heads, N tokens, D head dim, T similar pairs a token, E entries.
 """
 
 from __future__ import annotations
@@ -23,30 +23,15 @@ class SimilarityTargets:
 
     Row n of P has +1 at the T tokens most similar to n, itself among them, and -1 at the T
     least similar. A row holds 2 T entries, and those of the tokens that chose it.
-
-    Args:
-        columns: [E], int64, columns of the entries, one row after the other.
-        row_starts: [B * H * N], int64, where each row begins in ``columns``.
-        signs: [E], float, +1 or -1.
     """
 
-    columns: Tensor
-    row_starts: Tensor
-    signs: Tensor
+    columns: Tensor  # [E], int64, one row after the other
+    row_starts: Tensor  # [B * H * N], int64, into ``columns``
+    signs: Tensor  # [E], float, +1 or -1
 
     @classmethod
     def from_rows(cls, x: Tensor, num_similar: int) -> SimilarityTargets:
-        """Search the neighbours of every token among those of its image and head.
-
-        Args:
-            x: [B, H, N, D], float, unit rows.
-            num_similar: T, at most N // 2.
-
-        Returns:
-            Targets in the dtype of ``x``.
-
-        Source: EcoFormer, arXiv 2209.09004.
-        """
+        """Search the T <= N // 2 neighbours of every unit row [B, H, N, D] in image and head."""
         num_tokens = x.shape[-2]
         chosen = _choose_neighbours(x.flatten(0, 1), num_similar)  # [B * H, N, 2 T]
         first_token = torch.arange(chosen.shape[0], device=x.device) * num_tokens
@@ -68,14 +53,7 @@ class SimilarityTargets:
         )
 
     def multiply(self, y: Tensor) -> Tensor:
-        """Return ``(P + P^T) y``, the same bits in every run.
-
-        Args:
-            y: [B, H, N], float.
-
-        Returns:
-            [B, H, N], the dtype of ``y``.
-        """
+        """Return ``(P + P^T) y`` for y [B, H, N], float, the same bits in every run."""
         if y.device.type == "cpu" and torch.backends.mkl.is_available():
             return torch.mv(self._csr.to(y.dtype), y.flatten()).view_as(y)
         # A weighted sum of one-wide embeddings: six times as slow as MKL's sparse product on a
@@ -107,7 +85,7 @@ class SimilarityTargets:
 
 
 def _choose_neighbours(x: Tensor, num_similar: int) -> Tensor:
-    """The T most, then the T least similar tokens of each: [B * H, N, 2 T], int64."""
+    """Find the T most, then the T least similar tokens of each: [B * H, N, 2 T], int64."""
     num_groups, num_tokens, _ = x.shape
     chunk = max(1, _CHUNK_ELEMENTS // (num_groups * num_tokens))
     chosen = []

@@ -1,7 +1,4 @@
-"""Linear attention over binary codes.
-
-Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
-"""
+"""Linear attention over binary codes. Shapes: B batch, H heads, N tokens, D head dim, K bits."""
 
 from __future__ import annotations
 
@@ -12,14 +9,13 @@ from ecoformer.ops.precision import compute_dtype, without_autocast
 
 
 def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released") -> Tensor:
-    """Attention with similarity ``h_i . h_j + c``, ``c = K + 1``, in time linear in N.
+    """Attend with similarity ``h_i . h_j + c``, ``c = K + 1``, in time linear in N.
 
     Args:
         codes: [B, H, N, K] in {-1, +1}, float.
         v: [B, H, N, D], float.
-        value_bias: ``"released"`` adds ``c v_i`` to the numerator, as every released
-            checkpoint was trained with; ``"normalized"`` adds ``c sum_j v_j``, which makes
-            each output a weighted mean of the values.
+        value_bias: "released" adds ``c v_i`` to the numerator, as every released checkpoint was
+            trained with; "normalized" adds ``c sum_j v_j``: a true weighted mean of the values.
 
     Returns:
         [B, H, N, D], the dtype of ``v``; summed in float32, or float64 where an input is.

@@ -1,7 +1,6 @@
 """Kernelized hash attention as one operator with a gradient, for every device.
 
-PyTorch sees ``ecoformer::kernelized_hash_attention`` whole: compiling and exporting a model go
-through it without looking inside.
+Compiling and exporting go through ``ecoformer::kernelized_hash_attention`` without looking inside.
 
 Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
 """

@@ -1,9 +1,12 @@
 """The slow truth: every operation written as its formula, dense and literal.
 
-Nothing here is fast, and nothing here is used outside tests and benchmarks. It builds the
-[B, H, N, M, D] differences and the N x N matrices that the shipped operations avoid.
+For tests and benchmarks. It builds the [B, H, N, M, D] differences and the N x N matrices that the
+shipped operations avoid; those, of the same names, say more about arguments. Where layouts differ,
+tokens come before features here.
 
 Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors, T similar pairs.
+
+Source: EcoFormer, arXiv 2209.09004, and the released implementation.
 """
 
 from __future__ import annotations
@@ -13,35 +16,16 @@ from torch import Tensor
 
 
 def normalize_rows(x: Tensor) -> Tensor:
-    """Divide each row by its L2 norm, or by 1e-12 where that is larger.
-
-    Args:
-        x: [..., D], float.
-
-    Returns:
-        [..., D], the dtype of ``x``.
-
-    Source: EcoFormer, arXiv 2209.09004.
-    """
+    """Divide each row [..., D] by its L2 norm, or by 1e-12 where that is larger."""
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
-    """Gaussian kernel between rows and anchors, with the mean squared distance as bandwidth.
-
-    Args:
-        x: [B, H, N, D], float, unit rows.
-        anchors: [H, M, D], float.
-
-    Returns:
-        [B, H, N, M], not centred.
-
-    Source: EcoFormer; bandwidth from the released implementation.
-    """
+    """Kernel of rows [B, H, N, D] and anchors [H, M, D], float: [B, H, N, M]."""
     differences = x[:, :, :, None, :] - anchors[None, :, None, :, :]  # [B, H, N, M, D]
     distances = differences.square().sum(-1)  # [B, H, N, M]
     bandwidth = distances.mean((2, 3), keepdim=True)  # [B, H, 1, 1]
-    # Where every row equals every anchor, 0 / 0 stands for 0: the features are 1.
+    # Where every row equals every anchor, 0 / 0 is taken for 0: the features are 1.
     bandwidth = bandwidth.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
     return torch.exp(-distances / (2 * bandwidth))
 
@@ -61,37 +45,13 @@ class _ClippedSign(torch.autograd.Function):
 
 
 def encode(x: Tensor, *, anchors: Tensor, weight: Tensor, kernel_mean: Tensor) -> Tensor:
-    """Binary codes of unit rows, with a straight-through gradient.
-
-    Args:
-        x: [B, H, N, D], float, unit rows.
-        anchors: [H, M, D], float.
-        weight: [H, K, M], float.
-        kernel_mean: [H, M], float.
-
-    Returns:
-        [B, H, N, K] in {-1, +1}.
-
-    Source: EcoFormer.
-    """
+    """Codes [B, H, N, K] in {-1, +1} of unit rows [B, H, N, D]; straight-through gradient."""
     features = kernel_features(x, anchors) - kernel_mean[None, :, None, :]
     return _ClippedSign.apply(torch.einsum("bhnm,hkm->bhnk", features, weight))
 
 
 def hash_attention(codes: Tensor, v: Tensor, value_bias: str = "released") -> Tensor:
-    """Attention with similarity ``h_i . h_j + c``, from the N x N matrix of similarities.
-
-    Args:
-        codes: [B, H, N, K] in {-1, +1}.
-        v: [B, H, N, D], float.
-        value_bias: ``"released"`` adds ``c v_i`` to the numerator, ``"normalized"`` adds
-            ``c`` times the sum of all values.
-
-    Returns:
-        [B, H, N, D].
-
-    Source: EcoFormer; the released implementation for ``"released"``.
-    """
+    """Attend to v [B, H, N, D] with similarity ``h_i . h_j + c`` of codes [B, H, N, K]."""
     c = codes.shape[-1] + 1
     dots = codes @ codes.transpose(-1, -2)  # [B, H, N, N]
     denominator = (dots + c).sum(-1, keepdim=True)
@@ -109,36 +69,15 @@ def kernelized_hash_attention(
     kernel_mean: Tensor,
     value_bias: str = "released",
 ) -> Tensor:
-    """Normalise raw rows, encode them and attend.
-
-    Args:
-        q: [B, H, N, D], float, raw rows of the shared query-key projection.
-        v: [B, H, N, D], float.
-        anchors: [H, M, D], float.
-        weight: [H, K, M], float.
-        kernel_mean: [H, M], float.
-        value_bias: as for ``hash_attention``.
-
-    Returns:
-        [B, H, N, D].
-
-    Source: EcoFormer.
-    """
+    """Normalise raw rows q [B, H, N, D], encode them, and attend to v [B, H, N, D]."""
     codes = encode(normalize_rows(q), anchors=anchors, weight=weight, kernel_mean=kernel_mean)
     return hash_attention(codes, v, value_bias)
 
 
 def similarity_targets(x: Tensor, num_similar: int) -> Tensor:
-    """+1 for each token's most similar tokens, -1 for its least similar, else 0.
+    """+1 at the T tokens most similar to each, -1 at the T least similar, else 0: [B, H, N, N].
 
-    Args:
-        x: [B, H, N, D], float, unit rows.
-        num_similar: T; N // 2 where N < 2 T.
-
-    Returns:
-        [B, H, N, N], not symmetric.
-
-    Source: EcoFormer.
+    Not symmetric. T is N // 2 where N < 2 T.
     """
     similarities = x @ x.transpose(-1, -2)
     num_similar = min(num_similar, x.shape[-2] // 2)
@@ -151,20 +90,7 @@ def similarity_targets(x: Tensor, num_similar: int) -> Tensor:
 def fit_hash(
     x: Tensor, *, anchors: Tensor, weight: Tensor, num_similar: int = 10, num_steps: int = 100
 ) -> tuple[Tensor, Tensor]:
-    """Learn the hash functions greedily, one bit after the other, on dense targets.
-
-    Args:
-        x: [B, H, N, D], float, unit rows.
-        anchors: [H, M, D], float.
-        weight: [H, K, M], float, where each bit starts.
-        num_similar: T.
-        num_steps: optimiser steps a bit.
-
-    Returns:
-        The learned weight [H, K, M] and the kernel mean [H, M].
-
-    Source: EcoFormer and the released implementation.
-    """
+    """Learn weight [H, K, M] and kernel mean [H, M], one bit after the other, on dense targets."""
     num_tokens, num_bits = x.shape[-2], weight.shape[1]
     features = kernel_features(x, anchors)
     kernel_mean = features.mean(2).mean(0)  # [H, M]

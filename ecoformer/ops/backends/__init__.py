@@ -1,7 +1,4 @@
-"""The ways in which the one operator of ``ecoformer.ops`` can be computed, and the choice of one.
-
-A backend for another device is a file with a class, and a line in ``BACKENDS``.
-"""
+"""The ways to compute ``kernelized_hash_attention``. A new one is a file and a line here."""
 
 from __future__ import annotations
 
@@ -37,16 +34,12 @@ _forced: Backend | None = None
 
 @contextmanager
 def use_backend(name: str) -> Iterator[Backend]:
-    """Choose how ``kernelized_hash_attention`` is computed in a block, in all threads.
+    """Choose a backend of ``BACKENDS`` in a block, for all threads.
 
     A gradient comes from the backend that its forward had, also after the block.
 
-    Args:
-        name: "triton", "blocked", "eager", "reference", or another of ``BACKENDS``.
-
     Raises:
-        InputError: an unknown name, here; a backend that cannot run on some inputs, when it
-            meets them.
+        InputError: an unknown name; in the block, inputs that the backend cannot run on.
     """
     global _forced
     backend, before = find_backend(name), _forced
@@ -58,16 +51,12 @@ def use_backend(name: str) -> Iterator[Backend]:
 
 
 def forced_backend() -> Backend | None:
-    """Return what the innermost ``use_backend`` chose; None outside of it."""
+    """Return what the innermost ``use_backend`` chose, if any."""
     return _forced
 
 
 def find_backend(name: str) -> Backend:
-    """Look a backend up.
-
-    Raises:
-        InputError: an unknown name.
-    """
+    """Look a backend up; an unknown name is an InputError."""
     for backend in BACKENDS:
         if backend.name == name:
             return backend
@@ -81,7 +70,7 @@ def find_fused_backend(name: str, q: Tensor, v: Tensor, functions: HashFunctions
     """Take the fused backend of a name, or the first that can run where the name is empty.
 
     Raises:
-        InputError: the named backend cannot run on these inputs.
+        InputError: the named one cannot run on these inputs.
     """
     if name:
         backend = find_backend(name)

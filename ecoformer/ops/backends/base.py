@@ -1,7 +1,4 @@
-"""What a backend is: one way to compute kernelized hash attention.
-
-Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
-"""
+"""What a backend is. Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors."""
 
 from __future__ import annotations
 
@@ -16,42 +13,38 @@ from ecoformer.ops.precision import compute_dtype, without_autocast
 
 
 class HashFunctions(NamedTuple):
-    """What makes codes of rows: anchors [H, M, D], weight [H, K, M], kernel mean [H, M]; float."""
+    """What makes codes of rows, float."""
 
-    anchors: Tensor
-    weight: Tensor
-    kernel_mean: Tensor
+    anchors: Tensor  # [H, M, D]
+    weight: Tensor  # [H, K, M]
+    kernel_mean: Tensor  # [H, M]
 
     def to(self, dtype: torch.dtype) -> HashFunctions:
         return HashFunctions(*(tensor.to(dtype) for tensor in self))
 
 
 def empty_rows(like: Tensor) -> Tensor:
-    """Rows [B, H, N, D], not initialised, in the memory that layers have them in.
-
-    The heads of a token lie together there, so merging heads copies nothing.
-    """
+    """Allocate rows [B, H, N, D]; the heads of a token lie together, so merging copies nothing."""
     return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
 
 
 class Backend(ABC):
-    """One way to compute kernelized hash attention.
-
-    ``name`` is what ``use_backend`` takes; ``needs`` ends the error where it cannot run.
-    """
+    """One way to compute kernelized hash attention."""
 
     name: str
+    """What ``use_backend`` takes."""
     needs: str = "any device and any float dtype"
+    """Part of the error where it cannot run."""
 
     @abstractmethod
     def can_run(self, q: Tensor, v: Tensor, functions: HashFunctions) -> bool:
-        """Tell whether device, dtypes and sizes of these inputs suit; reads no data."""
+        """Tell from devices, dtypes and sizes; reads no data."""
 
     @abstractmethod
     def attend(
         self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
     ) -> Tensor:
-        """Attend as ``kernelized_hash_attention`` does, differentiably.
+        """Attend as ``kernelized_hash_attention`` does, with a gradient at ``q`` and ``v``.
 
         Args:
             q: [B, H, N, D], float, raw rows.
@@ -67,11 +60,7 @@ class Backend(ABC):
         """
 
     def require(self, q: Tensor, v: Tensor, functions: HashFunctions) -> None:
-        """Refuse what the backend cannot run on.
-
-        Raises:
-            InputError: it cannot.
-        """
+        """Raise an InputError where the backend cannot run."""
         if not self.can_run(q, v, functions):
             num_bits, num_anchors = functions.weight.shape[-2:]
             raise InputError(
@@ -91,19 +80,12 @@ class FusedBackend(Backend):
     def forward(
         self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend, and leave what the gradient needs beside the arguments.
-
-        Args:
-            q: [B, H, N, D], float, raw rows.
-            v: [B, H, N, D], float.
-            functions: float32 or float64, the dtype to compute in.
-            is_normalized: the value bias is ``c sum_j v_j``, not ``c v_i``.
+        """Attend as ``attend`` does, in the dtype of ``functions``: float32 or float64.
 
         Returns:
-            The output [B, H, N, D] in the dtype of ``v``; the sums ``sum_j [h_j, 1]^T [v_j, 1]``
-            over the codes h, [B, H, K + 1, D + 1], that of ``v_j`` only where it is the bias, the
-            corner 0; and the scale of the kernel [B, H], see ``kernel_scale``. Sums and scale
-            have the dtype of ``functions``.
+            The output [B, H, N, D] in the dtype of ``v``; with codes h, the sums
+            ``sum_j [h_j, 1]^T [v_j, 1]`` [B, H, K + 1, D + 1], that of ``v_j`` only where it is
+            the bias, the corner 0; and ``kernel_scale`` [B, H]. These have the computing dtype.
         """
 
     @abstractmethod
@@ -122,8 +104,7 @@ class FusedBackend(Backend):
 
         Args:
             grad: [B, H, N, D], float, gradient of the output; strides may be 0.
-            q, v, functions, is_normalized: as for ``forward``.
-            sums, scale: from the ``forward`` of any fused backend.
+            sums: from the ``forward`` of any fused backend, as ``scale``.
 
         Returns:
             The gradients of ``q`` and of ``v``, each in its dtype.
@@ -141,8 +122,8 @@ class FusedBackend(Backend):
 class ComposedBackend(Backend):
     """A backend of plain PyTorch operations, which autograd and exporters look into.
 
-    Compiled under autocast, its gradients are products of 16-bit numbers: PyTorch traces the
-    backward of a whole graph in the autocast that the graph was entered with.
+    Compiled under autocast, its gradients are 16-bit products: PyTorch traces the backward of a
+    whole graph in the autocast that the graph was entered with.
     """
 
     def can_run(self, q: Tensor, v: Tensor, functions: HashFunctions) -> bool:

@@ -1,14 +1,11 @@
-"""Kernelized hash attention and its gradient in blocks that stay in the cache, without autograd.
+"""Kernelized hash attention and its gradient in blocks that stay in the cache, for the CPU.
 
-What is made of rows (features, codes, copies where they are of several heads or of half
-precision) lives for one block, and the gradient recomputes it. So memory beside the result does
-not grow with the batch, and no time goes into clearing pages for large temporaries. A block is
-some images, or a larger one alone, which ``forward`` reads in parts and chunks. The form for the
-CPU; any device can run it.
+What is made of rows (features, codes, copies in one type) lives for one block, and the gradient
+makes it again: memory beside the result does not grow with the batch, and no time goes into
+clearing pages. A block is some images, or a larger one alone, read in parts and chunks.
 
 Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors; a block has b of the B
-images, each cut into P parts of n tokens, and G = b H P. As in ``codes``, features and codes have
-their tokens last.
+images, each cut into P parts of n tokens, and G = b H P. Features and codes have tokens last.
 """
 
 from __future__ import annotations
@@ -23,19 +20,17 @@ from torch import Tensor
 from ecoformer.ops.backends.base import FusedBackend, HashFunctions, empty_rows
 from ecoformer.ops.codes import MIN_NORM, anchor_center, binarize, kernel_scale
 
-# Rows in a block, of all its images and heads, for each thread: what is made of a row takes a
-# few hundred bytes, which together should stay in the cache that cores share, and a block has
-# some hundred microseconds of small operations. Other devices take the same.
+# Of a block, over all images and heads. A row becomes a few hundred bytes, which together should
+# fit the cache that cores share; a block costs some hundred microseconds of small operations.
 _ROWS_PER_THREAD = 16384
 # What an image of one head may have without being cut into parts.
 _MAX_WHOLE_TOKENS = 4096
-# Mean squared distance below which rows are moved: 0 for equal rows, 2 for independent ones. The
-# squares that cancel are about 1.
+# Mean squared distance, 0 to 4, below which it matters that squares of about 1 cancel.
 _MIN_BANDWIDTH = 2**-6
 
 
 class BlockedBackend(FusedBackend):
-    """Blocks of images: the form for the CPU, which any device can run."""
+    """Written for the CPU; any device runs it."""
 
     name = "blocked"
 
@@ -107,10 +102,10 @@ def _forward_block(
         # Where the heads of a token do not lie between others, nothing is copied.
         is_direct = out_chunk.shape[1] == 1 and out_chunk.dtype == dtype
         place = out_chunk.flatten(0, 2) if is_direct else None
-        numerator = torch.bmm(h.transpose(-1, -2), context, out=place)
+        numerator = torch.bmm(h.mT, context, out=place)
         numerator.add_(value_sum if is_normalized else v_chunk, alpha=c)
-        denominator = torch.bmm(code_sum.transpose(-1, -2), h).add_(c * num_tokens)
-        numerator *= denominator.reciprocal_().transpose(-1, -2)
+        denominator = torch.bmm(code_sum.mT, h).add_(c * num_tokens)
+        numerator *= denominator.reciprocal_().mT
         if not is_direct:
             out_chunk.copy_(numerator.view(out_chunk.shape))
 
@@ -127,7 +122,7 @@ def _backward_block(
     functions: HashFunctions,
     is_normalized: bool,
 ) -> None:
-    """With numerators n_i and denominators d_i, g_i and e_i are the gradients of n_i and d_i."""
+    """g and e are the gradients of numerators and denominators."""
     num_bits, num_anchors = functions.weight.shape[-2:]
     dtype, c, num_tokens = functions.weight.dtype, num_bits + 1, q.shape[-2]
     raw_rows, values = _Rows.of(_flatten(q, dtype)), _flatten(v, dtype)
@@ -143,27 +138,25 @@ def _backward_block(
     # As numbers: with booleans the product below takes five times as long.
     passes = torch.lt(y.abs_(), 1, out=y)
 
-    denominator = torch.bmm(code_sum.transpose(-1, -2), h).add_(c * num_tokens)  # [G, 1, N]
-    g = _flatten(grad, dtype) / denominator.transpose(-1, -2)  # [G, N, D]
-    g_context = torch.bmm(context, g.transpose(-1, -2))  # [G, K, N]
+    denominator = torch.bmm(code_sum.mT, h).add_(c * num_tokens)  # [G, 1, N]
+    g = _flatten(grad, dtype) / denominator.mT  # [G, N, D]
+    g_context = torch.bmm(context, g.mT)  # [G, K, N]
     e = (h * g_context).sum(-2, keepdim=True)
     e += c * _row_sums(g * (value_sum if is_normalized else values))
     e.div_(denominator).neg_()  # [G, 1, N]
 
     grad_context = torch.bmm(h, g)  # [G, K, D]
     grad_bias = g.sum(-2, keepdim=True) if is_normalized else g
-    grad_v.copy_(
-        torch.bmm(h.transpose(-1, -2), grad_context).add_(grad_bias, alpha=c).view(v.shape)
-    )
+    grad_v.copy_(torch.bmm(h.mT, grad_context).add_(grad_bias, alpha=c).view(v.shape))
 
     # A code is in its own numerator and denominator, and in the sums that all share.
     grad_h = g_context.addcmul_(code_sum, e)
-    grad_h.baddbmm_(grad_context, values.transpose(-1, -2))
-    grad_h.add_(torch.bmm(h, e.transpose(-1, -2)))
+    grad_h.baddbmm_(grad_context, values.mT)
+    grad_h.add_(torch.bmm(h, e.mT))
     grad_y = grad_h.mul_(passes)
 
-    # Of base e.
-    grad_exponents = torch.bmm(encoder.weight.transpose(-1, -2), grad_y).mul_(features)
+    # Of exponents of base e.
+    grad_exponents = torch.bmm(encoder.weight.mT, grad_y).mul_(features)
     # The scale is -1 / (2 s), and every distance has the same share in s.
     grad_scale = log(2) * torch.linalg.vecdot(grad_exponents.flatten(1), exponents.flatten(1))
     scale = scale.view(-1, 1, 1)
@@ -174,29 +167,23 @@ def _backward_block(
 
 
 class _Rows(NamedTuple):
-    """Rows, and what their distances from the anchors are made of.
+    """Rows to be multiplied by ``inverse_norms``, and their squared norms after that."""
 
-    Args:
-        q: [G, n, D].
-        inverse_norms: [G, 1, n], what the rows are multiplied with.
-        x_squared: [G, 1, n], squared norms of the rows after that.
-    """
-
-    q: Tensor
-    inverse_norms: Tensor
-    x_squared: Tensor
+    q: Tensor  # [G, n, D]
+    inverse_norms: Tensor  # [G, 1, n]
+    x_squared: Tensor  # [G, 1, n]
 
     @classmethod
     def of(cls, q: Tensor) -> _Rows:
-        """Raw rows, which become unit rows."""
+        """Make unit rows of raw ones."""
         norms = torch.linalg.vector_norm(q, dim=-1).unsqueeze(-2)
         inverse_norms = norms.clamp_min(MIN_NORM).reciprocal_()
         # A row with an infinite norm is a zero row, as where each is divided by it.
         return cls(q, inverse_norms, norms.mul_(inverse_norms).nan_to_num_(0).square_())
 
     def move(self, center: Tensor) -> _Rows:
-        """Take unit rows from a center [G, 1, D]."""
-        # The bits of ``normalize_rows``, so that a row that is an anchor stays at no distance.
+        """Subtract a center [G, 1, D] from unit rows."""
+        # With the bits of ``normalize_rows``: a row that became an anchor is at no distance.
         norms = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True).clamp_min_(MIN_NORM)
         x = torch.addcdiv(-center, self.q, norms)
         x_squared = torch.linalg.vector_norm(x, dim=-1).square_().unsqueeze(-2)
@@ -212,7 +199,7 @@ class _Rows(NamedTuple):
             yield _Rows(q, inverse_norms, x_squared)
 
     def measure_scale(self, anchors: Tensor, num_parts: int, *, out: Tensor) -> None:
-        """[b, H], these being all the rows of their images; anchors [H, M, D]."""
+        """``kernel_scale`` [b, H] of whole images, with anchors [H, M, D]."""
         num_tokens = self.q.shape[-2] * num_parts
         x_mean = _gather(torch.bmm(self.inverse_norms, self.q), num_parts) / num_tokens
         x_squared_mean = self.x_squared.view(*out.shape, 1, num_tokens).mean(-1, keepdim=True)
@@ -220,41 +207,28 @@ class _Rows(NamedTuple):
         out.copy_(kernel_scale(x_mean, x_squared_mean, anchors).view(out.shape))
 
     def backward(self, grad_distances: Tensor, anchors: Tensor) -> Tensor:
-        """Half the gradient of the multiplied rows, [G, n, D].
-
-        From that of their distances [G, M, n] to the anchors [G, M, D].
-        """
-        away = torch.bmm(grad_distances.transpose(-1, -2), -anchors)
+        """Half the gradient of multiplied rows, from that of distances [G, M, n] to anchors."""
+        away = torch.bmm(grad_distances.mT, -anchors)
         along = grad_distances.sum(-2, keepdim=True)
-        return away.addcmul_(self.q, (along * self.inverse_norms).transpose(-1, -2))
+        return away.addcmul_(self.q, (along * self.inverse_norms).mT)
 
     def backward_of_norm(self, half_grad: Tensor) -> Tensor:
-        """The gradient of raw rows from half that of unit rows, both [G, n, D]; overwrites it."""
-        # A row that was normalised loses its part along itself, which one too short for it keeps.
+        """The gradient of raw rows, in the place of half that of their unit rows [G, n, D]."""
+        # Normalising takes the part along the row out, but from rows that are too short for it.
         is_unit = self.inverse_norms * MIN_NORM < 1
         radial = _row_sums(self.q * half_grad) * self.inverse_norms.square() * is_unit
-        half_grad.addcmul_(self.q, radial.transpose(-1, -2), value=-1)
-        return half_grad.mul_(2 * self.inverse_norms.transpose(-1, -2))
+        half_grad.addcmul_(self.q, radial.mT, value=-1)
+        return half_grad.mul_(2 * self.inverse_norms.mT)
 
 
 class _Encoder(NamedTuple):
-    """Hash functions and the scale of each group, as its products take them.
+    """Hash functions as products take them: a CPU raises base 2 three times as fast as base e."""
 
-    Exponents are of base 2, which a CPU raises three times as fast as those of base e.
-
-    Args:
-        scale: [G, 1, 1], of base 2.
-        anchors: [G, M, D], times -2 ``scale``.
-        anchors_squared: [G, M, 1], squared norms of the anchors, times ``scale``.
-        weight: [G, K, M].
-        kernel_mean: [G, M, 1].
-    """
-
-    scale: Tensor
-    anchors: Tensor
-    anchors_squared: Tensor
-    weight: Tensor
-    kernel_mean: Tensor
+    scale: Tensor  # [G, 1, 1], of base 2
+    anchors: Tensor  # [G, M, D], times -2 scale
+    anchors_squared: Tensor  # [G, M, 1], squared norms times scale
+    weight: Tensor  # [G, K, M]
+    kernel_mean: Tensor  # [G, M, 1]
 
     @classmethod
     def of(cls, functions: HashFunctions, scale: Tensor, num_parts: int = 1) -> _Encoder:
@@ -272,13 +246,13 @@ class _Encoder(NamedTuple):
         )
 
     def exponents(self, rows: _Rows) -> Tensor:
-        """[G, M, n]."""
-        products = torch.bmm(self.anchors, rows.q.transpose(-1, -2))
+        """Return [G, M, n], of base 2."""
+        products = torch.bmm(self.anchors, rows.q.mT)
         squares = rows.x_squared * self.scale + self.anchors_squared
         return torch.addcmul(squares, products, rows.inverse_norms, out=products)
 
     def encode(self, rows: _Rows) -> Tensor:
-        """Codes, [G, K, n]."""
+        """Return codes [G, K, n]."""
         features = self.exponents(rows).exp2_()
         features -= self.kernel_mean
         y = torch.bmm(self.weight, features)
@@ -286,9 +260,9 @@ class _Encoder(NamedTuple):
 
 
 def _is_narrow(scale: Tensor) -> bool:
-    """Whether rows and anchors are so alike that their distances cancel where they are."""
+    """Tell whether rows and anchors are so alike that their distances cancel."""
     if scale.device.type != "cpu":
-        # A look would wait for the device.
+        # Moving costs a tenth of the forward; a look would wait for the device.
         return True
     return scale.numel() > 0 and scale.min().item() < -0.5 / _MIN_BANDWIDTH
 
@@ -296,7 +270,7 @@ def _is_narrow(scale: Tensor) -> bool:
 def _move_to_center(
     rows: _Rows, functions: HashFunctions, num_parts: int = 1
 ) -> tuple[_Rows, HashFunctions]:
-    """Take raw rows and anchors from the centre of the latter, which changes no distance."""
+    """Subtract the mean anchor from unit rows and anchors, which changes no distance."""
     center = anchor_center(functions.anchors)
     num_images = len(rows.q) // (len(center) * num_parts)
     rows = rows.move(_share(_repeat(center, num_images), num_parts))
@@ -316,12 +290,11 @@ def _flatten(x: Tensor, dtype: torch.dtype, num_parts: int = 1) -> Tensor:
 
 
 def _cut(x: Tensor) -> tuple[int, int]:
-    """How many parts each image [b, H, N, D] has, and how many tokens of a part are read at once.
+    """Choose the number of parts of an image [b, H, N, D], and of tokens that a part reads at once.
 
-    A long image of one head has eight parts or one for each thread, where that divides N; the rows
-    of its features would lie a large power of two apart, and meet in the same lines of the cache.
-    Of an image that is larger than a block, half a block is read at once, which leaves room for
-    its codes.
+    The features of a long image of one head would lie a large power of two apart, and meet in the
+    same lines of the cache: hence eight parts, or one a thread, where that divides N. Of an image
+    that is larger than a block, half a block is read at once, which leaves room for its codes.
     """
     _, num_heads, num_tokens, _ = x.shape
     num_threads = torch.get_num_threads()
@@ -334,17 +307,17 @@ def _cut(x: Tensor) -> tuple[int, int]:
 
 
 def _share(x: Tensor, num_parts: int) -> Tensor:
-    """[G / P, ...] to [G, ...]: what an image has, for each of its parts."""
+    """[G / P, ...] to [G, ...]: give each part what its image has."""
     return x if num_parts == 1 else x.repeat_interleave(num_parts, 0)
 
 
 def _gather(x: Tensor, num_parts: int) -> Tensor:
-    """[G, ...] to [G / P, ...]: the sum over the parts of an image."""
+    """[G, ...] to [G / P, ...]: add up the parts of an image."""
     return x if num_parts == 1 else x.unflatten(0, (-1, num_parts)).sum(1)
 
 
 def _split(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
-    """``x.split``, which takes longer than a small product, where there is something to split."""
+    """Spare small tensors ``x.split``, which takes longer than a small product."""
     return x.split(size, dim) if x.shape[dim] > size else (x,)
 
 
@@ -360,7 +333,7 @@ def _split_sums(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors [B, ...] image by image, or as many images as a block takes; rows come first."""
+    """Split tensors [B, ...] into as many images as a block takes; the first holds rows."""
     _, num_heads, num_tokens, _ = tensors[0].shape
     # The same number for each thread, so that none waits.
     num_images = _ROWS_PER_THREAD // max(1, num_heads * num_tokens) * torch.get_num_threads()

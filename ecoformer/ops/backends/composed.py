@@ -1,4 +1,4 @@
-"""The method in plain PyTorch operations: the shipped halves, and the slow truth."""
+"""The method in plain PyTorch operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ecoformer.ops.codes import encode, normalize_rows
 
 
 class EagerBackend(ComposedBackend):
-    """Codes, then attention, in time and memory linear in N."""
+    """The halves ``encode`` and ``hash_attention``, in time and memory linear in N."""
 
     name = "eager"
 
@@ -24,7 +24,7 @@ class EagerBackend(ComposedBackend):
 
 
 class ReferenceBackend(ComposedBackend):
-    """Every operation as its formula: memory grows with N^2."""
+    """The slow truth: time and memory grow with N^2."""
 
     name = "reference"
 

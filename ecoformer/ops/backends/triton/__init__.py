@@ -1,4 +1,4 @@
-"""Triton kernels of the custom operator; ``kernels`` and ``launch`` need Triton to import."""
+"""Triton kernels; ``kernels`` and ``launch`` need Triton to import."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TritonBackend(FusedBackend):
 
 
 def _is_interpreted() -> bool:
-    """Whether Triton runs kernels step by step in Python, on any device."""
+    """Tell whether Triton runs kernels step by step in Python, on any device."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

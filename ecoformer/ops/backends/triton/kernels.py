@@ -16,8 +16,8 @@ import triton.language as tl
 from ecoformer.ops.codes import MIN_NORM
 
 _MIN_NORM = tl.constexpr(MIN_NORM)
-# Mean squared distance below which rows and anchors are equal but for rounding: rows are made unit
-# rows by an approximate reciprocal here, anchors were made by division.
+# Mean squared distance below which rows and anchors are equal but for rounding: an approximate
+# reciprocal made the unit rows, a division the anchors.
 _MIN_BANDWIDTH = tl.constexpr(2**-40)
 
 
@@ -84,7 +84,7 @@ def _load_vector(vector, SIZE: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.con
 def _load_anchors(
     anchors, head, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Anchors of a head from their centre, [M, D], and the centre [D], see ``anchor_center``."""
+    """Anchors of a head less their centre, [M, D], and the centre [D], see ``anchor_center``."""
     anchors += head * M * D
     tile = _load_matrix(anchors, M, D, BLOCK_M, BLOCK_D, D)
     first = _load_vector(anchors, D, BLOCK_D, 1)
@@ -106,7 +106,7 @@ def _load_functions(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Hash functions of a head: anchors [M, D] and their centre, weight [K, M], kernel mean [M]."""
+    """Anchors [M, D] of a head less their centre, the centre [D], weight [K, M], kernel mean [M]."""
     anchors_tile, center = _load_anchors(anchors, head, D, M, BLOCK_D, BLOCK_M)
     return (
         anchors_tile,
@@ -208,7 +208,7 @@ def _is_short(rows):
 
 @triton.jit
 def _measure(q, center):
-    """What makes rows [n, D] unit rows, [n]; these from the centre, and their squared norms."""
+    """Inverse norms [n] of rows [n, D]; unit rows less the centre; squared norms [n] of these."""
     inverse_norms = tl.minimum(tl.rsqrt(tl.sum(q * q, 1)), 1 / _MIN_NORM)
     x = q * inverse_norms[:, None] - center[None, :]
     return inverse_norms, x, tl.sum(x * x, 1)
@@ -225,9 +225,9 @@ def _project(
     Q_IS_SHORT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of rows [n, D]: their inverse norms [n], exponents and kernel [n, M], and y [n, K].
+    """Inverse norms [n] of rows [n, D], exponents and kernel [n, M], and y [n, K], signs of codes.
 
-    The signs of y are the codes.
+    The anchors are less their centre.
     """
     inverse_norms, x, x_squared = _measure(q, center)
     if Q_IS_SHORT:
@@ -263,8 +263,7 @@ def measure_rows_kernel(
 ):
     """Sums over a range of unit rows and of their squared norms, [groups, ranges, D + 1].
 
-    The rows are taken from the centre of the anchors: distances of nearly equal ones cancel
-    elsewhere.
+    The centre of the anchors is subtracted first: distances of nearly equal rows would cancel.
     """
     group, part = tl.program_id(0), tl.program_id(1)
     _anchors, center = _load_anchors(anchors, group % num_heads, D, M, BLOCK_D, BLOCK_M)
@@ -297,8 +296,7 @@ def _kernel_scale(
 ):
     """-1 / (2 s) of a group, s being its mean squared distance between rows and anchors.
 
-    Both are taken from the centre of the anchors. Where all are equal it is 0, which makes
-    features of 1 without a gradient.
+    Where all are equal it is 0, which makes features of 1 without a gradient.
     """
     row_sums += (group * num_ranges).to(tl.int64) * (D + 1)
     x_sum = tl.zeros([BLOCK_D], tl.float32)
@@ -638,8 +636,8 @@ def write_gradients_kernel(
         grad_y = tl.where(tl.abs(y) < 1, grad_h, 0.0)
         grad_exponents = _dot(grad_y, weight_tile, False, False, PRECISION) * kernel
         grad_distances = tl.where(is_anchor, scale * grad_exponents + share, 0.0)
-        # dx / 2 = along x - toward, both from the centre; normalising removes the part along the
-        # row itself, but from rows that are too short for it.
+        # dx / 2 = along x - toward, less the centre; normalising takes the part along the row out,
+        # but from rows that are too short for it.
         x = q_tile * inverse_norms[:, None]
         half_grad = tl.sum(grad_distances, 1)[:, None] * (x - center[None, :])
         half_grad -= _dot(grad_distances, anchors_tile, False, False, PRECISION)

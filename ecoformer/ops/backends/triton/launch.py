@@ -1,7 +1,6 @@
-"""Launching the kernels: the signatures of ``ecoformer.ops.backends.blocked``, run by Triton.
+"""Launch the kernels. A group is one head of one image, and a range a part of its tokens.
 
-Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors; a group is one head of
-one image, and a range a part of its tokens.
+Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors.
 """
 
 from __future__ import annotations
@@ -22,29 +21,16 @@ _RANGE_TOKENS = 512
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a program does its work; results differ by rounding only.
+    """How a program does its work; results differ by rounding only."""
 
-    Args:
-        precision: ``"tf32"``, products of parts on tensor cores, or ``"ieee"``, see ``kernels``.
-        tile_tokens: n, a power of two of at least 16.
-        num_warps: threads of a program, in warps.
-    """
-
-    precision: str
-    tile_tokens: int
+    precision: str  # "tf32" or "ieee", see ``kernels._dot``
+    tile_tokens: int  # n, a power of two of at least 16
     num_warps: int
 
     @classmethod
     def choose(cls, *blocks: int) -> Tiling:
-        """Choose by what compiles into few enough registers and little enough shared memory.
-
-        Args:
-            blocks: BLOCK_D, BLOCK_K and BLOCK_M.
-
-        Returns:
-            The fast way for hash functions of published size, the frugal one for larger.
-        """
-        # The parts of large hash functions would not fit into shared memory.
+        """Choose for BLOCK_D, BLOCK_K and BLOCK_M what fits registers and shared memory."""
+        # The parts of hash functions larger than published would not fit into shared memory.
         is_small = all(block <= limit for block, limit in zip(blocks, (64, 16, 32), strict=True))
         return cls("tf32", 64, 4) if is_small else cls("ieee", 16, 8)
 
@@ -57,18 +43,7 @@ def forward(
     is_normalized: bool,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend as ``blocked.forward`` does.
-
-    Args:
-        q: [B, H, N, D], float.
-        v: [B, H, N, D], float.
-        functions: what makes the codes.
-        is_normalized: as for ``blocked.forward``.
-        tiling: how; chosen by the sizes where None.
-
-    Returns:
-        Output, sums and scale of ``blocked.forward``; the latter two are float32.
-    """
+    """Do ``FusedBackend.forward`` in float32; the sizes choose the tiling where it is None."""
     num_images, num_heads, num_tokens, head_dim = q.shape
     num_bits = functions.weight.shape[1]
     launch = _Launch(q, functions, is_normalized, tiling)
@@ -97,21 +72,7 @@ def backward(
     is_normalized: bool,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiate ``forward`` as ``blocked.backward`` does.
-
-    Args:
-        grad: [B, H, N, D], float, gradient of the output.
-        q: [B, H, N, D], float.
-        v: [B, H, N, D], float.
-        functions: what makes the codes.
-        sums: from ``forward``.
-        scale: from ``forward``.
-        is_normalized: as for ``forward``.
-        tiling: as for ``forward``.
-
-    Returns:
-        The gradients of ``q`` and of ``v``, each in its dtype; what adds up to them is float32.
-    """
+    """Do ``FusedBackend.backward``; what adds up to the gradients is float32."""
     launch = _Launch(q, functions, is_normalized, tiling)
     grad_q, grad_v = empty_rows(q), empty_rows(v)
     inputs = (grad, q, v, *launch.functions, sums.contiguous(), scale.contiguous())
@@ -122,7 +83,7 @@ def backward(
 
 
 class _Launch:
-    """Starts kernels over the groups and ranges of some rows."""
+    """Start kernels over the groups and ranges of some rows."""
 
     def __init__(
         self, q: Tensor, functions: HashFunctions, is_normalized: bool, tiling: Tiling | None
@@ -157,7 +118,7 @@ class _Launch:
         return torch.empty(size, dtype=torch.float32, device=self.device)
 
     def __call__(self, kernel: Any, *tensors: Tensor) -> None:
-        """Start a kernel; rows [B, H, N, D] are followed by their strides, other tensors not."""
+        """Start a kernel on tensors in its order; rows bring their strides along."""
         names = kernel.arg_names
         arguments: list[Any] = []
         for tensor in tensors:
