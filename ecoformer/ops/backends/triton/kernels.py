@@ -106,7 +106,7 @@ def _load_functions(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Anchors [M, D] of a head less their centre, the centre [D], weight [K, M], kernel mean [M]."""
+    """Anchors [M, D] of a head less their centre [D], this, weight [K, M], kernel mean [M]."""
     anchors_tile, center = _load_anchors(anchors, head, D, M, BLOCK_D, BLOCK_M)
     return (
         anchors_tile,
