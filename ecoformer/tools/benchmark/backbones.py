@@ -1,7 +1,4 @@
-"""Time whole models, and steps of their training, with each kind of attention.
-
-The backbone's packages are imported inside functions: the benchmark's modules know them late.
-"""
+"""Time whole models, and steps of their training, with each kind of attention."""
 
 from __future__ import annotations
 

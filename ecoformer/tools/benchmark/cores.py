@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -81,7 +82,7 @@ class CoreInputs:
         common = 0.7 * torch.randn(self.batch_size, 1, *size[2:], generator=generator)
         q, k, v = (torch.randn(size, generator=generator) for _ in range(3))
         rows = (q + common, k + common, v)
-        q, k, v = (x.to(self.device, self.dtype).transpose(1, 2) for x in rows)
+        q, k, v = (rearrange(x.to(self.device, self.dtype), "b n h d -> b h n d") for x in rows)
         return q, k, v
 
     def draw_hash_functions(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +151,7 @@ def _spatial_reduction(inputs: CoreInputs) -> Core:
     for name in ("q", "proj"):
         setattr(layer, name, nn.Identity())
     side = isqrt(inputs.num_tokens)
-    rows = inputs.draw_rows()[0].transpose(1, 2).flatten(2)
+    rows = rearrange(inputs.draw_rows()[0], "b h n d -> b n (h d)")
     return (rows,), lambda x: layer(x, (side, side))
 
 
