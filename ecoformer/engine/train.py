@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from multiprocessing import active_children
@@ -179,7 +180,38 @@ def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
     # Hash functions change at a fit only, and are broadcast there. The argument of this name is
     # on its way out, the attribute is not.
     parallel.broadcast_buffers = False
+    _settle_buckets(parallel, model)
     return parallel
+
+
+class _Touch(nn.Module):
+    """Has a gradient in each parameter, with no input and no random number."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self._touched = parameters
+
+    def forward(self) -> Tensor:
+        # In turn, as layers are: backward comes to them in the opposite order.
+        total = torch.zeros((), device=self._touched[0].device)
+        for parameter in self._touched:
+            total = total + parameter.flatten()[:1].sum()
+        return total
+
+
+def _settle_buckets(parallel: DistributedDataParallel, model: nn.Module) -> None:
+    """Let a process sum gradients over ranks in its first step as in all others.
+
+    After a process's first backward, DistributedDataParallel sorts its buckets anew by when
+    gradients came, and with them the order in which three ranks and more are summed. A run that
+    goes on would differ from one that was never stopped, were that backward one of the model.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parallel.module = _Touch(trained)
+    parallel().backward()
+    parallel.module = model
+    for parameter in trained:
+        parameter.grad = None
 
 
 def _without_sync(network: nn.Module) -> AbstractContextManager[None]:

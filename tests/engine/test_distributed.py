@@ -12,7 +12,7 @@ import torch
 import pvt
 from ecoformer.engine import launch
 from ecoformer.engine.launch import choose_device, claim_error, process_group
-from ecoformer.engine.train import broadcast_hash_functions
+from ecoformer.engine.train import broadcast_hash_functions, parallelize
 from ecoformer.errors import InputError, NonFiniteError
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash_functions, hash_layers
@@ -131,6 +131,26 @@ def test_hash_functions_of_rank_0_reach_all() -> None:
     assert len(first) == 4 * 6
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def _two_gradients() -> bool:
+    with process_group("cpu") as device:
+        model = pvt.create_model("pvt_v2_b0", "msa", num_classes=2)
+        parallel = parallelize(model, device)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(rank()))
+        gradients = []
+        for _ in range(2):
+            parallel.zero_grad()
+            parallel(images).square().sum().backward()
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        first, second = gradients
+        return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("num_ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_first_step_sums_over_ranks_as_the_second(num_ranks: int) -> None:
+    assert all(run_ranks(_two_gradients, num_ranks))
 
 
 def _one_fails() -> str:

@@ -141,7 +141,7 @@ def test_torchrun_restarts_or_fails(
     torchrun.start()
     found = Run(tmp_path, [torchrun])
     [code] = found.wait(90)
-    sessions = [int(line) for line in (tmp_path / "sessions").read_text().split()]
+    sessions = list_sessions(tmp_path)
     assert len(sessions) == 2 + 2 * max_restarts
     assert find_orphans(sessions) == []
     if not max_restarts:
@@ -151,36 +151,57 @@ def test_torchrun_restarts_or_fails(
     assert_same_run(found, whole_pair)
 
 
+def start_nodes(
+    flags: list[str], folder: Path, strike: Strike, *, num_local: int = 1, backend: str = "c10d"
+) -> Run:
+    """Two torchruns, as if each were on a node of its own."""
+    [environment, _] = torchrun_environments(2)
+    options = {
+        **{"min_nodes": 2, "max_nodes": 2, "nproc_per_node": num_local, "max_restarts": 2},
+        **{"rdzv_backend": backend, "rdzv_endpoint": f"127.0.0.1:{environment['MASTER_PORT']}"},
+        "run_id": "pair",
+    }
+    flags = [*flags, "--output_dir", str(folder)]
+    nodes = []
+    for node in range(2):
+        node_options = options | {"rdzv_configs": {"rank": node} if backend == "static" else {}}
+        arguments = (flags, folder / f"said.{node}", strike)
+        nodes.append(warm_context().Process(target=launch, args=arguments, kwargs=node_options))
+        nodes[-1].start()
+    return Run(folder, nodes)
+
+
+def list_sessions(folder: Path) -> list[int]:
+    """Those of the ranks that torchruns have started."""
+    return [int(line) for line in (folder / "sessions").read_text().split()]
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 @pytest.mark.parametrize("backend", ["c10d", pytest.param("static", marks=pytest.mark.slow)])
 def test_a_torchrun_on_each_of_two_nodes_restarts(
     backend: str, killed: int, pair_flags: list[str], whole_pair: Run, tmp_path: Path
 ) -> None:
     strike = Strike("step", 4, signal.SIGKILL, rank=killed)
-    [environment, _] = torchrun_environments(2)
-    options = {
-        **{
-            "min_nodes": 2,
-            "max_nodes": 2,
-            "nproc_per_node": 1,
-            "max_restarts": 2,
-            "run_id": "pair",
-        },
-        **{"rdzv_backend": backend, "rdzv_endpoint": f"127.0.0.1:{environment['MASTER_PORT']}"},
-    }
-    flags = [*pair_flags, "--output_dir", str(tmp_path)]
-    nodes = []
-    for node in range(2):
-        node_options = options | {"rdzv_configs": {"rank": node} if backend == "static" else {}}
-        arguments = (flags, tmp_path / f"said.{node}", strike)
-        nodes.append(warm_context().Process(target=launch, args=arguments, kwargs=node_options))
-        nodes[-1].start()
-    found = Run(tmp_path, nodes)
+    found = start_nodes(pair_flags, tmp_path, strike, backend=backend)
     assert found.wait(90) == [0, 0], found.said()
-    sessions = [int(line) for line in (tmp_path / "sessions").read_text().split()]
-    assert len(sessions) == 4
-    assert find_orphans(sessions) == []
+    assert len(list_sessions(tmp_path)) == 4
+    assert find_orphans(list_sessions(tmp_path)) == []
     assert_same_run(found, whole_pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
+def test_two_ranks_on_each_of_two_nodes_go_on(
+    sent: signal.Signals, flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*flags, "--batch-size", "2", "--amp-dtype", "none"]
+    whole = run(flags, tmp_path / "whole", world_size=4)
+    (tmp_path / "nodes").mkdir()
+    found = start_nodes(flags, tmp_path / "nodes", Strike("step", 4, sent, rank=3), num_local=2)
+    assert found.wait(120) == [0, 0], found.said()
+    assert len(list_sessions(found.folder)) == 8
+    assert find_orphans(list_sessions(found.folder)) == []
+    assert_same_run(found, whole)
 
 
 def watch(rank: int, *, file: Path) -> None:

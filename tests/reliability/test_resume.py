@@ -46,6 +46,18 @@ def test_other_workers_change_nothing(flags: list[str], whole: Run, tmp_path: Pa
     assert_same_run(run([*flags, "--num-workers", "1"], tmp_path), whole)
 
 
+@pytest.mark.parametrize("num_ranks", [pytest.param(3, marks=pytest.mark.slow), 4])
+def test_more_than_two_ranks_go_on_inside_an_epoch(
+    num_ranks: int, flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*flags, "--batch-size", "2", "--amp-dtype", "none"]
+    whole = run(flags, tmp_path / "whole", world_size=num_ranks)
+    strike = Strike("step", 4, signal.SIGTERM, rank=1)
+    stopped = start(flags, tmp_path / "stopped", world_size=num_ranks, hook=strike)
+    assert stopped.wait() == [75] * num_ranks, stopped.said()
+    assert_same_run(run(flags, stopped.folder, world_size=num_ranks), whole)
+
+
 @pytest.mark.parametrize(("change", "world_size", "permission"), SETTINGS)
 def test_other_settings_are_refused(
     change: list[str], world_size: int, permission: str, flags: list[str], tmp_path: Path
