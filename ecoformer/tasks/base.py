@@ -122,7 +122,7 @@ class Task(ABC):
 
     @abstractmethod
     def fit_inputs(self, batch: Any) -> Any:
-        """Choose the inputs that hash functions are fitted on, from a prepared batch."""
+        """Choose from a prepared batch what ``fit_hash_functions`` takes as inputs."""
 
     @abstractmethod
     def loss(self, network: Network, batch: Any) -> Tensor:

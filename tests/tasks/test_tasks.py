@@ -195,6 +195,13 @@ def registered() -> Any:
     del TASKS["toy"]
 
 
+def test_a_registered_task_is_trained_by_its_name(registered: str, tmp_path: Path) -> None:
+    config = configure(tmp_path, task=registered, epochs=1)
+    run = train(config)
+    assert evaluate(config).values["test_error"] == run.log[0]["test_error"]
+    assert isinstance(load_run(tmp_path).model, ToyModel)
+
+
 def test_a_task_is_found_by_name_or_place(registered: str) -> None:
     assert find_task(registered) is Toy
     assert find_task("tests.tasks.toy:Toy") is sys.modules["tests.tasks.toy"].Toy

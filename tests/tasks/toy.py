@@ -121,8 +121,8 @@ class Toy(Task):
         noise = 0.1 * torch.randn_like(batch["tokens"])
         return {**batch, "tokens": batch["tokens"] + noise}
 
-    def fit_inputs(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch["tokens"]
+    def fit_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"tokens": batch["tokens"]}
 
     def loss(self, network: Network, batch: dict[str, Tensor]) -> Tensor:
         return F.mse_loss(network(tokens=batch["tokens"]).float(), batch["target"])
