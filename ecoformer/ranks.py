@@ -13,12 +13,18 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch import Tensor
 
+from ecoformer.errors import InputError
+
 T = TypeVar("T")
 
 # How long it waits for a download, which no collective is to limit.
 _DOWNLOAD_TIMEOUT = timedelta(days=1)
 # Counts this process's downloads, alike on all ranks: a name in the store serves once.
 _downloads = itertools.count()
+
+
+class AgreedError(InputError):
+    """An InputError that every rank raises at one place."""
 
 
 def rank() -> int:
@@ -68,6 +74,23 @@ def gather_objects(value: T) -> list[T]:
     return cast(list[T], values)
 
 
+def run_on_all(action: Callable[[], T]) -> list[T]:
+    """Do something on every rank and give all the results, by rank.
+
+    An InputError of one, every rank raises; ranks must not meet in the action.
+    """
+    result: T | InputError
+    try:
+        result = action()
+    except InputError as error:
+        result = error
+    results = gather_objects(result)
+    for each in results:
+        if isinstance(each, InputError):
+            raise AgreedError(str(each)) from each
+    return cast(list[T], results)
+
+
 def run_on_main(action: Callable[[], object]) -> None:
     """Do something on rank 0 while the others wait; what it raises, every rank raises."""
     error: Exception | None = None
@@ -77,6 +100,8 @@ def run_on_main(action: Callable[[], object]) -> None:
         except Exception as raised:
             error = raised
     error = broadcast_object(error)
+    if isinstance(error, InputError):
+        raise AgreedError(str(error)) from error
     if error is not None:
         raise error
 

@@ -215,12 +215,15 @@ class RunConfig:
     """Compile the model with torch.compile."""
     checkpoint_every: float = 0.0
     """Minutes between checkpoints inside an epoch; 0: at its end only."""
-    allow_resume_change: tuple[Literal["world-size", "batch-size", "config"], ...] = ()
+    allow_resume_change: tuple[Literal["world-size", "batch-size", "config", "data"], ...] = ()
     """What may differ from the run that is resumed; the result then differs too."""
+    dist_timeout: float = 10.0
+    """Minutes that a rank waits for the others before the run ends; longer than a fit lasts."""
 
     def __post_init__(self) -> None:
         _require(self, lambda x: x >= 0, "at least 0", "seed", "start_epoch")
         _require(self, lambda x: 0 <= x < math.inf, "at least 0", "checkpoint_every")
+        _require(self, lambda x: 0 < x <= 1e5, "above 0, at most 100,000", "dist_timeout")
 
     @property
     def is_train_mode(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ecoformer.errors import InputError, NonFiniteError, Preempted, is_main_process, suggest
-from ecoformer.ranks import default_store
+from ecoformer.ranks import AgreedError, default_store
 
 # How long a rank waits in a collective: longer than a fit or a save on a slow disk takes.
 _TIMEOUT = timedelta(minutes=10)
@@ -95,7 +95,7 @@ def process_group(device_name: str | None = None) -> Iterator[torch.device]:
             yield device
         # All ranks raise these at one place. After another error the others may be inside a
         # collective, and leaving the group together with them would hang.
-        except (NonFiniteError, Preempted):
+        except (NonFiniteError, Preempted, AgreedError):
             dist.destroy_process_group()
             raise
         dist.destroy_process_group()

@@ -115,7 +115,7 @@ def schedule_state(schedule: Scheduler) -> dict[str, Any]:
 
 def restore_schedule(schedule: Scheduler, state: dict[str, Any], *, last_epoch: int) -> None:
     """Set a schedule, and its optimiser's rate, to where it was after an epoch, -1 for none."""
-    if "plateau" in state:
+    if hasattr(schedule, "lr_scheduler"):
         # Read from the past, not from the epoch; the rate itself is in the optimiser's state.
         state = dict(state)
         vars(schedule)["lr_scheduler"].load_state_dict(state.pop("plateau"))

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
-import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ecoformer.checkpoint import load_checkpoint, read_checkpoint
 from ecoformer.config import Config, describe_changes
-from ecoformer.engine.optim import restore_schedule
+from ecoformer.engine.digests import require_same_on_all
+from ecoformer.engine.optim import schedule_state
+from ecoformer.engine.progress import Progress
 from ecoformer.engine.session import Session
 from ecoformer.engine.sources import fetch, find_source
 from ecoformer.engine.state import TrainState, describe_settings
 from ecoformer.errors import InputError
-from ecoformer.ranks import world_size
-from ecoformer.sums import ExactMean
+from ecoformer.ranks import rank, run_on_all, world_size
 
 # Settings that may differ when a run goes on: where things are and how they are computed, not
 # what is computed.
@@ -30,6 +30,7 @@ _FREE_FIELDS = {
     "config",
     "data_path",
     "device",
+    "dist_timeout",
     "eval",
     "finetune",
     "max_bad_images",
@@ -51,13 +52,20 @@ def start_state(session: Session, model: nn.Module) -> TrainState:
     """Build what training changes, where this run begins or goes on, around a fresh model.
 
     Raises:
-        InputError: a checkpoint cannot be used, or there is no such optimiser or schedule.
+        InputError: a checkpoint cannot be used, ranks begin with different ones or different
+            data, or there is no such optimiser or schedule.
     """
-    config = session.config
+    config, data = session.config, session.data
+    assert data.train is not None
     state = TrainState.create(model, config, device=session.device, amp_dtype=session.amp_dtype)
+    state.data = data.fingerprint
+    _require_same_data(state.data, config)
     source = find_source(config)
     if source is not None:
-        restore(state, read_checkpoint(fetch(source)), config, origin=source)
+        path = fetch(source)
+        run_on_all(lambda: restore(state, read_checkpoint(path), config, origin=source))
+        _require_same_start(state, source)
+        _keep_inside_epoch(state, len(data.train), config, origin=source)
         _logger.info("%s: going on at epoch %d, step %d", source, state.epoch, state.step)
         if state.epoch >= config.optim.epochs:
             _logger.info("nothing is left to do of %d epochs", config.optim.epochs)
@@ -73,10 +81,10 @@ def start_state(session: Session, model: nn.Module) -> TrainState:
 
 
 def load_for_evaluation(model: nn.Module, config: Config) -> None:
-    """Load the weights that ``--resume`` names, or the folder's.
+    """Load the weights that ``--resume`` names, or the folder's; the same on all ranks.
 
     Raises:
-        InputError: there are none, or they are of another model.
+        InputError: there are none, they are of another model, or they differ between ranks.
     """
     source = find_source(config)
     if source is None:
@@ -84,7 +92,14 @@ def load_for_evaluation(model: nn.Module, config: Config) -> None:
             f"--eval needs weights, and {config.run.output_dir} holds no checkpoint; give "
             "--resume FILE, URL or zoo name."
         )
-    _logger.info("%s", load_checkpoint(model, fetch(source), strict=True))
+    path = fetch(source)
+    report = run_on_all(lambda: load_checkpoint(model, path, strict=True))[rank()]
+    _logger.info("%s", report)
+    require_same_on_all(
+        model.state_dict(),
+        f"{source} holds other weights",
+        f"put {source} on a disk that all hosts share, or copy one file to all",
+    )
 
 
 def restore(state: TrainState, checkpoint: Mapping[str, Any], config: Config, origin: str) -> None:
@@ -94,70 +109,133 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], config: Config, or
 
     Raises:
         InputError: it holds weights only, it belongs to another model or optimiser, or the run
-            was another one.
+            was another one; nothing of the state has changed then.
     """
     if not {"optimizer", "lr_scheduler", "epoch"} <= checkpoint.keys():
         raise InputError(
             f"{origin}: holds weights only, from which no run can go on; use --finetune to "
             "start from them, or --eval to measure them."
         )
+    # On a copy: what does not fit is to be found before anything is taken.
+    model = deepcopy(state.model)
     try:
-        _take(state, checkpoint, config, origin)
+        if "config" in checkpoint:
+            _require_same_run(checkpoint, state, config, origin)
+        load_checkpoint(model, checkpoint["model"], strict=True, origin=origin)
+        progress = Progress.read(checkpoint, state, config)
     except InputError:
         raise
     # What a damaged or foreign file holds in the place of numbers.
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise InputError(
-            f"{origin}: its training state does not fit this run ({error!r}); use --finetune "
+            f"{origin}: its training state does not fit this run ({e!r}); use --finetune "
             "to start from its weights."
-        ) from error
-
-
-def _take(state: TrainState, checkpoint: Mapping[str, Any], config: Config, origin: str) -> None:
+        ) from e
+    state.model.load_state_dict(model.state_dict())
+    progress.apply(state)
+    for note in getattr(checkpoint, "notes", ()):
+        _logger.info("%s: %s.", origin, note)
+    if not checkpoint.get("data"):
+        _logger.info("%s: does not say what data it was trained on, so they go unchecked", origin)
+    if state.scaler.is_enabled() and not checkpoint.get("scaler"):
+        _logger.info("%s: holds no gradient scale; it begins at that of a new run", origin)
     if "config" in checkpoint:
-        _require_same_run(checkpoint, config, origin)
-    load_checkpoint(state.model, checkpoint["model"], strict=True, origin=origin)
-    _load_optimizer(state.optimizer, checkpoint["optimizer"])
-    if checkpoint.get("scaler"):
-        state.scaler.load_state_dict(checkpoint["scaler"])
-    last_epoch = int(checkpoint["epoch"])
-    restore_schedule(state.schedule, checkpoint["lr_scheduler"], last_epoch=last_epoch)
-    state.epoch, state.step = last_epoch + 1, int(checkpoint.get("step", 0))
-    state.loss = ExactMean(state.loss.device, checkpoint.get("loss_sums", (0, 0, 0)))
-    # Earlier files knew accuracies only.
-    best = checkpoint.get("best_score", checkpoint.get("best_acc1", state.best_score))
-    state.best_score = float(best)
+        _convert_step(state, checkpoint, config, origin)
 
 
-def _require_same_run(checkpoint: Mapping[str, Any], config: Config, origin: str) -> None:
+def _convert_step(
+    state: TrainState, checkpoint: Mapping[str, Any], config: Config, origin: str
+) -> None:
+    """Find the place in an epoch by its images, where steps have another number of them."""
+    before = checkpoint["config"]["batch_size"] * checkpoint["world_size"]
+    now = config.data.batch_size * world_size()
+    if before == now or not state.step:
+        return
+    saved, num_done = state.step, state.step * before
+    state.step = num_done // now
+    # Only between two updates: no gradients wait for more batches.
+    state.step -= state.step % config.optim.grad_accum_steps
+    _logger.info(
+        "%s: step %d, of %d samples each, is step %d of %d; %d samples come again in this epoch",
+        *(origin, saved, before, state.step, now, num_done - state.step * now),
+    )
+
+
+def _keep_inside_epoch(state: TrainState, num_steps: int, config: Config, origin: str) -> None:
+    """An epoch that has become shorter ends where it would go on."""
+    if state.step <= num_steps:
+        return
+    if not set(config.run.allow_resume_change) - {"config"}:
+        raise InputError(
+            f"{origin}: stands at step {state.step} of an epoch, which has {num_steps} here; "
+            "repeat that run's data, allow the change with --allow-resume-change data, or start "
+            "anew with --resume none."
+        )
+    _logger.info("%s: epoch %d is over, after %d steps", origin, state.epoch, state.step)
+    state.step = num_steps
+
+
+def _require_same_run(
+    checkpoint: Mapping[str, Any], state: TrainState, config: Config, origin: str
+) -> None:
     saved = {**checkpoint["config"], "world_size": checkpoint["world_size"]}
     present = {**describe_settings(config), "world_size": world_size()}
+    changes = {
+        name: (_PERMISSIONS.get(name, "config"), f"{name} {change}")
+        for name, change in describe_changes(saved, present).items()
+        if name not in _FREE_FIELDS
+    }
+    # Earlier files, and tasks that cannot tell, have none.
+    if checkpoint.get("data") and state.data:
+        for part, change in _describe_data(checkpoint["data"], state.data).items():
+            changes[f"{part} data"] = "data", f"{part} data {change}"
     refused: dict[str, list[str]] = {}
-    for name, change in describe_changes(saved, present).items():
-        permission = _PERMISSIONS.get(name, "config")
-        if name not in _FREE_FIELDS and permission not in config.run.allow_resume_change:
-            refused.setdefault(permission, []).append(f"{name} {change}")
+    for permission, change in changes.values():
+        if permission not in config.run.allow_resume_change:
+            refused.setdefault(permission, []).append(change)
     if refused:
-        changes = "; ".join(change for group in refused.values() for change in group)
+        told = "; ".join(change for group in refused.values() for change in group)
         raise InputError(
-            f"{origin}: belongs to a run with other settings ({changes}); repeat that run's "
+            f"{origin}: belongs to a run with other settings ({told}); repeat that run's "
             f"settings, allow the change with --allow-resume-change {' '.join(refused)}, or "
             "start anew with --resume none."
         )
 
 
-def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    constants = [name for name in optimizer.defaults if name != "lr"]
-    present = [{name: group[name] for name in constants} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    # The state is the past's; constants that were allowed to change are the present's.
-    for group, values in zip(optimizer.param_groups, present, strict=True):
-        group.update(values)
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            # Counters have no axes; all other tensors follow their parameter.
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
-                raise ValueError(
-                    f"the optimizer's {name} has shape {list(value.shape)} for a parameter of "
-                    f"shape {list(parameter.shape)}"
-                )
+def _describe_data(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """The parts of the data that differ, and how; both name a value of each by its meaning."""
+    return {
+        part: f"{_tell_data(old.get(part))} -> {_tell_data(new.get(part))}"
+        for part in {**old, **new}
+        if old.get(part) != new.get(part)
+    }
+
+
+def _tell_data(fingerprint: Any) -> str:
+    if not isinstance(fingerprint, Mapping):
+        return repr(fingerprint)
+    return " ".join(f"{name}={value}" for name, value in fingerprint.items())
+
+
+def _require_same_data(fingerprint: Mapping[str, Any], config: Config) -> None:
+    require_same_on_all(
+        fingerprint,
+        f"--data-path {config.data.data_path} holds other data",
+        "give all hosts the same files",
+    )
+
+
+def _require_same_start(state: TrainState, source: str) -> None:
+    summary = {
+        "place": (state.epoch, state.step, state.best_score),
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "schedule": schedule_state(state.schedule),
+    }
+    require_same_on_all(
+        summary,
+        f"{source} is another checkpoint",
+        f"put {source} on a disk that all hosts share, or copy one file to all",
+        label=f"epoch {state.epoch}, step {state.step}",
+    )

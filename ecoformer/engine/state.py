@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,7 @@ class TrainState:
         loss: the losses of this epoch's steps.
         step: batches of ``epoch`` that are done, on each rank.
         best_score: ``Metrics.score`` of the best epoch so far.
+        data: what identifies the data, ``Data.fingerprint``.
     """
 
     model: nn.Module
@@ -48,6 +50,7 @@ class TrainState:
     epoch: int = 0
     step: int = 0
     best_score: float = -math.inf
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -84,9 +87,12 @@ class TrainState:
         """
         import timm
 
+        optimizer = self.optimizer.state_dict()
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
+            "optimizer_names": parameter_names(self),
+            "num_optimizer_states": len(optimizer["state"]),
             "lr_scheduler": schedule_state(self.schedule),
             "epoch": self.epoch - 1,
             "scaler": self.scaler.state_dict(),
@@ -95,12 +101,19 @@ class TrainState:
             "best_score": self.best_score,
             "config": describe_settings(config),
             "world_size": world_size(),
+            "data": dict(self.data),
             "versions": {
                 "ecoformer": __version__,
                 "torch": str(torch.__version__),
                 "timm": timm.__version__,
             },
         }
+
+
+def parameter_names(state: TrainState) -> list[str]:
+    """Name the parameters in the order in which the optimiser numbers them."""
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    return [names[p] for group in state.optimizer.param_groups for p in group["params"]]
 
 
 def describe_settings(config: Config) -> dict[str, Any]:

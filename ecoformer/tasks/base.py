@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -47,6 +47,8 @@ class Data:
     eval: Batches
     # For the log: "DIGITS: 1437 training and 360 validation images of 10 classes".
     summary: str = ""
+    # What tells these data from others, by part, in plain values. A run that is resumed compares.
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

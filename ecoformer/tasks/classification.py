@@ -122,6 +122,7 @@ class Classification(Task):
             loaders.eval,
             f"{self.config.data.data_set}: {num_train} training and {len(loaders.eval.images)} "
             f"validation images of {loaders.num_classes} classes",
+            loaders.fingerprint(),
         )
 
     def create_model(self, create: Callable[..., nn.Module]) -> nn.Module:

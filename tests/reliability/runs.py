@@ -88,7 +88,12 @@ def find_orphans(sessions: Sequence[int | None], timeout_s: float = 10.0) -> lis
 
 
 def start(
-    flags: Sequence[str], folder: Path, *, world_size: int = 1, hook: Hook | None = None
+    flags: Sequence[str],
+    folder: Path,
+    *,
+    world_size: int = 1,
+    hook: Hook | None = None,
+    own_flags: Sequence[Sequence[str]] = (),
 ) -> Run:
     """Start a run.
 
@@ -97,6 +102,7 @@ def start(
         folder: where it writes.
         world_size: ranks; one runs without a process group, as without torchrun.
         hook: of a module's top level, or a ``partial`` of such.
+        own_flags: those of each rank alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     environments = torchrun_environments(world_size) if world_size > 1 else [{}]
@@ -104,9 +110,8 @@ def start(
     processes = []
     for rank, environment in enumerate(environments):
         said = folder / f"said.{rank}"
-        process = warm_context().Process(
-            target=_enter, args=(rank, environment, command, said, hook)
-        )
+        words = [*command, *(own_flags[rank] if own_flags else [])]
+        process = warm_context().Process(target=_enter, args=(rank, environment, words, said, hook))
         process.start()
         processes.append(process)
     return Run(folder, processes)

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +256,104 @@ def test_cost_of_a_resume(tmp_path: Path) -> None:
     fresh, resumed = statistics.median(fresh_s), statistics.median(resumed_s)
     print(f"first step done after {fresh:.2f} s fresh, {resumed:.2f} s resumed")
     assert resumed < fresh + 5
+
+
+@pytest.fixture
+def images(image_folder: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(image_folder, tmp_path / "images"))
+
+
+def swap_classes(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / split / "class0").rename(root / split / "class2")
+
+
+def remove_images(root: Path) -> None:
+    for path in sorted((root / "train" / "class1").iterdir())[:4]:
+        path.unlink()
+
+
+def rename_an_image(root: Path) -> None:
+    path = root / "val" / "class1" / "01.png"
+    path.rename(path.with_name("z.png"))
+
+
+@pytest.mark.parametrize("change", [swap_classes, remove_images, rename_an_image])
+def test_other_data_are_refused(
+    change: Callable[[Path], None], flags: list[str], images: Path, tmp_path: Path
+) -> None:
+    flags = [*flags, "--data-path", str(images)]
+    folder = tmp_path / "run"
+    stopped = start(flags, folder, hook=Strike("step", 5, signal.SIGTERM))
+    assert stopped.wait() == [75], stopped.said()
+    before = (folder / LAST).read_bytes()
+    change(images)
+    refused = start(flags, folder)
+    assert refused.wait() == [2], refused.said()
+    assert "--allow-resume-change data" in refused.said().splitlines()[-1]
+    assert (folder / LAST).read_bytes() == before
+    allowed = run([*flags, "--allow-resume-change", "data"], folder)
+    is_shorter = change is remove_images
+    assert ("epoch 1 is over, after 3 steps" in allowed.said()) == is_shorter
+    assert len((folder / "log.txt").read_text().splitlines()) == 3
+
+
+def test_the_same_data_elsewhere_are_no_change(
+    flags: list[str], whole: Run, images: Path, tmp_path: Path
+) -> None:
+    stopped = start(flags, tmp_path / "run", hook=Strike("step", 4, signal.SIGTERM))
+    assert stopped.wait() == [75], stopped.said()
+    run([*flags, "--data-path", str(images)], stopped.folder)
+    assert read_checkpoint(stopped.folder / LAST)["loss_sums"] == [0, 0, 0]
+    lines = (stopped.folder / "log.txt").read_text(), (whole.folder / "log.txt").read_text()
+    assert lines[0] == lines[1]
+
+
+def test_a_checkpoint_that_does_not_know_its_data_goes_on(
+    flags: list[str], whole: Run, tmp_path: Path
+) -> None:
+    stopped = start(flags, tmp_path, hook=Strike("step", 4, signal.SIGTERM))
+    assert stopped.wait() == [75], stopped.said()
+    older = dict(read_checkpoint(tmp_path / LAST))
+    for name in ("data", "optimizer_names", "num_optimizer_states"):
+        del older[name]
+    torch.save(older, tmp_path / LAST)
+    ended = run(flags, tmp_path)
+    assert "so they go unchecked" in ended.said()
+    assert_same_run(ended, whole)
+
+
+@pytest.mark.parametrize(("batch_size", "place"), [("4", (1, 4)), ("12", (1, 1))])
+def test_another_batch_size_goes_on_at_the_same_image(
+    batch_size: str, place: tuple[int, int], flags: list[str], tmp_path: Path
+) -> None:
+    stopped = start(flags, tmp_path, hook=Strike("step", 4, signal.SIGTERM))
+    assert stopped.wait() == [75], stopped.said()
+    change = ["--batch-size", batch_size, "--allow-resume-change", "batch-size"]
+    ended = run([*flags, *change], tmp_path)
+    [line] = [line for line in ended.said().splitlines() if "of 8 samples each" in line]
+    assert f"step 2, of 8 samples each, is step {place[1]} of {batch_size}" in line
+    assert ("4 samples come again" in line) == (batch_size == "12")
+    assert f"going on at epoch {place[0]}, step {place[1]}" in ended.said()
+
+
+def test_what_a_file_lacks_is_said(flags: list[str], whole: Run, tmp_path: Path) -> None:
+    torch.save(
+        dict(read_checkpoint(whole.folder / BEST)),
+        tmp_path / "x",
+        _use_new_zipfile_serialization=False,
+    )
+    ended = run([*flags, "--resume", str(tmp_path / "x")], tmp_path / "run")
+    assert "Nothing vouches for the file's bits" in ended.said()
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint_best.pth"])
+def test_a_folder_of_the_released_twins_scripts_goes_on(
+    name: str, flags: list[str], whole: Run, tmp_path: Path
+) -> None:
+    shutil.copy(whole.folder / LAST, tmp_path / name)
+    for more in ([], ["--eval"]):
+        ended = run([*flags, *more], tmp_path)
+        assert name in ended.said()
+        assert "epoch 2, 3 of 3" not in ended.said()
