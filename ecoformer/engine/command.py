@@ -17,6 +17,7 @@ from ecoformer.errors import (
     print_records,
 )
 from ecoformer.models.registry import ModelFamily
+from ecoformer.threads import wait_passively
 
 
 def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = None) -> int:
@@ -33,6 +34,7 @@ def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = 
         if is_main_process():
             print_error(error)
         return error.exit_code
+    wait_passively()
     return _run(config, family)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ecoformer.config.arguments import ArgumentParser
 from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
+from ecoformer.files import write_text
 
 _PROG = "ecoformer benchmark"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -21,6 +22,7 @@ _PARTS = {
     "model": ("model",),
     "train": ("train",),
     "gpu": ("attention", "fit", "model", "train"),
+    "threads": (),
 }
 # Image sides at which it does, in pixels.
 _SIDES = {
@@ -38,6 +40,8 @@ fit        one layer's hash fit
 model      evaluation of a backbone with every kind of attention, at each resolution
 train      training steps of the same
 gpu        all of it at the sizes that fill a GPU, models compiled; what matters most first
+threads    evaluation, training step and fit on one thread and on all, alone and beside a busy
+           process on every core
 
 Each comparison is printed, and --json written, as soon as it is measured. Where attention cores are
 timed, the shipped one is held against the reference first; `pytest -m gpu` tests it further.
@@ -89,6 +93,8 @@ def _run(options: argparse.Namespace, command: str) -> bool:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
     if any(side < 32 for side in options.resolutions or ()):
         raise InputError("--resolutions start at 32 pixels: the model's last stage has 1/32 of it.")
+    if options.task == "threads":
+        return _run_threads(options, command)
     # Brings torch along, which --help need not wait for.
     from ecoformer.tools.benchmark.suite import Suite, run_suite
 
@@ -107,3 +113,22 @@ def _run(options: argparse.Namespace, command: str) -> bool:
     if options.plot:
         suite.check_plot(options.plot)
     return run_suite(suite, command, json=options.json, plot=options.plot)
+
+
+def _run_threads(options: argparse.Namespace, command: str) -> bool:
+    import torch
+
+    from ecoformer.tools.benchmark.backbones import Workload
+    from ecoformer.tools.benchmark.threads import measure_threads
+    from ecoformer.tools.measure import describe_environment
+
+    (side,) = (options.resolutions or [224])[:1]
+    table = measure_threads(
+        Workload(options.model, options.batch_size or 8, side, False, False),
+        num_rounds=options.rounds,
+        environment=describe_environment(command, torch.device("cpu")),
+    )
+    print(table.to_markdown())
+    if options.json:
+        write_text(options.json, table.to_json() + "\n")
+    return True
