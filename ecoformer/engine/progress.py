@@ -24,7 +24,7 @@ _LARGEST_COUNT = 2**53
 # Of a group of parameters: what the configuration says, which may have been allowed to change.
 _CONFIGURED = ("betas", "eps", "momentum", "weight_decay")
 # Entries of our files, and those that earlier ones lack.
-_OWN = {"step", "loss_sums", "config", "world_size", "versions", "scaler"}
+_OWN = {"step", "loss_sums", "config", "world_size", "versions"}
 _NEWER = {"optimizer_names", "num_optimizer_states", "data"}
 
 
@@ -83,7 +83,7 @@ def _require_whole(checkpoint: Mapping[str, Any]) -> None:
     """A file of ours has all that ours have; the released ones know less."""
     if not _OWN & checkpoint.keys():
         return
-    required = _OWN | (_NEWER if _NEWER & checkpoint.keys() else set())
+    required = _OWN | {"scaler"} | (_NEWER if _NEWER & checkpoint.keys() else set())
     # Earlier files knew accuracies only.
     scores = {"best_score", "best_acc1"} & checkpoint.keys()
     lost = sorted(required - checkpoint.keys()) or ([] if scores else ["best_score"])
