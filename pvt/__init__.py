@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wrapt import when_imported
 
@@ -12,6 +12,8 @@ from pvt.family import FAMILY
 from pvt.variants import PVT_VARIANTS
 
 if TYPE_CHECKING:
+    import torch
+
     from pvt.model import PyramidVisionTransformerV2
 
 __all__ = ["FAMILY", "PVT_VARIANTS", "create_model"]
@@ -22,10 +24,10 @@ def create_model(
     attention: str = "ecoformer",
     *,
     num_classes: int = 1000,
-    in_chans: int = 3,
     hashing: HashConfig | None = None,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> PyramidVisionTransformerV2:
     """Build a PVTv2 with fresh weights: [B, in_chans, height, width] -> [B, num_classes].
 
@@ -35,8 +37,9 @@ def create_model(
             kind that was registered.
         num_classes: 0 gives the features before the classifier.
         hashing: settings of EcoFormer attention; the published ones where None.
-        drop_rate: dropout in attention and MLP.
-        drop_path_rate: stochastic depth of the last block.
+        options: named as in timm. ``in_chans``; ``global_pool``: ``"avg"``, or ``""`` for maps
+            alone; ``drop_rate``: dropout before the classifier; ``proj_drop_rate``: in
+            attention and MLP; ``drop_path_rate``: stochastic depth of the last block.
 
     Raises:
         InputError: no such variant, or the variant has no such attention.
@@ -44,15 +47,11 @@ def create_model(
     FAMILY.check(variant, attention)
     from pvt.model import PyramidVisionTransformerV2
 
-    return PyramidVisionTransformerV2(
-        PVT_VARIANTS[variant],
-        attention,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        hashing=hashing,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
+    model = PyramidVisionTransformerV2(
+        PVT_VARIANTS[variant], attention, num_classes=num_classes, hashing=hashing, **options
     )
+    # Drawn on the CPU: a seed gives the same weights everywhere.
+    return model.to(device=device, dtype=dtype)
 
 
 # At once where it is imported already; timm takes seconds, which not all who come here need.

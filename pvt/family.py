@@ -11,5 +11,6 @@ FAMILY = ModelFamily(
     default_model="pvt_v2_b0",
     recipe={"drop_path": 0.1, "repeated_aug": True, "clip_grad": None},
     timm_names={f"ecoformer_{name}": name for name in PVT_VARIANTS},
+    first_conv="patch_embed1.proj",
     foreign_prefixes={"alt_gvt": "twins", "pcpvt": "twins"},
 )

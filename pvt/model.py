@@ -8,7 +8,8 @@ released weights, which load into it.
 
 from __future__ import annotations
 
-from einops import rearrange
+from typing import Any
+
 from torch import Tensor, nn
 
 from ecoformer.hash_config import HashConfig
@@ -21,6 +22,7 @@ class PyramidVisionTransformerV2(Pyramid):
     """Four stages of overlapping patch embedding and transformer blocks.
 
     ``attention`` leaves the last stage to full softmax; ``"sra"``, the original, is throughout.
+    ``options`` are those of ``Backbone``.
 
     Source: PVT v2, arXiv 2106.13797; EcoFormer, arXiv 2209.09004.
     """
@@ -30,23 +32,23 @@ class PyramidVisionTransformerV2(Pyramid):
         variant: PvtVariant,
         attention: str,
         *,
-        num_classes: int = 1000,
-        in_chans: int = 3,
         hashing: HashConfig | None = None,
-        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(variant.embed_dims, num_classes)
+        super().__init__(variant.embed_dims, **options)
         stages = build_stages(
             variant,
             kinds=(attention,),
             last_kinds=(attention if attention == "sra" else "msa",),
             hashing=hashing,
-            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,
             is_linear=variant.is_linear,
             has_dwconv=True,
         )
+        in_chans = self.in_chans
         for number, (dim, blocks) in enumerate(zip(variant.embed_dims, stages, strict=True), 1):
             kernel_size, stride = (7, 4) if number == 1 else (3, 2)
             embed = PatchEmbed(
@@ -65,4 +67,13 @@ class PyramidVisionTransformerV2(Pyramid):
         for block in getattr(self, f"block{number}"):
             tokens = block(tokens, size)
         tokens = getattr(self, f"norm{number}")(tokens)
-        return rearrange(tokens, "b (h w) c -> b c h w", h=size[0], w=size[1])
+        return self.maps[stage](tokens, size)
+
+    def cut_stages(self, num_stages: int) -> None:
+        for number in range(num_stages + 1, len(self.maps) + 1):
+            for part in ("patch_embed", "block", "norm"):
+                delattr(self, f"{part}{number}")
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Groups of parameters for timm's ``--layer-decay``: the stem, then the stages."""
+        return {"stem": r"^patch_embed1\.", "stages": r"^(?:patch_embed|block|norm)(\d)\."}

@@ -23,5 +23,7 @@ FAMILY = ModelFamily(
         **{f"ecoformer_twins_svt_{size}": f"alt_gvt_{size}" for size in _SIZES},
         **{f"ecoformer_twins_pcpvt_{size}": f"pcpvt_{size}_v0" for size in _SIZES},
     },
+    first_conv="patch_embeds.0.proj",
+    drop_rates=("pos_drop_rate", "proj_drop_rate"),
     foreign_prefixes={"pvt_v2": "pvt"},
 )

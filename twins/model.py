@@ -8,6 +8,8 @@ released weights, which load into it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -35,7 +37,8 @@ class Twins(Pyramid):
     """Four stages of patch embedding and transformer blocks, with a convolution for position.
 
     ``attention`` leaves the last stage to full softmax; ``"sra"`` and the layouts, the originals,
-    are throughout.
+    are throughout. ``pos_drop_rate`` is dropout after patch embedding; ``options`` are those of
+    ``Backbone``.
 
     Source: Twins, arXiv 2104.13840; EcoFormer, arXiv 2209.09004.
     """
@@ -45,13 +48,13 @@ class Twins(Pyramid):
         variant: TwinsVariant,
         attention: str,
         *,
-        num_classes: int = 1000,
-        in_chans: int = 3,
         hashing: HashConfig | None = None,
-        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(variant.embed_dims, num_classes)
+        super().__init__(variant.embed_dims, **options)
         layout = TWINS_LAYOUTS.get(attention)
         kinds = (attention,) if layout is None else layout.kinds
         is_whole = layout is not None or attention == "sra"
@@ -60,10 +63,12 @@ class Twins(Pyramid):
             kinds=kinds,
             last_kinds=kinds if is_whole else ("msa",),
             hashing=hashing,
-            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,
         )
         self.patch_embeds, self.pos_block = nn.ModuleList(), nn.ModuleList()
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        in_chans = self.in_chans
         for stage, dim in enumerate(variant.embed_dims):
             patch_size = 4 if stage == 0 else 2
             embed = PatchEmbed(in_chans, dim, kernel_size=patch_size, stride=patch_size)
@@ -71,18 +76,38 @@ class Twins(Pyramid):
             self.pos_block.append(PositionalConvolution(dim))
             in_chans = dim
         self.blocks = nn.ModuleList(stages)
-        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=1e-6)
         self.init_weights()
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
         tokens, size = self.patch_embeds[stage](x)
+        tokens = self.pos_drop(tokens)
         for index, block in enumerate(self.blocks[stage].children()):
             tokens = block(tokens, size)
             if index == 0:
                 tokens = self.pos_block[stage](tokens, size)
-        is_last = stage == len(self.blocks) - 1
-        tokens = self.norm(tokens) if is_last else tokens
-        return rearrange(tokens, "b (h w) c -> b c h w", h=size[0], w=size[1])
+        is_last = stage == len(self.maps) - 1
+        return self.maps[stage](self.norm(tokens) if is_last else tokens, size)
+
+    def cut_stages(self, num_stages: int) -> None:
+        for part in ("patch_embeds", "blocks", "pos_block"):
+            setattr(self, part, getattr(self, part)[:num_stages])
+        # It ends the last of all stages only.
+        self.norm = nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
         return {f"pos_block.{name}" for name, _ in self.pos_block.named_parameters()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters for timm's ``--layer-decay``: the stem, then blocks, or stages.
+
+        A stage's embedding and position go with its first block, the norm with the last one.
+        """
+        with_stage = [(r"^(?:patch_embeds|pos_block)\.(\d+)\.", (0,))]
+        blocks = [(r"^blocks\.(\d+)\.(\d+)\.", None), *with_stage]
+        stages = [(r"^(?:patch_embeds|pos_block|blocks)\.(\d+)\.", None)]
+        # 99999 is how timm says: with the group before.
+        return {
+            "stem": r"^patch_embeds\.0\.",
+            "blocks": [*(stages if coarse else blocks), (r"^norm\.", (99999,))],
+        }

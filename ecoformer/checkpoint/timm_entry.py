@@ -30,7 +30,8 @@ def register_with_timm(family: ModelFamily) -> None:
     package = sys.modules[family.name]
     weights = {name: ZOO[name].timm_config() for name in family.timm_names if name in ZOO}
     # Where timm looks for what it calls a model's pretrained configuration.
-    configs = {name: {"classifier": "head", **weights.get(name, {})} for name in family.timm_names}
+    shared = {"classifier": "head", "first_conv": family.first_conv, "pool_size": (7, 7)}
+    configs = {name: {**shared, **weights.get(name, {})} for name in family.timm_names}
     setattr(package, "default_cfgs", configs)  # noqa: B010
     for timm_name, variant in family.timm_names.items():
         entrypoint = _make_entrypoint(family, timm_name, variant)

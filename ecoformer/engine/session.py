@@ -82,8 +82,9 @@ def create_model(config: Config, task: Task, family: ModelFamily | None = None) 
             settings.model,
             settings.attn_type,
             hashing=config.hashing,
-            drop_rate=settings.drop,
             drop_path_rate=settings.drop_path,
+            # As released: of the backbone. timm's drop_rate is that of the head.
+            **dict.fromkeys(known.drop_rates, settings.drop),
             **options,
         )
 

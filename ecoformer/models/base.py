@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ecoformer.attention import LayerSpec, attention_class
 from ecoformer.attention.base import Size
@@ -46,13 +47,15 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block (ViT, arXiv 2010.11929), [B, N, C] to [B, N, C].
 
-    ``drop_path`` is the probability that a sample skips a branch in training.
+    ``drop_path`` is the probability that a sample skips a branch in training. Where
+    ``grad_checkpointing`` is set, gradients compute the block again instead of keeping its insides.
     """
 
     def __init__(
         self, dim: int, attention: nn.Module, mlp: nn.Module, drop_path: float = 0.0
     ) -> None:
         super().__init__()
+        self.grad_checkpointing = False
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attention
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -60,6 +63,14 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            # Not the reentrant form, which DistributedDataParallel does not take. The state of the
+            # random generators is kept: what was dropped is dropped again.
+            x = checkpoint(self._add_branches, x, size, use_reentrant=False)
+            return x
+        return self._add_branches(x, size)
+
+    def _add_branches(self, x: Tensor, size: Size) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), size))
         return x + self.drop_path(self.mlp(self.norm2(x), size))
 
@@ -90,21 +101,42 @@ class Backbone(nn.Module):
     """A classifier over tokens, with the methods that timm asks for.
 
     A subclass calls ``super().__init__`` with the C of its last tokens, builds its layers, calls
-    ``init_weights`` and defines ``forward_features``. Without classes the mean token comes out.
+    ``init_weights`` and defines ``forward_features``. Without classes the mean token comes out,
+    and without pooling, ``global_pool=""``, what ``forward_features`` gives.
+
+    ``drop_rate`` is dropout before the classifier.
     """
 
-    def __init__(self, num_features: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int = 1000,
+        *,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.num_features = num_features
-        self.reset_classifier(num_classes)
+        self.num_features = self.head_hidden_size = num_features
+        self.in_chans = in_chans
+        self.reset_classifier(num_classes, global_pool)
+        self.head_drop = nn.Dropout(drop_rate)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, height, width] to normalised tokens [B, N, C]."""
         raise NotImplementedError
 
+    def pool(self, x: Tensor) -> Tensor:
+        """Mean of what ``forward_features`` gives, [B, C]."""
+        return x.mean(dim=1)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over tokens [B, N, C], then the classifier unless ``pre_logits``."""
-        x = x.mean(dim=1)
+        """Pool what ``forward_features`` gives, then the classifier unless ``pre_logits``."""
+        if self.global_pool:
+            x = self.pool(x)
+        elif self.num_classes and not pre_logits:
+            raise InputError("the classifier needs pooled features; set global_pool='avg'.")
+        x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,13 +146,28 @@ class Backbone(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Put a freshly drawn classifier in place; 0 classes remove it."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a freshly drawn classifier in place; 0 classes remove it.
+
+        ``global_pool``, ``"avg"`` or ``""``, stays as it is where None.
+        """
+        if global_pool not in ("avg", "", None):
+            raise InputError(f"global_pool is 'avg' or '', not {global_pool!r}.")
+        if global_pool is not None:
+            self.global_pool = global_pool
+        like = next(self.parameters(), torch.empty(0))
         self.num_classes = num_classes
         self.head: nn.Module = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(self.num_features, num_classes)
             _init_layer(self.head)
+            self.head.to(like).train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep of each block no more than its input for gradients, which then run it again."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, beside biases and other 1-D ones."""

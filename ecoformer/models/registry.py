@@ -36,6 +36,8 @@ class ModelFamily:
         recipe: configuration fields whose default differs from the shared one.
         released_names: released model name to (variant, kind or layout).
         timm_names: name in timm's registry to variant.
+        first_conv: module that takes the image, by its name in the models.
+        drop_rates: keywords of ``create_model`` that the released ``--drop`` stands for.
         foreign_prefixes: how names begin that belong to another package, to that package.
     """
 
@@ -46,6 +48,8 @@ class ModelFamily:
     recipe: Mapping[str, object] = field(default_factory=dict)
     released_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     timm_names: Mapping[str, str] = field(default_factory=dict)
+    first_conv: str = ""
+    drop_rates: tuple[str, ...] = ("proj_drop_rate",)
     foreign_prefixes: Mapping[str, str] = field(default_factory=dict)
 
     def create_model(

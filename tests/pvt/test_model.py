@@ -116,8 +116,10 @@ def test_drop_path_rises_over_all_blocks() -> None:
 
 
 def test_dropout_is_in_attention_and_mlp() -> None:
-    model = build_empty(FAMILY, "pvt_v2_b0/ecoformer", drop_rate=0.25)
+    model = build_empty(FAMILY, "pvt_v2_b0/ecoformer", proj_drop_rate=0.25)
     rates = {n: m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout)}
+    # timm's drop_rate.
+    assert rates.pop("head_drop") == 0
     assert len(rates) == 2 * 8
     assert set(rates.values()) == {0.25}
 

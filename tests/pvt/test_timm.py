@@ -82,11 +82,11 @@ def test_features_are_the_steps_of_a_forward() -> None:
     model = create(attention="sra", num_classes=7).eval()
     assert model.num_features == 256
     images = torch.randn(2, 3, 64, 96)
-    tokens = model.forward_features(images)
-    assert tokens.shape == (2, 2 * 3, 256)
-    pooled = model.forward_head(tokens, pre_logits=True)
-    torch.testing.assert_close(pooled, tokens.mean(1))
-    torch.testing.assert_close(model.forward_head(tokens), model(images))
+    features = model.forward_features(images)
+    assert features.shape == (2, 256, 2, 3)
+    pooled = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, features.mean((2, 3)))
+    torch.testing.assert_close(model.forward_head(features), model(images))
 
 
 @pytest.fixture
@@ -180,14 +180,14 @@ def test_maps_of_stages_for_dense_prediction(
     with torch.inference_mode():
         maps = model(images)
         whole = create(pretrained=True).eval()
-        tokens, same = whole.forward_intermediates(images, indices)
-        assert torch.equal(tokens, whole.forward_features(images))
+        last, same = whole.forward_intermediates(images, indices)
+        assert torch.equal(last, whole.forward_features(images))
     assert [tuple(m.shape) for m in maps] == [
         (2, width, side, side) for width, side in zip(widths, sides, strict=True)
     ]
     assert all(torch.equal(one, other) for one, other in zip(maps, same, strict=True))
     is_last_among_them = maps[-1].shape[1] == 256
-    assert torch.equal(maps[-1].flatten(2).mT, tokens) == is_last_among_them
+    assert torch.equal(maps[-1], last) == is_last_among_them
 
 
 def test_maps_are_of_the_last_stages_where_a_number_is_given() -> None:
