@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from einops import rearrange
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ecoformer.attention.base import Size
@@ -20,6 +21,7 @@ from ecoformer.models.pyramid import Pyramid, build_stages
 from twins.variants import TWINS_LAYOUTS, TwinsVariant
 
 
+@register_notrace_module
 class PositionalConvolution(nn.Module):
     """3 x 3 depthwise convolution, plus its input, which tells position (arXiv 2102.10882)."""
 

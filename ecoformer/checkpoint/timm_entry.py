@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 from timm.models import (
+    FeatureGraphNet,
     PretrainedCfg,
     adapt_input_conv,
     build_model_with_cfg,
@@ -21,21 +24,24 @@ from ecoformer.checkpoint.zoo import ZOO, resolve_source
 from ecoformer.errors import InputError
 from ecoformer.models.registry import ModelFamily
 
+# timm's own of these names call the children of a model one after another, which ours are not
+# made for. These give the same.
+_FEATURE_CLASSES = {"list": "getter", "dict": partial(FeatureGraphNet, return_dict=True)}
+
 
 def register_with_timm(family: ModelFamily) -> None:
-    """Make ``timm.create_model`` and ``timm.list_models`` know a family by its timm names.
-
-    timm wants functions: they become attributes of the package that the family is named after.
-    """
-    package = sys.modules[family.name]
+    """Make ``timm.create_model`` and ``timm.list_models`` know a family by its timm names."""
+    # timm knows a module by the last part of its name, and has a twins of its own; it takes from
+    # there what it calls pretrained configurations, and adds names to it.
+    module = ModuleType(f"{family.name}.ecoformer_{family.name}")
+    sys.modules[module.__name__] = module
     weights = {name: ZOO[name].timm_config() for name in family.timm_names if name in ZOO}
-    # Where timm looks for what it calls a model's pretrained configuration.
     shared = {"classifier": "head", "first_conv": family.first_conv, "pool_size": (7, 7)}
     configs = {name: {**shared, **weights.get(name, {})} for name in family.timm_names}
-    setattr(package, "default_cfgs", configs)  # noqa: B010
+    vars(module)["default_cfgs"] = configs
     for timm_name, variant in family.timm_names.items():
         entrypoint = _make_entrypoint(family, timm_name, variant)
-        setattr(package, timm_name, entrypoint)
+        entrypoint.__module__ = module.__name__
         register_model(entrypoint)
 
 
@@ -59,18 +65,19 @@ def _make_entrypoint(family: ModelFamily, timm_name: str, variant: str) -> Calla
 
         if features_only:
             kwargs |= {"features_only": True, "num_classes": 0}
+            feature_cls = kwargs.get("feature_cls", "getter")
+            kwargs["feature_cls"] = _FEATURE_CLASSES.get(feature_cls, feature_cls)
         # Weights are loaded while it builds: timm's own loading verifies nothing.
         return build_model_with_cfg(
             build,
             timm_name,
             pretrained=False,
             pretrained_cfg=config.to_dict(),
-            feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3)},
+            feature_cfg={"out_indices": (0, 1, 2, 3)},
             **kwargs,
         )
 
     entrypoint.__name__ = entrypoint.__qualname__ = timm_name
-    entrypoint.__module__ = family.name
     entrypoint.__doc__ = (
         f"timm entry point of {variant}; keywords as for create_model. Pretrained weights are "
         "those that the zoo has under this name; another number of classes gets a fresh head."

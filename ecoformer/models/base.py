@@ -9,6 +9,7 @@ from itertools import cycle
 import torch
 from einops import rearrange
 from timm.layers import DropPath
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,7 @@ from ecoformer.attention.base import Size
 from ecoformer.errors import InputError
 
 
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Strided convolution to tokens, then LayerNorm: [B, in_chans, height, width] to [B, N, C].
 
@@ -44,6 +46,7 @@ class PatchEmbed(nn.Module):
         return self.norm(rearrange(x, "b c h w -> b (h w) c")), (x.shape[-2], x.shape[-1])
 
 
+@register_notrace_module
 class Block(nn.Module):
     """Pre-norm transformer block (ViT, arXiv 2010.11929), [B, N, C] to [B, N, C].
 

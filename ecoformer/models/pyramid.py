@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from einops import rearrange
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ecoformer.attention import LayerSpec
@@ -18,6 +19,7 @@ from ecoformer.models.mlp import Mlp
 from ecoformer.models.sizes import PyramidSizes
 
 
+@register_notrace_module
 class TokensToMap(nn.Module):
     """View [B, N, C] as [B, C, height, width]: the end of a stage, where hooks find its map."""
 

@@ -14,7 +14,7 @@ CREATE = (
     "for name in ('ecoformer_pvt_v2_b0', 'ecoformer_twins_svt_small'):\n"
     "    assert timm.is_model(name), name\n"
     "assert timm.create_model('ecoformer_pvt_v2_b0', num_classes=2).num_classes == 2\n"
-    "assert 'ecoformer_pvt_v2_b0' in timm.list_models(module='pvt', pretrained=True)\n"
+    "assert 'ecoformer_pvt_v2_b0' in timm.list_models(module='ecoformer_pvt', pretrained=True)\n"
 )
 
 

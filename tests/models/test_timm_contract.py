@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from timm.models import group_parameters
+from timm.models import create_feature_extractor, get_graph_node_names, group_parameters
 from timm.models.pvt_v2 import checkpoint_filter_fn
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -299,3 +299,84 @@ def test_intermediates_can_stop_early(name: str, kind: str) -> None:
     assert torch.equal(whole, all_maps[-1])
     assert torch.equal(early, all_maps[1])
     torch.testing.assert_close(maps, all_maps[:2], rtol=0, atol=0)
+
+
+@each_backbone
+@pytest.mark.parametrize("feature_cls", [None, "getter", "list", "hook", "fx", "dict"])
+def test_features_come_as_maps_by_every_way(name: str, kind: str, feature_cls: str | None) -> None:
+    whole, images = build(name, kind), draw_images()
+    options = {} if feature_cls is None else {"feature_cls": feature_cls}
+    model = create(name, attention=kind, features_only=True, out_indices=(1, 3), **options).eval()
+    weights = whole.state_dict()
+    inner = {n: t for m in model.children() for n, t in m.state_dict().items()}
+    assert inner.keys() == weights.keys() - {"head.weight", "head.bias"}
+    for child in model.children():
+        child.load_state_dict({n: weights[n] for n in child.state_dict()})
+    with torch.no_grad():
+        _, expected = whole.forward_intermediates(images, (1, 3))
+        maps = model(images)
+    if feature_cls == "dict":
+        assert list(maps) == ["1", "3"]
+        maps = list(maps.values())
+    assert isinstance(maps, list)
+    torch.testing.assert_close(maps, expected, rtol=0, atol=0)
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    assert [64 // m.shape[2] for m in maps] == model.feature_info.reduction() == [8, 32]
+    modules = dict(whole.named_modules())
+    assert all(entry["module"] in modules for entry in whole.feature_info)
+
+
+def test_transformers_takes_them_for_backbones() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.TimmBackbone(
+        transformers.TimmBackboneConfig(backbone=B0, out_indices=[1, 3]), attention="sra"
+    )
+    out = model.eval()(draw_images())
+    assert [tuple(m.shape) for m in out.feature_maps] == [(2, 64, 8, 8), (2, 256, 2, 2)]
+    assert model.channels == [64, 256]
+    assert sum(parameter.numel() for parameter in model.parameters()) > 3e6
+
+
+def _make_graph(model: nn.Module) -> nn.Module:
+    """The model as a graph, traced with the leaves that timm knows of."""
+    train, evaluation = get_graph_node_names(model)
+    assert train == evaluation
+    graph: nn.Module = create_feature_extractor(model, [evaluation[-1]])
+    return graph
+
+
+@each_case
+def test_models_are_traced_by_fx(name: str, kind: str) -> None:
+    model, images = build(name, kind, drop_path_rate=0.4), draw_images()
+    with torch.no_grad():
+        expected = model(images)
+    gradients = find_gradients(model, images)
+    graph = _make_graph(model)
+    (logits,) = graph.eval()(images).values()
+    assert torch.equal(logits, expected)
+    torch.manual_seed(1)
+    model.zero_grad()
+    (logits,) = graph.train()(images).values()
+    logits.square().sum().backward()
+    for parameter_name, parameter in graph.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None and torch.equal(gradient, gradients[parameter_name])
+
+
+def test_blocks_are_nodes_of_the_graph() -> None:
+    model, images = build(B0, "ecoformer"), draw_images()
+    (tokens,) = create_feature_extractor(model, ["block2.1"])(images).values()
+    assert tokens.shape == (2, 64, 64)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@each_case
+def test_models_are_traced_but_not_scripted(name: str, kind: str) -> None:
+    model, images = build(name, kind), draw_images()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images)
+        other = draw_images(2).flip(0)
+        assert torch.equal(traced(other), model(other))
+    with pytest.raises(InputError, match=r"cannot be scripted; .* torch\.jit\.trace") as error:
+        torch.jit.script(model)
+    assert "\n" not in str(error.value)

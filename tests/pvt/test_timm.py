@@ -12,6 +12,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 
 import pvt
+import twins
 from ecoformer import InputError, export_released, load_checkpoint
 from ecoformer.checkpoint import save_atomic
 from ecoformer.checkpoint.zoo import ZOO
@@ -36,7 +37,17 @@ def stem_of(model: torch.nn.Module) -> torch.Tensor:
 
 def test_models_are_listed() -> None:
     assert set(NAMES) <= set(timm.list_models("ecoformer_*"))
-    assert set(NAMES) <= set(timm.list_models(module="pvt"))
+    assert set(NAMES) == set(timm.list_models(module="ecoformer_pvt"))
+
+
+def test_modules_of_timm_list_its_own_models_alone() -> None:
+    for module in ("pvt", "pvt_v2", "twins"):
+        assert not [name for name in timm.list_models(module=module) if "ecoformer" in name]
+    assert len(timm.list_models(module="ecoformer_twins")) == len(twins.FAMILY.timm_names)
+
+
+def test_no_name_is_added_to_the_package() -> None:
+    assert pvt.__all__ == ["FAMILY", "PVT_VARIANTS", "create_model"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,6 +158,8 @@ def test_pretrained_weights_take_images_of_other_channels(cached_weights: Path) 
 def test_weights_for_another_attention_are_refused(cached_weights: Path) -> None:
     with pytest.raises(InputError, match=r"pvtv2_b0_ecoformer\.pth: weights of another model"):
         create(pretrained=True, attention="msa")
+    with pytest.raises(InputError, match=r"pvtv2_b0_ecoformer\.pth: .*attn\.hash\.weight"):
+        create(pretrained=True, attention="msa_share_qk")
 
 
 def test_models_with_weights_are_listed() -> None:
