@@ -97,14 +97,37 @@ class MultiHeadAttention(nn.Module, ABC):
         """View each [B, N, C] as [B, H, N, D]: a head has contiguous channels."""
         return [rearrange(x, "b n (h d) -> b h n d", h=self.num_heads) for x in rows]
 
-    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        size: Size | None = None,
+        *,
+        attn_mask: None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         """Attend, and project what the heads found: [B, N, C] to [B, N, C], float.
 
+        The keywords are what timm's blocks pass to any attention; all tokens see each other here.
+
         Raises:
-            InputError: ``size`` is missing or too small for the kind, or hash functions are not
-                fitted.
+            InputError: ``size`` is missing, too small for the kind or something else, a mask is
+                given, or hash functions are not fitted.
         """
+        if size is not None and not (isinstance(size, (tuple, list)) and len(size) == 2):
+            raise InputError(
+                f"layer(x, size) takes the map's (height, width), not a {type(size).__name__}; "
+                "it has no mask or context."
+            )
+        if attn_mask is not None or is_causal:
+            raise InputError("this attention takes no attn_mask and is never causal; leave it out.")
         return self.proj_drop(self.proj(self.attend(x, size)))
+
+    def __prepare_scriptable__(self) -> None:
+        """Answer ``torch.jit.script``, which would fail somewhere inside, with all of its trace."""
+        raise InputError(
+            "a model with this attention cannot be scripted; use torch.export.export, "
+            "torch.compile or torch.jit.trace(model, images)."
+        )
 
     @abstractmethod
     def attend(self, x: Tensor, size: Size | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ecoformer.attention import MultiHeadAttention, attention_class
+from ecoformer.attention import MultiHeadAttention, attention_class, attention_kinds
 
 
 class Entry(NamedTuple):
@@ -49,6 +49,24 @@ class Conversion:
             return False
         own = tuple(f"{owner}{buffer}." for buffer in self._layers[owner].own_buffers)
         return f"{name}.".startswith(own) and not any(f"{t}.".startswith(own) for t in taken)
+
+    def is_foreign(self, name: str) -> bool:
+        """Whether a buffer is that of kinds alone which the layer's kind is not made of.
+
+        Their projections may have the same names, and mean something else.
+        """
+        owner = self._find_owner(name)
+        if owner is None:
+            return False
+        part = f"{name.removeprefix(owner)}."
+        known = [attention_class(kind) for kind in attention_kinds()]
+        owners = [
+            kind for kind in known if any(part.startswith(f"{own}.") for own in kind.own_buffers)
+        ]
+        made_of = [self._layers[owner]]
+        while (parent := made_of[-1].parent) is not None:
+            made_of.append(attention_class(parent))
+        return bool(owners) and not set(owners) & set(made_of)
 
     def _find_owner(self, name: str) -> str | None:
         owners = (owner for owner in self._layers if name.startswith(owner))

@@ -180,10 +180,15 @@ class _Match:
             problems.append(
                 f"{len(missing)} of the model's {len(target)} have no source, first {missing[0]}"
             )
-        # An entry too many of a kind that the model has comes from a deeper one.
-        kinds = {_strip_numbers(name) for name in target}
+        # An entry too many of a sort that the model has comes from a deeper one.
+        sorts = {_strip_numbers(name) for name in target}
         surplus = [
-            name for name in self.unused if strict or problems or _strip_numbers(name) in kinds
+            name
+            for name in self.unused
+            if strict
+            or problems
+            or _strip_numbers(name) in sorts
+            or self.conversion.is_foreign(name)
         ]
         if surplus:
             problems.append(f"{len(surplus)} of the file's fit nowhere, first {surplus[0]}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ecoformer import InputError
@@ -145,3 +146,25 @@ def test_an_unknown_kind_shows_the_nearest_and_all() -> None:
         InputError, match=r"'ecofomer', did you mean 'ecoformer'\? There are: .*msa"
     ):
         attention_class("ecofomer")
+
+
+@pytest.mark.parametrize("second", [torch.ones(2, 12, dtype=torch.bool), torch.zeros(2, 12, 12), 3])
+def test_what_is_no_size_is_refused(second: Any, options: dict[str, Any]) -> None:
+    layer, x = build(options), draw(2, 12, 12).float()
+    with pytest.raises(InputError, match=r"takes the map's \(height, width\), not a .*no mask"):
+        layer(x, second)
+
+
+def test_masks_of_nothing_are_accepted_and_others_refused(options: dict[str, Any]) -> None:
+    layer, x = build(options), draw(2, 12, 12).float()
+    with torch.no_grad():
+        assert torch.equal(layer(x, (3, 4), attn_mask=None, is_causal=False), run(layer, x, (3, 4)))
+    for keywords in ({"attn_mask": torch.ones(12, 12)}, {"is_causal": True}):
+        with pytest.raises(InputError, match="no attn_mask and is never causal"):
+            layer(x, (3, 4), **keywords)
+
+
+def test_a_block_of_timm_calls_it() -> None:
+    block = Block(12, 3)
+    block.attn = build({"kind": "ecoformer"})
+    assert block(draw(2, 12, 12).float()).shape == (2, 12, 12)

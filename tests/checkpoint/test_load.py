@@ -195,6 +195,16 @@ def test_another_architecture_is_one_line(
     assert all(tensor.eq(-7).all() for tensor in target.state_dict().values() if tensor.ndim)
 
 
+def test_a_kind_that_was_not_made_of_another_does_not_take_its_weights() -> None:
+    # Projections of the same names, which the hash functions belong to.
+    source, model = make_pair("pvt_v2_b0/ecoformer", "pvt_v2_b0/msa_share_qk")
+    with pytest.raises(InputError, match=r"fit nowhere, first block1\.0\.attn\.hash\.weight"):
+        load_checkpoint(model, source)
+    performer = pvt.create_model("pvt_v2_b0", "performer").state_dict()
+    with pytest.raises(InputError, match=r"attn\.fast_attention\.projection_matrix"):
+        load_checkpoint(pvt.create_model("pvt_v2_b0", "msa"), performer)
+
+
 @pytest.mark.parametrize("stage", ["msa", "sra", "msa_share_qk"])
 def test_strict_converts_nothing(stage: str) -> None:
     source, model = make_pair(f"pvt_v2_b0/{stage}", "pvt_v2_b0/ecoformer")
