@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import cycle
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ecoformer.attention import LayerSpec, attention_class
 from ecoformer.attention.base import Size
 from ecoformer.errors import InputError
+from ecoformer.hash_config import HashConfig
 
 
 @register_notrace_module
@@ -171,6 +174,19 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.grad_checkpointing = enable
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """The keywords that timm made it of, and writes as JSON beside shared weights."""
+        args: dict[str, Any] = vars(self).get("_timm_args", {})
+        return args
+
+    @_model_args.setter
+    def _model_args(self, args: Mapping[str, Any]) -> None:
+        self._timm_args = {
+            name: asdict(value) if isinstance(value, HashConfig) else value
+            for name, value in args.items()
+        }
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, beside biases and other 1-D ones."""
