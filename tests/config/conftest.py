@@ -105,4 +105,5 @@ def changed() -> dict[str, Any]:
         "compile": True,
         "checkpoint_every": 15.0,
         "allow_resume_change": ["world-size", "config"],
+        "dist_timeout": 20.0,
     }

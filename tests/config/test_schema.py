@@ -106,6 +106,7 @@ NAN = float("nan")
         ("grad_accum_steps", (0,)),
         ("seed", (-1,)),
         ("checkpoint_every", (-1.0,)),
+        ("dist_timeout", (0.0, NAN, float("inf"))),
     ],
 )
 def test_values_out_of_range(name: str, values: tuple[object, ...]) -> None:
