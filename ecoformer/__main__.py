@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ecoformer import __version__
 from ecoformer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, print_error, suggest
 from ecoformer.threads import wait_passively
 
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: ecoformer COMMAND ...\n")
         print(*(f"  {command:<11}{what}" for command, (what, _) in COMMANDS.items()), sep="\n")
         print("\necoformer COMMAND --help tells of its flags.")
+        return EXIT_DONE
+    if name == "--version":
+        print(f"ecoformer {__version__}")
         return EXIT_DONE
     if name not in COMMANDS:
         print_error(

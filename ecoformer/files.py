@@ -73,6 +73,8 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink()
         # torch.save wraps what the disk said into an error of its own.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         if isinstance(cause, OSError):
             raise InputError(
                 f"{path}: cannot be written ({cause.strerror or cause}), nothing was changed; "

@@ -33,8 +33,11 @@ class HashConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_bits", "num_anchors", "num_similar", "num_fit_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InputError(f"{name} is {value!r}; expected int.")
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}.")
         check_value_bias(self.value_bias)
 
 

@@ -133,3 +133,8 @@ def test_public_names() -> None:
     assert ecoformer.ops.encode is ecoformer.encode
     assert not hasattr(ecoformer, "no_such_name")
     assert not hasattr(ecoformer, "__no_such_name__")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ecoformer {ecoformer.__version__}\n"

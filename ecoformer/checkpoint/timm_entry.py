@@ -153,7 +153,8 @@ def _load_pretrained(
         # timm's older ones take three colours and no third argument.
         base_chans = () if theirs.shape[1] == 3 else (theirs.shape[1],)
         state = {**state, stem: adapt_input_conv(in_chans, theirs, *base_chans)}
-    load_checkpoint(model, state, origin=origin)
+    for note in load_checkpoint(model, state, origin=origin).notes:
+        _logger.warning("%s: %s.", origin, note)
 
 
 def _find_weights(folder: Path) -> Path:

@@ -74,6 +74,11 @@ def start_state(session: Session, model: nn.Module) -> TrainState:
         weights = fetch(config.run.finetune)
         report = load_checkpoint(model, weights, allow_missing=config.run.allow_missing)
         _logger.info("%s", report)
+    if config.run.start_epoch >= config.optim.epochs > 0:
+        raise InputError(
+            f"--start_epoch {config.run.start_epoch} leaves none of {config.optim.epochs} epochs "
+            "to train; give a smaller one, or more --epochs."
+        )
     if config.run.start_epoch:
         state.epoch = config.run.start_epoch
         state.schedule.step(state.epoch - 1)

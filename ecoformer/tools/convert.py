@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,9 @@ def convert(source: str, path: Path, *, is_released: bool = False) -> tuple[str,
     """
     if path.suffix not in _SUFFIXES:
         raise InputError(f"{path}: name the output {path.stem or 'NAME'}{' or '.join(_SUFFIXES)}.")
+    # What a run goes on from would be gone.
+    if path.exists() and os.path.exists(source) and path.samefile(source):
+        raise InputError(f"{path}: is what is read, and would be lost; give the output a new name.")
     # Bring torch along, for which --help need not wait.
     from ecoformer import __version__
     from ecoformer.checkpoint.files import read_checkpoint, save_atomic, save_safetensors

@@ -499,3 +499,30 @@ def test_unfitted_hash_functions_do_not_become_released_ones(
     assert main([str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--released"]) == 2
     assert "fit_hash_functions" in capsys.readouterr().err
     assert not (tmp_path / "b.pth").exists()
+
+
+def test_conversion_onto_itself_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "last_checkpoint.pth"
+    save_atomic({"model": {"a": torch.zeros(2)}, "optimizer": {}, "epoch": 3}, path)
+    before = path.read_bytes()
+    (tmp_path / "link.pth").symlink_to(path)
+    for output in (path, tmp_path / "link.pth"):
+        assert main([str(path), str(output)]) == 2
+        assert "is what is read" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_a_second_interrupt_ends_a_save_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    save_atomic({"old": torch.zeros(1)}, path)
+
+    class Interrupting:
+        def __reduce__(self) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_atomic({"model": torch.zeros(1000), "late": Interrupting()}, path)
+    assert list(read_checkpoint(path)["model"]) == ["old"]
+    assert os.listdir(tmp_path) == ["a.pth"]

@@ -64,6 +64,12 @@ def test_train_evaluate_and_open_again(image_folder: Path, tmp_path: Path) -> No
     assert_equal(weights(opened.model), weights(run.model))
 
 
+def test_a_start_behind_the_last_epoch(image_folder: Path, tmp_path: Path) -> None:
+    config = configure(image_folder, tmp_path, start_epoch=3)
+    with pytest.raises(InputError, match=r"--start_epoch 3 leaves none of 1 epochs"):
+        train(config)
+
+
 def test_twice_in_one_process(image_folder: Path, tmp_path: Path) -> None:
     """The second call starts fresh elsewhere, or goes on, as if it were the first."""
     first = train(configure(image_folder, tmp_path / "first"))

@@ -117,6 +117,9 @@ def test_attending_changes_no_buffer() -> None:
     "bad",
     [
         {"num_bits": 0},
+        {"num_bits": 16.5},
+        {"num_bits": "16"},
+        {"num_anchors": True},
         {"num_anchors": -1},
         {"num_similar": 0},
         {"num_fit_steps": 0},

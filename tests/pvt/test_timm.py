@@ -125,6 +125,15 @@ def test_pretrained_weights_take_another_head(cached_weights: Path) -> None:
     torch.testing.assert_close(state["norm4.weight"], released["norm4.weight"], rtol=0, atol=0)
 
 
+def test_a_fresh_head_is_said(
+    cached_weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = torch.load(cached_weights, weights_only=True)
+    few = {**state, "head.weight": torch.zeros(10, 256), "head.bias": torch.zeros(10)}
+    create(pretrained=True, pretrained_cfg_overlay={"state_dict": few})
+    assert "The head is fresh: 10 classes in the file, 1000 in the model" in caplog.text
+
+
 def test_pretrained_weights_serve_features_without_a_head(cached_weights: Path) -> None:
     model = create(pretrained=True, num_classes=0)
     released = torch.load(cached_weights, weights_only=True)
