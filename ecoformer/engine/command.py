@@ -40,7 +40,7 @@ def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = 
 
 def _run(config: Config, family: ModelFamily | None) -> int:
     # PyTorch and timm take seconds: whoever mistyped a flag need not wait for them.
-    from ecoformer.engine.launch import claim_error, has_failed_elsewhere
+    from ecoformer.engine.launch import claim_error, has_failed_elsewhere, is_lost_rank
     from ecoformer.engine.logs import print_log
     from ecoformer.engine.run import evaluate, time_model, train
 
@@ -56,8 +56,14 @@ def _run(config: Config, family: ModelFamily | None) -> int:
         if claim_error():
             print_error("interrupted; what was saved is untouched.")
         return EXIT_INTERRUPTED
-    except RuntimeError:
-        if not has_failed_elsewhere():
+    except RuntimeError as error:
+        if is_lost_rank(error):
+            if not has_failed_elsewhere() and claim_error():
+                print_error(
+                    "another rank ended, or did not answer in time (--dist-timeout "
+                    f"{config.run.dist_timeout:g}); the last checkpoint is untouched. {error}"
+                )
+        elif not has_failed_elsewhere():
             raise
         return EXIT_FAILED
     return EXIT_DONE

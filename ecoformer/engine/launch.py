@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache
@@ -13,13 +14,21 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from ecoformer.errors import InputError, NonFiniteError, Preempted, is_main_process, suggest
+from ecoformer.errors import (
+    EXIT_FAILED,
+    InputError,
+    NonFiniteError,
+    Preempted,
+    is_main_process,
+    print_error,
+    suggest,
+)
 from ecoformer.ranks import AgreedError, default_store
 
-# How long a rank waits in a collective: longer than a fit or a save on a slow disk takes.
-_TIMEOUT = timedelta(minutes=10)
 # How long it looks for a store at a port.
 _PATIENCE = timedelta(seconds=5)
+# How often a rank looks whether its torchrun is there.
+_SECONDS_BETWEEN_LOOKS = 0.5
 _PORT_KEY = "ecoformer/port"
 _ERROR_KEY = "ecoformer/error"
 
@@ -59,10 +68,13 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def process_group(device_name: str | None = None) -> Iterator[torch.device]:
+def process_group(
+    device_name: str | None = None, timeout_minutes: float = 10.0
+) -> Iterator[torch.device]:
     """Join the processes that torchrun started, for a block; yields this process's device.
 
-    A group that is there already is used and left as it is. Without torchrun there is none.
+    A group that is there already is used and left as it is. Without torchrun there is none. A rank
+    waits ``timeout_minutes`` for the others, and ends when its torchrun has.
 
     Raises:
         InputError: there is no such device, or the group that is there cannot reach the CPU.
@@ -81,14 +93,16 @@ def process_group(device_name: str | None = None) -> Iterator[torch.device]:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             yield device
             return
-        store, number, size = _meet()
+        timeout = timedelta(minutes=timeout_minutes)
+        _end_with_launcher()
+        store, number, size = _meet(timeout)
         dist.init_process_group(
             store=dist.PrefixStore(str(next(_numbers)), store),
             rank=number,
             world_size=size,
             # gloo also beside NCCL: what processors agree on need not wait for devices.
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=_TIMEOUT,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
         try:
@@ -102,18 +116,40 @@ def process_group(device_name: str | None = None) -> Iterator[torch.device]:
 
 
 @cache
-def _meet() -> tuple[dist.Store, int, int]:
+def _end_with_launcher() -> None:
+    """End this process where the torchrun that started it was killed, which it is not told of.
+
+    It would go on, and write, beside those that the next torchrun starts. The kernel's own death
+    signal counts the end of the thread that started a process, too.
+    """
+    launcher = os.getppid()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        # Without waiting for anything: others of this run may be gone as well.
+        with suppress(OSError):
+            print_error("torchrun is gone; what was saved is untouched.")
+        os._exit(EXIT_FAILED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@cache
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """The store of all ranks, this rank's number and how many there are.
 
     Kept for the process's life: a rank early for the next group would find a store about to go.
     """
-    store, number, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = _open_store(store, number)
+        store = _open_store(store, number, timeout)
     return store, number, size
 
 
-def _open_store(torchrun_store: dist.Store, number: int) -> dist.Store:
+def _open_store(torchrun_store: dist.Store, number: int, timeout: timedelta) -> dist.Store:
     """Let rank 0 open a store for the ranks of this start alone.
 
     torchrun keeps its own over restarts, and with it the addresses of ranks that died, which others
@@ -121,10 +157,10 @@ def _open_store(torchrun_store: dist.Store, number: int) -> dist.Store:
     """
     host = os.environ["MASTER_ADDR"]
     if number == 0:
-        store = dist.TCPStore(host, 0, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
+        store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
         torchrun_store.set(_PORT_KEY, str(store.port))
         return store
-    end = time.monotonic() + _TIMEOUT.total_seconds()
+    end = time.monotonic() + timeout.total_seconds()
     while True:
         port = int(torchrun_store.get(_PORT_KEY))
         try:
@@ -135,7 +171,7 @@ def _open_store(torchrun_store: dist.Store, number: int) -> dist.Store:
                 raise
             time.sleep(0.2)
         else:
-            store.set_timeout(_TIMEOUT)
+            store.set_timeout(timeout)
             return store
 
 
@@ -147,15 +183,36 @@ def claim_error() -> bool:
     if not dist.is_initialized():
         return is_main_process()
     # The store may have gone with its host; then better twice than not at all.
-    with suppress(RuntimeError):
-        return default_store().add(_ERROR_KEY, 1) == 1
-    return True
+    return _ask_store(lambda store: store.add(_ERROR_KEY, 1) == 1, if_silent=True)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Tell whether an error is that of a collective that another rank has left, or never reached.
+
+    gloo raises no type of its own, but names its source.
+    """
+    is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
+    return is_collective and dist.is_initialized()
 
 
 def has_failed_elsewhere() -> bool:
     """Ask whether a rank has claimed an error, or all are gone: that breaks collectives."""
-    if not dist.is_initialized():
-        return False
-    with suppress(RuntimeError):
-        return default_store().check([_ERROR_KEY])
-    return True
+    return dist.is_initialized() and _ask_store(
+        lambda store: store.check([_ERROR_KEY]), if_silent=False
+    )
+
+
+def _ask_store(question: Callable[[dist.Store], bool], *, if_silent: bool) -> bool:
+    """True where the store is gone; one whose host is silent would be waited for without end."""
+    answers = [if_silent]
+
+    def ask() -> None:
+        try:
+            answers.append(question(default_store()))
+        except RuntimeError:
+            answers.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE.total_seconds())
+    return answers[-1]

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ecoformer.engine.folder import RunFolder
 from ecoformer.errors import InputError, print_records
 from ecoformer.files import write_text
 from ecoformer.ranks import is_main, run_on_main
@@ -114,9 +115,9 @@ class RunLog:
     one that was not. Lines of ``first_epoch``, which comes next, and of later ones are dropped.
     """
 
-    def __init__(self, folder: Path, *, first_epoch: int) -> None:
+    def __init__(self, folder: RunFolder, *, first_epoch: int) -> None:
         self._folder = folder
-        self._path = folder / "log.txt"
+        self._path = folder.path / "log.txt"
         # What a full disk has refused so far.
         self._lines: list[str] = []
         self._points: list[Mapping[str, float]] = []
@@ -129,11 +130,12 @@ class RunLog:
         What the disk refuses costs a warning, and is written together with the next epoch.
 
         Raises:
-            InputError: the disk refuses the last line.
+            InputError: the disk refuses the last line, or the folder has gone.
         """
         run_on_main(lambda: self._write(record, is_last))
 
     def _write(self, record: Mapping[str, float], is_last: bool) -> None:
+        self._folder.check()
         self._lines.append(json.dumps(record) + "\n")
         self._points.append(record)
         try:
@@ -155,7 +157,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             first_epoch = int(self._points[0]["epoch"])
-            self._events = SummaryWriter(str(self._folder), purge_step=first_epoch)
+            self._events = SummaryWriter(str(self._folder.path), purge_step=first_epoch)
         for record in self._points:
             for name, value in record.items():
                 if name != "epoch":

@@ -48,6 +48,7 @@ class Progress:
             ValueError: it does not fit; or, of damaged files, another error.
         """
         _require_whole(checkpoint)
+        _require_same_precision(to_ours(checkpoint["model"]), state.model.state_dict())
         epoch = _require_count("epoch", checkpoint["epoch"], least=-1)
         step = _require_count("step", checkpoint.get("step", 0))
         sums = checkpoint.get("loss_sums", (0, 0, 0))
@@ -89,6 +90,13 @@ def _require_whole(checkpoint: Mapping[str, Any]) -> None:
     lost = sorted(required - checkpoint.keys()) or ([] if scores else ["best_score"])
     if lost:
         raise ValueError(f"it has lost {', '.join(lost)}")
+
+
+def _require_same_precision(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    """Weights that were rounded start a run; they are not those that one was stopped with."""
+    for name, tensor in present.items():
+        if name in saved and saved[name].dtype != tensor.dtype:
+            raise ValueError(f"{name} is {saved[name].dtype} in the place of {tensor.dtype}")
 
 
 def _read_optimizer(

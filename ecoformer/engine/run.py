@@ -23,6 +23,7 @@ from ecoformer.checkpoint import load_checkpoint
 from ecoformer.config import Config, read_config, to_yaml
 from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.evaluate import measure
+from ecoformer.engine.folder import RunFolder
 from ecoformer.engine.launch import process_group
 from ecoformer.engine.logs import read_log
 from ecoformer.engine.precision import choose_amp_dtype
@@ -70,13 +71,14 @@ def train(
         NonFiniteError: a loss, gradient, weight or hash function became NaN or infinite.
         Preempted: a signal came, and the state is saved; the same call goes on.
     """
-    with process_group(config.run.device) as device:
+    folder = RunFolder(Path(config.run.output_dir))
+    with process_group(config.run.device, config.run.dist_timeout) as device, folder.held():
         session = Session.open(config, device, task=task, is_train=True)
         model = create_model(config, session.task, family).to(device)
         state = start_state(session, model)
-        run_on_main(lambda: write_text(session.folder / "config.yaml", to_yaml(config)))
-        train_model(session, state)
-        return Run(session.folder, config, lambda: model)
+        run_on_main(lambda: write_text(folder.path / "config.yaml", to_yaml(config)))
+        train_model(session, state, folder)
+        return Run(folder.path, config, lambda: model)
 
 
 def evaluate(
@@ -88,7 +90,7 @@ def evaluate(
         InputError: a setting, the data or the weights.
         NonFiniteError: the model's output is not finite.
     """
-    with process_group(config.run.device) as device:
+    with process_group(config.run.device, config.run.dist_timeout) as device:
         session = Session.open(config, device, task=task, is_train=False)
         model = create_model(config, session.task, family).to(device)
         load_for_evaluation(model, config)
@@ -127,7 +129,7 @@ def time_model(
     Without mixed precision unless ``config`` names one: the released protocol has none.
     """
     batch_size = config.data.batch_size
-    with process_group(config.run.device) as device:
+    with process_group(config.run.device, config.run.dist_timeout) as device:
         amp_dtype = choose_amp_dtype(config.run.amp_dtype or "none", device)
         made = create_task(config, task)
         _logger.info("timing %d batches of %d %s", NUM_BATCHES, batch_size, made.samples)

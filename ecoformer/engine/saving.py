@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from ecoformer.checkpoint import save_atomic
 from ecoformer.config import Config
+from ecoformer.engine.folder import RunFolder
 from ecoformer.engine.state import BEST_CHECKPOINT, LAST_CHECKPOINT, TrainState
 from ecoformer.errors import InputError, NonFiniteError
 from ecoformer.ranks import run_on_main
@@ -25,9 +26,10 @@ _logger = logging.getLogger(__name__)
 class Saver:
     """Saves a run's state into its folder, in a ``with`` block that ends when all is written."""
 
-    def __init__(self, state: TrainState, config: Config) -> None:
+    def __init__(self, state: TrainState, config: Config, folder: RunFolder) -> None:
         self._state = state
         self._config = config
+        self._folder = folder
         self._writer = BackgroundWriter()
         self._last_save = time.monotonic()
 
@@ -43,14 +45,19 @@ class Saver:
         one with it. The last save of a run comes back when its files are there.
 
         Raises:
-            InputError: the disk refuses the last save; any other costs a warning.
+            InputError: the disk refuses the last save; any other costs a warning. Or the folder
+                has gone.
             NonFiniteError: a weight is not finite, here or in the save before; nothing is written.
         """
         checkpoint = self._state.to_checkpoint(self._config)
         names = (BEST_CHECKPOINT, LAST_CHECKPOINT) if is_best else (LAST_CHECKPOINT,)
-        paths = [Path(self._config.run.output_dir, name) for name in names]
-        write = self._writer.write_now if is_last else self._writer.write
-        run_on_main(lambda: write(checkpoint, paths))
+        paths = [self._folder.path / name for name in names]
+
+        def write() -> None:
+            self._folder.check()
+            (self._writer.write_now if is_last else self._writer.write)(checkpoint, paths)
+
+        run_on_main(write)
         self._last_save = time.monotonic()
 
     def wait(self) -> None:

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ecoformer.data.workers import end_workers
 from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.evaluate import measure
+from ecoformer.engine.folder import RunFolder
 from ecoformer.engine.health import Health, report_non_finite
 from ecoformer.engine.logs import RunLog, format_seconds, track
 from ecoformer.engine.optim import scale_learning_rate
@@ -34,15 +35,15 @@ from ecoformer.seeding import derive_seed, seed_everything
 _logger = logging.getLogger(__name__)
 
 
-def train_model(session: Session, state: TrainState) -> None:
+def train_model(session: Session, state: TrainState, folder: RunFolder) -> None:
     """Train the epochs that are left; after each, evaluate, log and save.
 
     Raises:
-        InputError: the data, or the disk at the last save.
+        InputError: the data, the disk at the last save, or the folder has gone.
         NonFiniteError: a loss, gradient, weight or hash function; all ranks raise at one step.
         Preempted: a signal asked for it, and the state is saved.
     """
-    config, folder, num_epochs = session.config, session.folder, session.config.optim.epochs
+    config, num_epochs = session.config, session.config.optim.epochs
     network = compile_model(state.model) if config.run.compile else state.model
     parallel = parallelize(network, session.device)
     num_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
@@ -52,7 +53,7 @@ def train_model(session: Session, state: TrainState) -> None:
     with (
         RunLog(folder, first_epoch=first_epoch) as log,
         stop_signals(),
-        Saver(state, config) as saver,
+        Saver(state, config, folder) as saver,
         report_non_finite(session, state),
     ):
         try:

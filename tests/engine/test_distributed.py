@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 
 import pvt
-from ecoformer.engine import launch
 from ecoformer.engine.launch import choose_device, claim_error, process_group
 from ecoformer.engine.train import broadcast_hash_functions, parallelize
 from ecoformer.errors import InputError, NonFiniteError
@@ -85,8 +83,7 @@ def test_two_ranks_agree() -> None:
 
 
 def _download(seconds: float) -> str:
-    launch._TIMEOUT = timedelta(seconds=5)
-    with process_group("cpu"):
+    with process_group("cpu", timeout_minutes=5 / 60):
         done = []
 
         def download() -> None:

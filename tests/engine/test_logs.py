@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ecoformer.engine import logs
+from ecoformer.engine.folder import RunFolder
 from ecoformer.engine.logs import RunLog, format_seconds, print_log, read_log, track
 from ecoformer.errors import InputError
 
@@ -64,7 +65,7 @@ def test_lines_of_epochs_to_come_are_dropped(tmp_path: Path) -> None:
     lines = [json.dumps({"epoch": epoch, "train_loss": 0.5}) for epoch in range(4)]
     path.write_bytes("\n".join([*lines, "null", "3", '{"epoch": 1, "tra']).encode() + b"\xff\0")
     assert [record["epoch"] for record in read_log(tmp_path)] == [0, 1, 2, 3]
-    with RunLog(tmp_path, first_epoch=2) as log:
+    with RunLog(RunFolder(tmp_path), first_epoch=2) as log:
         assert path.read_text() == f"{lines[0]}\n{lines[1]}\n"
         log.write({"epoch": 2, "train_loss": 0.25})
     assert json.loads(path.read_text().splitlines()[-1]) == {"epoch": 2, "train_loss": 0.25}
@@ -86,7 +87,7 @@ def test_lines_that_a_full_disk_refused_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "log.txt"
-    with RunLog(tmp_path, first_epoch=0) as log:
+    with RunLog(RunFolder(tmp_path), first_epoch=0) as log:
         log.write({"epoch": 0, "train_loss": 0.5})
         with monkeypatch.context() as full:
             # By then the line is in the file.
@@ -109,7 +110,7 @@ def test_events_that_a_full_disk_refused_follow(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
-    with RunLog(tmp_path, first_epoch=0) as log:
+    with RunLog(RunFolder(tmp_path), first_epoch=0) as log:
         log.write({"epoch": 0, "train_loss": 0.5})
         with monkeypatch.context() as full:
             full.setattr(SummaryWriter, "flush", refuse)

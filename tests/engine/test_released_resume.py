@@ -73,10 +73,11 @@ def write_as_released(state: TrainState, row: str, scaler: Mapping[str, Any]) ->
     order = [name for name in to_ours({name: released[name] for name in shapes})]
     parameters = dict(state.model.named_parameters())
     order = [name for name in order if name in parameters]
-    # timm's two groups: vectors and biases, then the rest.
+    # timm's two groups: vectors, biases and the model's own choice, then the rest.
+    spared = state.model.no_weight_decay()  # type: ignore[operator]
     groups: list[list[str]] = [[], []]
     for name in order:
-        is_decayed = parameters[name].ndim > 1 and not name.endswith(".bias")
+        is_decayed = not (parameters[name].ndim == 1 or name.endswith(".bias") or name in spared)
         groups[is_decayed].append(name)
     numbers = {name: number for number, name in enumerate(groups[0] + groups[1])}
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from ecoformer.checkpoint import read_checkpoint
 from ecoformer.config import Config
 from ecoformer.engine import saving
+from ecoformer.engine.folder import RunFolder
 from ecoformer.engine.resume import restore
 from ecoformer.engine.saving import Saver
 from ecoformer.engine.state import BEST_CHECKPOINT, LAST_CHECKPOINT, TrainState
@@ -32,7 +32,7 @@ def run_epochs(state: TrainState, config: Config, num_epochs: int) -> None:
 
 def open_saver(state: TrainState, config: Config, folder: Path) -> Saver:
     """Saves into a folder of the test's."""
-    return Saver(state, replace(config, run=replace(config.run, output_dir=str(folder))))
+    return Saver(state, config, RunFolder(folder))
 
 
 def save(state: TrainState, config: Config, folder: Path, *, is_best: bool = False) -> None:

@@ -17,6 +17,7 @@ from ecoformer.checkpoint import load_checkpoint
 from ecoformer.checkpoint.layout import to_ours
 from ecoformer.config import make_config
 from ecoformer.engine import train as loop
+from ecoformer.engine.folder import RunFolder
 from ecoformer.engine.saving import Saver
 from ecoformer.engine.session import Session
 from ecoformer.engine.state import TrainState
@@ -97,7 +98,7 @@ def take_steps(row: str, dtype: torch.dtype) -> tuple[TrainState, list[float], l
     rates = []
     for _ in range(NUM_EPOCHS):
         rates.append(state.learning_rate)
-        train_epoch(session, state, model, Saver(state, config))
+        train_epoch(session, state, model, Saver(state, config, RunFolder(session.folder)))
         state.finish_epoch(0.0)
     return state, task.losses, rates
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ecoformer.checkpoint import read_checkpoint
 from ecoformer.config import Config
 from ecoformer.engine.evaluate import measure
+from ecoformer.engine.folder import RunFolder
 from ecoformer.engine.precision import choose_amp_dtype
 from ecoformer.engine.saving import Saver
 from ecoformer.engine.session import Session
@@ -98,7 +99,12 @@ def open_session(config: Config, batches: Sequence[Batch]) -> Session:
 def train(state: TrainState, config: Config, batches: Sequence[Batch]) -> None:
     """One epoch over a list of batches, on all ranks there are."""
     session = open_session(config, batches)
-    train_epoch(session, state, parallelize(state.model, CPU), Saver(state, config))
+    train_epoch(
+        session,
+        state,
+        parallelize(state.model, CPU),
+        Saver(state, config, RunFolder(session.folder)),
+    )
 
 
 def evaluate(model: nn.Module, batches: Sequence[Batch]) -> Accuracy:

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +80,45 @@ def test_killed_rank_takes_the_other_along(
     assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
 
 
-def lose_patience_and_strike(rank: int, *, strike: Strike) -> None:
-    """Wait for other ranks a few seconds instead of minutes."""
-    from ecoformer.engine import launch
+@pytest.mark.parametrize("silent", [1, 0])
+def test_nobody_waits_for_ever_for_a_rank_that_hangs(
+    silent: int, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    """Rank 0 keeps the store, too, which the other one asks for who has failed."""
+    flags = [*pair_flags, "--dist-timeout", "0.07"]
+    strike = Strike("step", 4, signal.SIGSTOP, rank=silent)
+    hanging = start(flags, tmp_path, world_size=2, hook=strike)
+    other = hanging.processes[1 - silent]
+    other.join(64)
+    assert other.exitcode == 1, hanging.said()
+    said = (tmp_path / f"said.{1 - silent}").read_text()
+    assert said.count("error: ") == 1
+    assert "--dist-timeout 0.07" in said
+    assert "Traceback" not in said
+    assert hanging.wait(0)[silent] is None
+    assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
 
-    launch._TIMEOUT = timedelta(seconds=4)
-    strike(rank)
 
-
-def test_nobody_waits_for_ever_for_a_rank_that_hangs(pair_flags: list[str], tmp_path: Path) -> None:
+def test_ranks_end_with_their_torchrun(
+    pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    """It gets no time to tell them; the same command at once finds the folder free."""
     strike = Strike("step", 4, signal.SIGSTOP, rank=1)
-    hook = functools.partial(lose_patience_and_strike, strike=strike)
-    hanging = start(pair_flags, tmp_path, world_size=2, hook=hook)
-    hanging.processes[0].join(40)
-    assert hanging.processes[0].exitcode not in (0, None), hanging.said()
-    assert hanging.wait(0)[1] is None
+    flags = [*pair_flags, "--num-workers", "1", "--output_dir", str(tmp_path)]
+    torchrun = warm_context().Process(target=launch, args=(flags, tmp_path / "said.0", strike))
+    torchrun.start()
+    end = time.monotonic() + 60
+    while "struck at" not in Run(tmp_path, []).said():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    torchrun.kill()
+    sessions = list_sessions(tmp_path)
+    # The one that was stopped cannot look; it goes when it is woken.
+    os.kill(sessions[0], signal.SIGCONT)
+    os.kill(sessions[1], signal.SIGCONT)
+    assert find_orphans(sessions) == []
+    (tmp_path / "sessions").unlink()
+    assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
 
 
 def launch(flags: list[str], said: Path, strike: Strike, **options: Any) -> None:

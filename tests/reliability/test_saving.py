@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ecoformer.checkpoint import read_checkpoint
+from ecoformer.engine.folder import RunFolder
 from ecoformer.engine.saving import BackgroundWriter, Saver
 from ecoformer.engine.state import LAST_CHECKPOINT
 from tests.engine.training import start as start_state
@@ -80,7 +81,7 @@ def test_cost_of_a_save(tmp_path: Path) -> None:
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
     times_s = []
-    with Saver(state, config) as saver:
+    with Saver(state, config, RunFolder(tmp_path)) as saver:
         # The first rounds make files and fill memory.
         for _ in range(53):
             began = time.perf_counter()

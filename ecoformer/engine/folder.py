@@ -1,0 +1,112 @@
+"""The folder of a run, which no other run writes to meanwhile, and which stays where it is."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ecoformer.errors import InputError
+from ecoformer.ranks import is_main, run_on_main
+
+try:
+    import fcntl
+except ImportError:  # not on every system
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "run.lock"
+# A run that was killed a moment ago may still be on its way out.
+_PATIENCE_S = 5.0
+
+
+class RunFolder:
+    """An output folder; rank 0 holds its lock, which ends with the process, however that ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out for a block; every rank must call.
+
+        Raises:
+            InputError: another run writes there, or the folder cannot be made.
+        """
+        run_on_main(self._acquire)
+        try:
+            yield
+        finally:
+            if is_main():
+                self._release()
+
+    def check(self) -> None:
+        """Raise InputError where the folder is no longer that which the run began in."""
+        if self._descriptor is not None and not self._is_there(self._descriptor):
+            raise InputError(
+                f"{self.path} was removed or renamed while the run wrote to it (or {LOCK} in it "
+                "was), so nothing more is written; put it back and repeat the command to go on."
+            )
+
+    def _is_there(self, descriptor: int) -> bool:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path / LOCK))
+        return False
+
+    def _acquire(self) -> None:
+        end = time.monotonic() + _PATIENCE_S
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            while not self._try_lock():
+                if time.monotonic() > end:
+                    raise InputError(
+                        f"{self.path}: another run writes there{self._tell_owner()}; wait for its "
+                        "end, stop it, or choose another --output-dir."
+                    )
+                time.sleep(0.1)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror or error}); get the right to "
+                "write there, or choose another --output-dir."
+            ) from error
+
+    def _try_lock(self) -> bool:
+        if fcntl is None:
+            return True
+        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # Unlike those of flock, not shared with data workers, which may outlive a kill.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(descriptor)
+            return False
+        except OSError:
+            # Some network disks have no locks: better a run than none.
+            os.close(descriptor)
+            return True
+        # Its owner may have removed it between the two calls.
+        if not self._is_there(descriptor):
+            os.close(descriptor)
+            return False
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._descriptor = descriptor
+        return True
+
+    def _tell_owner(self) -> str:
+        with suppress(OSError):
+            owner = (self.path / LOCK).read_text(errors="replace").strip()
+            return f" ({owner})" if owner else ""
+        return ""
+
+    def _release(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:
+            return
+        if self._is_there(descriptor):
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
+        os.close(descriptor)
