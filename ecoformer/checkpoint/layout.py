@@ -34,6 +34,7 @@ IS_FITTED = "hash.is_fitted"
 # a Performer layer has one of the same name, and needs it.
 PROJECTION = "fast_attention.projection_matrix"
 HASH_WEIGHT = _WEIGHT.ours
+HASH_ANCHORS = _ANCHORS.ours
 
 
 def owner_of(name: str, suffix: str) -> str | None:

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 from ecoformer.checkpoint.conversion import Conversion
 from ecoformer.checkpoint.files import read_checkpoint, unwrap_state
-from ecoformer.checkpoint.layout import HASH_WEIGHT, IS_FITTED, PROJECTION, owner_of, to_ours
+from ecoformer.checkpoint.layout import (
+    HASH_ANCHORS,
+    HASH_WEIGHT,
+    IS_FITTED,
+    PROJECTION,
+    owner_of,
+    to_ours,
+)
 from ecoformer.checkpoint.zoo import resolve_source
 from ecoformer.errors import InputError
+from ecoformer.hashing.kernel_hash import read_flag
 
 _HEAD = ("head.weight", "head.bias")
 
@@ -94,6 +102,10 @@ def load_checkpoint(
         checkpoint = read_checkpoint(resolve_source(source))
         raw, notes = checkpoint["model"], [*checkpoint.notes]
     state = to_ours(raw)
+    for name, flag in state.items():
+        owner = owner_of(name, IS_FITTED)
+        if owner is not None:
+            state[name] = read_flag(flag, state.get(owner + HASH_ANCHORS), f"{origin}: {owner}hash")
     target = model.state_dict()
 
     conversion = Conversion(model, state)

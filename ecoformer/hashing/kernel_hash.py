@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any
 
 import torch
@@ -11,12 +13,23 @@ from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
 from ecoformer.ops import encode, kernelized_hash_attention, normalize_rows
 
+# Anchors are unit rows, and a mean of different ones is shorter: by more than this in a file, where
+# they may have been rounded to half precision, and in memory.
+_MAX_SHORTFALL_IN_FILE = 0.05
+_MAX_SHORTFALL = 1e-5
+# Of a mean of equal ones, by rounding.
+_MAX_DRIFT = 1e-2
+
 
 class KernelHash(nn.Module):
     """K learned binary hash functions a head, and attention through their codes.
 
     All state is in buffers, since no gradient reaches it. Nothing is fitted in a forward: see
     ``fit_hash_functions``. Shapes: B batch, H heads, N tokens, D head dim, K bits, M anchors.
+
+    A moving average of a model (timm's ``ModelEmaV3``, PyTorch's ``AveragedModel``) keeps a deep
+    copy, and mixes the buffers of the two in place. A mixture of two hash functions is none, so the
+    copy takes those of its original whole.
 
     Source: EcoFormer, arXiv 2209.09004.
     """
@@ -25,6 +38,11 @@ class KernelHash(nn.Module):
     kernel_mean: Tensor  # [H, M], float32
     anchors: Tensor  # [H, M, D], float32, unit rows
     is_fitted: Tensor  # [], bool
+
+    # Of a deep copy alone: what it was copied from, and its flag as last seen, with the count of
+    # what was written into it.
+    _original: weakref.ref[KernelHash] | None = None
+    _seen: tuple[Tensor, int] | None = None
 
     def __init__(self, num_heads: int, head_dim: int, config: HashConfig) -> None:
         super().__init__()
@@ -41,6 +59,7 @@ class KernelHash(nn.Module):
         """Follow the buffer ``is_fitted``, after a broadcast, say."""
         if not self.is_fitted.is_meta:
             self._is_fitted = bool(self.is_fitted)
+        self._look()
 
     @torch.no_grad()
     def set_functions(self, *, weight: Tensor, kernel_mean: Tensor, anchors: Tensor) -> None:
@@ -50,6 +69,7 @@ class KernelHash(nn.Module):
         self.anchors.copy_(anchors)
         self.is_fitted.fill_(True)
         self._is_fitted = True
+        self._look()
 
     def encode(self, q: Tensor) -> Tensor:
         """Encode raw rows [B, H, N, D] as ``ops.encode`` does; unfitted is an InputError."""
@@ -77,6 +97,8 @@ class KernelHash(nn.Module):
         )
 
     def _require_fitted(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._follow_original()
         if not self._is_fitted:
             raise InputError(
                 "the hash functions are not fitted: load an EcoFormer checkpoint, or call "
@@ -88,6 +110,89 @@ class KernelHash(nn.Module):
         num_heads, num_bits, num_anchors = self.weight.shape
         return f"heads={num_heads}, bits={num_bits}, anchors={num_anchors}"
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        name = f"{prefix}is_fitted"
+        if name in state_dict:
+            anchors = state_dict.get(f"{prefix}anchors")
+            state_dict[name] = read_flag(state_dict[name], anchors, prefix.rstrip("."))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.refresh_fitted()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # By way of its state dict a moving average is written, and saved.
+        self._follow_original()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_original", "_seen")}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelHash:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._original = weakref.ref(self)
+        twin._look()
+        return twin
+
+    def _look(self) -> None:
+        """Remember the flag of a copy as it is now. Tensors of inference mode count no writes."""
+        if self._original is not None:
+            is_counted = not self.is_fitted.is_inference()
+            self._seen = (self.is_fitted, self.is_fitted._version) if is_counted else None
+
+    @torch.no_grad()
+    def _follow_original(self) -> None:
+        """Take the functions of the original whole where others have mixed them with older ones.
+
+        Nothing waits for the device once the copy is fitted.
+        """
+        original = None if self._original is None else self._original()
+        if original is None or not original._is_fitted:
+            return
+        # A tensor that was put in place of the flag, by a move to a device, say, is no mixture.
+        is_written = (
+            self._seen is not None
+            and self.is_fitted is self._seen[0]
+            and self.is_fitted._version != self._seen[1]
+        )
+        if is_written:
+            # Whole functions of another fit were put there on purpose, as by a broadcast.
+            distance = (original.anchors.to(self.anchors) - self.anchors).abs().amax()
+            is_own = (find_shortfall(self.anchors) < _MAX_SHORTFALL) & (distance > _MAX_DRIFT)
+            for name in ("weight", "kernel_mean", "anchors"):
+                buffer = getattr(self, name)
+                buffer.copy_(torch.where(is_own, buffer, getattr(original, name).to(buffer)))
+            if not self._is_fitted:
+                self.refresh_fitted()
+        self._look()
+
+
+def find_shortfall(anchors: Tensor) -> Tensor:
+    """How far from unit length a row of [H, M, D] is at most, []."""
+    return (anchors.float().norm(dim=-1) - 1).abs().amax()
+
+
+def read_flag(flag: Tensor, anchors: Tensor | None, owner: str) -> Tensor:
+    """``is_fitted`` of a state dict as bool; whoever averages checkpoints makes a float of it.
+
+    Raises:
+        InputError: fitted functions were averaged with others, or with unfitted ones. ``owner`` is
+            what the message calls them.
+    """
+    if not flag.is_floating_point() or flag.numel() != 1:
+        return flag
+    if flag not in (0, 1):
+        raise InputError(
+            f"{owner}: fitted hash functions averaged with unfitted ones; average checkpoints that "
+            "were all written after the fit."
+        )
+    # Without anchors the state dict is refused elsewhere.
+    anchors = torch.zeros(0) if anchors is None else anchors
+    if flag and anchors.numel() and find_shortfall(anchors) > _MAX_SHORTFALL_IN_FILE:
+        raise InputError(
+            f"{owner}: hash functions of different fits were averaged, which gives none; average "
+            "checkpoints between two fits."
+        )
+    return flag.bool()
