@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from ecoformer.config.file import blame_file, read_fields
 from ecoformer.config.released import ATTENTION
 from ecoformer.config.schema import Config
 from ecoformer.errors import InputError, is_main_process
+from ecoformer.hash_config import HashConfig
 from ecoformer.models.registry import ModelFamily, find_family
 
 _logger = logging.getLogger(__name__)
@@ -20,11 +22,20 @@ def make_config(**values: object) -> Config:
     """Build the settings of a run in Python, as ``parse_config`` does from a command line.
 
     Args:
-        values: fields by name; ``config`` names a file, whose fields they beat.
+        values: fields by name; ``config`` names a file, whose fields they beat; ``hashing`` may
+            be a ``HashConfig``, and a path may be a ``Path``.
 
     Raises:
         InputError: a field, file or value that cannot be used.
     """
+    if isinstance(values.get("hashing"), HashConfig):
+        values |= vars(values.pop("hashing"))
+    values = {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, value in values.items()
+    }
+    # Before a model is missed: its name may be the one that is mistyped.
+    Config.from_flat(values)
     return merge(values)
 
 

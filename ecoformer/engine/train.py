@@ -29,7 +29,7 @@ from ecoformer.engine.signals import Request, agree, leave_at_signal, stop_signa
 from ecoformer.engine.state import TrainState
 from ecoformer.errors import NonFiniteError, Preempted
 from ecoformer.hashing import fit_hash_functions, hash_layers
-from ecoformer.ranks import rank, run_on_main, world_size
+from ecoformer.ranks import is_main, rank, run_on_main, world_size
 from ecoformer.seeding import derive_seed, seed_everything
 
 _logger = logging.getLogger(__name__)
@@ -270,7 +270,7 @@ def _log_start(session: Session, num_parameters: int) -> None:
         f"{samples}, peak learning rate {peak_lr:.3g}"
     )
     _logger.info("%s", "; ".join(filter(None, (data.summary, plan))))
-    if config.optim.warmup_epochs >= config.optim.epochs:
+    if is_main() and config.optim.warmup_epochs >= config.optim.epochs:
         _logger.warning(
             "all %d epochs are warm-up (--warmup-epochs %d), so the peak is never reached",
             config.optim.epochs,

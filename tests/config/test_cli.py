@@ -11,6 +11,7 @@ import pytest
 from ecoformer.config import Config, make_config, parse_config
 from ecoformer.config.released import SPELLINGS, WITHOUT_MEANING
 from ecoformer.errors import InputError, print_error
+from ecoformer.hash_config import HashConfig
 from ecoformer.models.registry import ModelFamily
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -371,6 +372,11 @@ def test_a_configuration_from_python(tmp_path: Path) -> None:
         make_config(model="pvt_v2_b0", epochs="3")
     with pytest.raises(InputError, match="there is no field 'epoch', did you mean 'epochs'"):
         make_config(model="pvt_v2_b0", epoch=3)
+    with pytest.raises(InputError, match="did you mean 'model'"):
+        make_config(mdoel="pvt_v2_b0")
+    hashing = HashConfig(num_bits=8, value_bias="normalized")
+    config = make_config(model="pvt_v2_b0", hashing=hashing, output_dir=Path("runs", "a"))
+    assert (config.hashing, config.run.output_dir) == (hashing, "runs/a")
     with pytest.raises(InputError, match="name a model"):
         make_config(epochs=3)
 
