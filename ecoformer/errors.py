@@ -62,6 +62,11 @@ def one_line(message: object) -> str:
     return _shorten("".join(escaped))
 
 
+def describe_error(error: BaseException) -> str:
+    """Write the type and the message, if there is one, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
 def _shorten(text: str) -> str:
     half = _MAX_CHARACTERS // 2
     return text if len(text) <= _MAX_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"

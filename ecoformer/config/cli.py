@@ -69,7 +69,7 @@ class _Parser(ArgumentParser):
         raise InputError(f"{message}. {self.prog} --help tells of all flags.")
 
     def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
-        """The help of one rank is enough."""
+        """Print on one rank alone."""
         if is_main_process():
             super().print_help(file)
 
@@ -115,7 +115,7 @@ def _make_parser(family: ModelFamily | None) -> ArgumentParser:
 
 
 def _describe_values(name: str) -> dict[str, Any]:
-    """What argparse is told of the values of a flag."""
+    """Choose what argparse is told of the values of a flag."""
     hint = field_types()[name]
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -134,7 +134,7 @@ def _describe_values(name: str) -> dict[str, Any]:
 
 @cache
 def _read_help(section: type) -> dict[str, str]:
-    """The line under each field of a section."""
+    """Read the line under each field of a section."""
     (body,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(body, ast.ClassDef)
     return {

@@ -10,29 +10,26 @@ from typing import Any
 from ecoformer.config.released import find_field
 from ecoformer.config.schema import Config, check_type, field_types
 from ecoformer.config.types import read_words
-from ecoformer.errors import InputError, suggest
+from ecoformer.errors import InputError, describe_error, suggest
 
 # A run's own config.yaml has 2 kB.
 _MAX_YAML_BYTES = 64 * 1024
 _MAX_YAML_DEPTH = 3
 
 
-def read_config(path: str | Path, base: Config | None = None) -> Config:
-    """Read settings from a file.
+def read_config(path: str | Path) -> Config:
+    """Read settings from a file; what it leaves out is the default.
 
     Python files are code and are executed: plain assignments (``lr = 5e-5``), with ``_base_`` for
     the files that they build on. YAML, such as a run's ``config.yaml``, is data and runs nothing.
     The released form ``cfg = dict(...)`` and released names (``nbits``) are accepted in both.
-
-    Args:
-        base: keeps what the file leaves out; the defaults if not given.
 
     Raises:
         InputError: the file is missing, broken or empty, or names a field that does not exist.
     """
     fields = read_fields(path)
     with blame_file(path):
-        return Config.from_flat(fields, base)
+        return Config.from_flat(fields)
 
 
 def read_fields(path: str | Path) -> dict[str, object]:
@@ -68,7 +65,7 @@ def blame_file(path: str | Path) -> Iterator[None]:
         ) from None
     # A Python file may raise anything, SystemExit too.
     except (Exception, SystemExit) as error:
-        detail = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        detail = describe_error(error).rstrip(".")
         raise InputError(f"config file {path}: cannot be read, {detail}.") from None
 
 

@@ -7,6 +7,8 @@ import logging
 from ecoformer.config.schema import field_types
 from ecoformer.errors import InputError, is_main_process, suggest
 
+_logger = logging.getLogger(__name__)
+
 # Released flag or configuration key -> field.
 SPELLINGS = {
     "nbits": "num_bits",
@@ -55,7 +57,7 @@ def find_field(spelling: str) -> str | None:
     name = SPELLINGS.get(name, name)
     if name in WITHOUT_MEANING:
         if is_main_process():
-            logging.getLogger("ecoformer").warning(
+            _logger.warning(
                 "%s has no meaning any more and is ignored: %s.", spelling, WITHOUT_MEANING[name]
             )
         return None

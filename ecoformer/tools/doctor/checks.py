@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from ecoformer.engine.launch import choose_device
 from ecoformer.engine.logs import track
 from ecoformer.engine.precision import autocast, choose_amp_dtype, create_scaler
-from ecoformer.errors import InputError
+from ecoformer.errors import InputError, describe_error
 from ecoformer.files import open_atomic
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash_functions
@@ -83,13 +83,9 @@ def run_check(
         what = check.__name__.removeprefix("check_").replace("_", " ")
         yield Finding(
             "problem",
-            f"the check of the {what} fails ({_one_line(error)}); look for it in "
+            f"the check of the {what} fails ({describe_error(error)}); look for it in "
             "environment/README.md.",
         )
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def check_environment(options: argparse.Namespace) -> Iterator[Finding]:
@@ -125,7 +121,7 @@ def check_environment(options: argparse.Namespace) -> Iterator[Finding]:
 
 
 def _requirements(package: str) -> list[Requirement]:
-    """What an installed package needs, extras left out."""
+    """List what an installed package needs, extras left out."""
     from packaging.requirements import Requirement
 
     needed = [Requirement(text) for text in metadata.requires(package) or []]
@@ -133,7 +129,7 @@ def _requirements(package: str) -> list[Requirement]:
 
 
 def _find_fault(requirement: Requirement, others: Sequence[Requirement]) -> str | None:
-    """What is wrong with a library, by itself or beside the others; None where all is well."""
+    """Say what is wrong with a library, alone or beside the others; None where all is well."""
     name = requirement.name
     remedy = f"pip install --upgrade --force-reinstall '{requirement}'"
     if name in ("torch", "torchvision"):
@@ -158,7 +154,7 @@ def _find_fault(requirement: Requirement, others: Sequence[Requirement]) -> str 
     try:
         importlib.import_module(_MODULES.get(name, name))
     except Exception as error:
-        return f"{name} {version} cannot be imported ({_one_line(error)}); {remedy}."
+        return f"{name} {version} cannot be imported ({describe_error(error)}); {remedy}."
     return None
 
 
@@ -201,7 +197,7 @@ def _check_gpu(index: int, driver: str | None) -> Iterator[Finding]:
 
 
 def _driver_version() -> str | None:
-    """Version of NVIDIA's kernel module, where it is loaded."""
+    """Read the version of NVIDIA's kernel module, where it is loaded."""
     file = Path("/proc/driver/nvidia/version")
     found = re.search(r"\d+(?:\.\d+)+", file.read_text()) if file.exists() else None
     return found[0] if found else None
@@ -367,7 +363,7 @@ def check_process_groups(options: argparse.Namespace) -> Iterator[Finding]:
         except RuntimeError as error:
             yield Finding(
                 "problem",
-                f"{backend} does not work ({_one_line(error)}); name the network interface in "
+                f"{backend} does not work ({describe_error(error)}); name the network interface in "
                 f"{backend.upper()}_SOCKET_IFNAME, lo on one machine.",
             )
         else:
