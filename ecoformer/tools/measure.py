@@ -75,7 +75,7 @@ class Stopwatch:
             is.
 
     Attributes:
-        once: seconds that the call took when it had warmed up.
+        once_s: what the call took when it had warmed up.
     """
 
     def __init__(self, call: Call, device: torch.device, *, is_captured: bool = True) -> None:
@@ -86,10 +86,10 @@ class Stopwatch:
         if is_cuda and is_captured and self._time_once() < _CAPTURED_SECONDS:
             self._time_once = _cuda_timer(_capture(call, device), device)
             self._time_once()
-        self.once = self._time_once()
-        is_long = self.once > _LONG_CALL_SECONDS
-        self._seconds = [self.once] if is_long else []
-        self._num_repeats = 0 if is_long else max(1, min(20, int(_TURN_SECONDS / self.once)))
+        self.once_s = self._time_once()
+        is_long = self.once_s > _LONG_CALL_SECONDS
+        self._seconds = [self.once_s] if is_long else []
+        self._num_repeats = 0 if is_long else max(1, min(20, int(_TURN_SECONDS / self.once_s)))
 
     def take_turn(self) -> None:
         """Time the call again, unless it takes so long that once has to do."""
@@ -165,7 +165,7 @@ def _cuda_timer(call: Call, device: torch.device) -> Callable[[], float]:
 
 
 def _capture(call: Call, device: torch.device) -> Call:
-    """A replay of the call's kernels, or the call itself where it cannot be captured."""
+    """Return a replay of the call's kernels, or the call itself where it cannot be captured."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -322,7 +322,7 @@ def describe_environment(command: str, device: torch.device) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Name the processor, where the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

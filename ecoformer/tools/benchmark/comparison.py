@@ -140,5 +140,5 @@ def compare(*comparisons: Comparison) -> Iterator[list[Measurement]]:
 
 
 def _describe(error: Exception) -> str:
-    """Its first sentence, of a hundred characters at most."""
+    """Cut an error to its first sentence, of a hundred characters at most."""
     return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:100]

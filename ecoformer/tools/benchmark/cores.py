@@ -85,18 +85,14 @@ class CoreInputs:
         q, k, v = (rearrange(x.to(self.device, self.dtype), "b n h d -> b h n d") for x in rows)
         return q, k, v
 
-    def draw_hash_functions(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw hash functions for rows [B, H, N, D], with anchors from the first image.
-
-        Returns:
-            Anchors [H, M, D], weight [H, K, M] and kernel mean [H, M], float32.
-        """
+    def draw_hash_functions(self, q: Tensor) -> HashFunctions:
+        """Draw float32 functions for rows [B, H, N, D], with anchors from the first image."""
         generator = torch.Generator().manual_seed(1)
         unit_rows = reference.normalize_rows(q[:1, :, :196].float())
         anchors = unit_rows[0, :, :NUM_ANCHORS].contiguous()
         weight = torch.randn(self.num_heads, NUM_BITS, NUM_ANCHORS, generator=generator)
         kernel_mean = reference.kernel_features(unit_rows, anchors).mean((0, 2))
-        return anchors, weight.to(self.device), kernel_mean
+        return HashFunctions(anchors, weight.to(self.device), kernel_mean)
 
 
 # The rows that an attention takes, and the attention itself.
@@ -105,22 +101,18 @@ Core = tuple[tuple[Tensor, ...], Callable[..., Tensor]]
 
 def _shipped(inputs: CoreInputs) -> Core:
     q, _, v = inputs.draw_rows()
-    anchors, weight, kernel_mean = inputs.draw_hash_functions(q)
-    return (q, v), partial(
-        kernelized_hash_attention, anchors=anchors, weight=weight, kernel_mean=kernel_mean
-    )
+    functions = inputs.draw_hash_functions(q)
+    return (q, v), partial(kernelized_hash_attention, **functions._asdict())
 
 
 def _halves(inputs: CoreInputs, operations: ModuleType) -> Core:
     """Codes, then attention, in float32; from raw rows, as the shipped core."""
     q, _, v = inputs.draw_rows()
-    anchors, weight, kernel_mean = inputs.draw_hash_functions(q)
+    functions = inputs.draw_hash_functions(q)
 
     def attend(q: Tensor, v: Tensor) -> Tensor:
         unit_rows = operations.normalize_rows(q.float())
-        codes = operations.encode(
-            unit_rows, anchors=anchors, weight=weight, kernel_mean=kernel_mean
-        )
+        codes = operations.encode(unit_rows, **functions._asdict())
         return operations.hash_attention(codes, v.float()).to(v.dtype)
 
     return (q, v), attend
@@ -144,7 +136,7 @@ def _performer(inputs: CoreInputs) -> Core:
 
 
 def _spatial_reduction(inputs: CoreInputs) -> Core:
-    """The layer without its projections of queries and outputs, which all kinds have."""
+    """Take the layer without its projections of queries and outputs, which all kinds have."""
     layer = SpatialReductionAttention(
         inputs.num_heads * inputs.head_dim, inputs.num_heads, sr_ratio=8
     ).to(inputs.device, inputs.dtype)
@@ -209,7 +201,7 @@ def core_contenders(
 
 
 def _pass_bytes(inputs: CoreInputs, *, has_backward: bool) -> int:
-    """What the Triton kernels read and write."""
+    """Count what the Triton kernels read and write."""
     # q for the bandwidth; q and v for the sums; v for the output. Then twice q, v and the
     # output's gradient, for sums of gradients and for the two gradients.
     num_rows = 5 + (8 if has_backward else 0)
@@ -262,7 +254,7 @@ def measure_attention_sweep(
             least_bytes=3 * inputs.num_bytes,
         )
         for name, watch in comparison.watches.items():
-            if watch.once > _SLOW_SECONDS:
+            if watch.once_s > _SLOW_SECONDS:
                 too_slow[name] = f"slower than {_SLOW_SECONDS:g} s at N={num_tokens}"
         comparisons.append(comparison)
     yield from compare(*comparisons)

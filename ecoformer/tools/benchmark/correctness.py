@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ecoformer.errors import describe_error
 from ecoformer.ops import kernelized_hash_attention, reference
 from ecoformer.tools.benchmark.cores import CoreInputs
 
@@ -55,7 +56,7 @@ def check_core(device: torch.device, dtype: torch.dtype, *, num_tokens: int) -> 
         return _check_core(device, dtype, num_tokens)
     # The other contenders can be measured all the same.
     except Exception as error:
-        return Check(num_tokens, (), _LIMITS[dtype], False, f"{type(error).__name__}: {error}")
+        return Check(num_tokens, (), _LIMITS[dtype], False, describe_error(error))
 
 
 def _check_core(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Check:
@@ -65,11 +66,9 @@ def _check_core(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Ch
 
     def solve(attend: Callable[..., Tensor], compute_dtype: torch.dtype) -> list[Tensor]:
         rows = [row.to(compute_dtype).requires_grad_() for row in (q.detach(), v.detach())]
-        names = ("anchors", "weight", "kernel_mean")
         # Hash functions of half-precision rows are float32.
         wide = torch.promote_types(compute_dtype, torch.float32)
-        keywords = {name: x.to(wide) for name, x in zip(names, functions, strict=True)}
-        out = attend(*rows, **keywords)
+        out = attend(*rows, **functions.to(wide)._asdict())
         return [out.detach(), *torch.autograd.grad(out, rows, grad.to(compute_dtype))]
 
     first, second = (solve(kernelized_hash_attention, dtype) for _ in range(2))

@@ -34,9 +34,11 @@ _MAX_PAIRS = {"cpu": 2**25, "cuda": 2**30}
 def build_fit(name: str, inputs: CoreInputs) -> Call:
     """Prepare a fit of all bits to the rows of ``inputs``, ``"ecoformer"`` or ``"reference"``."""
     q, _, _ = inputs.draw_rows()
-    anchors, weight, _ = inputs.draw_hash_functions(q)
+    functions = inputs.draw_hash_functions(q)
     x = reference.normalize_rows(q.float())
-    return partial(_FITS[name], x, anchors=anchors, weight=weight, num_steps=NUM_STEPS)
+    return partial(
+        _FITS[name], x, anchors=functions.anchors, weight=functions.weight, num_steps=NUM_STEPS
+    )
 
 
 def measure_fit(setup: Setup, *, batch_size: int, num_tokens: int) -> Iterator[list[Measurement]]:

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ecoformer.tools import table
 from ecoformer.tools.figures import make_figure, save_figure
 from ecoformer.tools.measure import Timing
-from ecoformer.tools.table import Column, format_markdown
+from ecoformer.tools.table import Column, Row, Value, format_markdown
 
 # Fewer points than this make no slope and no curve.
 MIN_POINTS = 3
@@ -138,8 +137,8 @@ class Report:
         cells = [self._describe(row, first) for row in rows]
         return f"{title}\n\n{format_markdown(_COLUMNS, cells)}"
 
-    def _describe(self, row: Measurement, first: Measurement) -> table.Row:
-        cells: dict[str, table.Value] = {"name": row.name, "note": row.note}
+    def _describe(self, row: Measurement, first: Measurement) -> Row:
+        cells: dict[str, Value] = {"name": row.name, "note": row.note}
         if row.peak_bytes is not None:
             cells["peak_bytes"] = row.peak_bytes
             if first.peak_bytes:
@@ -185,6 +184,6 @@ def _memory_points(rows: Sequence[Measurement]) -> list[tuple[int, float]]:
 
 
 def _exponent(points: Sequence[tuple[int, float]]) -> float:
-    """Least-squares slope of log y over log x."""
+    """Fit the least-squares slope of log y over log x."""
     logs = [(math.log(x), math.log(y)) for x, y in points]
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
