@@ -12,7 +12,7 @@ _Shape = tuple[int, ...]
 
 
 @torch.no_grad()
-def count_executed(model: nn.Module, input_size: int | tuple[int, int] = 224) -> int:
+def count_executed(model: nn.Module, input_size: int | tuple[int, int]) -> int:
     """Count the multiply-adds of matrix products and convolutions of one image, as they run.
 
     A processor of today multiplies and adds in one instruction. A product with a code of +1 and
@@ -36,7 +36,7 @@ def count_executed(model: nn.Module, input_size: int | tuple[int, int] = 224) ->
 def _count_hash_attention(
     q: _Shape, v: _Shape, anchors: _Shape, weight: _Shape, *_: object, **__: object
 ) -> int:
-    """Operations of distances, projections to bits, and the products of codes."""
+    """Count distances, projections to bits, and the products of codes."""
     num_images, num_heads, num_tokens, head_dim = v
     num_bits, num_anchors = weight[1:]
     # Codes meet the values and their own sum twice: when it is added up, and when it is asked.

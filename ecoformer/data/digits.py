@@ -39,7 +39,7 @@ def load_digits(split: str, *, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([np.asarray(image) for image in enlarged]), digits.target[chosen]
 
 
-def write_digits_folder(root: Path, *, size: int = 64) -> Path:
+def write_digits_folder(root: Path, *, size: int) -> Path:
     """Write the digits as PNG files, one folder a class in train/ and val/, unless they are there.
 
     The folder appears whole or not at all, also where several processes write it at once.

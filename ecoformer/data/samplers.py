@@ -49,7 +49,7 @@ class ShuffledSampler(DistributedSampler[int]):
 
 
 class RepeatedAugmentationSampler(RepeatAugSampler):
-    """Share out a new permutation each epoch, each image ``num_repeats`` times in a row.
+    """Share out a new permutation each epoch, each image three times in a row.
 
     The epoch ends after as many draws as there are images, rounded down to whole 256, so it sees a
     third of them, each in three augmentations, on different ranks where there are several. timm's
@@ -58,10 +58,8 @@ class RepeatedAugmentationSampler(RepeatAugSampler):
     Source: Hoffer et al., "Augment your batch", CVPR 2020; DeiT's form, by timm.
     """
 
-    def __init__(
-        self, images: Sized, *, seed: int, rank: int, world_size: int, num_repeats: int = 3
-    ) -> None:
-        super().__init__(images, num_replicas=world_size, rank=rank, num_repeats=num_repeats)
+    def __init__(self, images: Sized, *, seed: int, rank: int, world_size: int) -> None:
+        super().__init__(images, num_replicas=world_size, rank=rank, num_repeats=3)
         self.seed = seed
         self.set_epoch(0)
 

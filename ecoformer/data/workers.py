@@ -1,4 +1,4 @@
-"""How a process that reads images for another behaves: silent, and loyal."""
+"""The processes that read images for another: their signals, and what ends them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prepare_worker(worker: int) -> None:
         threading.Thread(target=_end_when_parent_says, daemon=True).start()
 
 
-def end_workers(spared: Collection[BaseProcess] = ()) -> None:
+def end_workers(spared: Collection[BaseProcess]) -> None:
     """End those that read for this process, also in the middle of an image that never ends.
 
     At exit PyTorch waits for each of them, five seconds where one is busy. Children that are

@@ -1,8 +1,7 @@
-"""Learned binary hash functions: their settings, their module and their fit."""
+"""Learned binary hash functions: their module and their fit."""
 
 from __future__ import annotations
 
-from ecoformer.hash_config import HashConfig
 from ecoformer.hashing.calibration import (
     fit_hash_functions,
     hash_layers,
@@ -13,7 +12,6 @@ from ecoformer.hashing.kernel_hash import KernelHash
 from ecoformer.hashing.targets import SimilarityTargets
 
 __all__ = [
-    "HashConfig",
     "HashFit",
     "KernelHash",
     "SimilarityTargets",
