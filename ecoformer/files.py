@@ -103,7 +103,7 @@ def remove_stale(path: Path, *, min_age_s: float = 0.0) -> None:
 
 
 class _EagerFile(io.FileIO):
-    """Has the disk begin while there is more to come, so that the flush at the end waits less."""
+    """Starts writing to the disk at once, so that the flush at the end waits less."""
 
     _num_sent = 0
 

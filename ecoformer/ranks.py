@@ -123,5 +123,5 @@ def download_on_main(action: Callable[[], object]) -> None:
 
 
 def default_store() -> dist.Store:
-    """What the ranks of the group write to and read from, besides collectives."""
+    """Get the keys and values that the ranks of the group share, besides collectives."""
     return dist.distributed_c10d._get_default_store()

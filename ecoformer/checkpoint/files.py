@@ -24,7 +24,7 @@ from ecoformer.files import open_atomic, open_regular, remove_stale
 
 
 class _ConfigDict:
-    """What the configuration dictionaries of packages that nobody needs here become."""
+    """Stands for configuration dictionaries of packages that are not installed."""
 
     def __new__(cls, *items: object) -> Any:
         # The safe unpickler fills this very class with what follows, and no subclass of it.

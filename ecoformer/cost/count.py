@@ -26,7 +26,7 @@ ADD_AREA_UM2 = 4184
 
 
 def price_energy(mul: int, add: int) -> float:
-    """Energy of float32 operations in 45 nm silicon, pJ (Horowitz, ISSCC 2014, as in the paper)."""
+    """Price float32 operations in 45 nm silicon, pJ (Horowitz, ISSCC 2014, as in the paper)."""
     return MUL_ENERGY_PJ * mul + ADD_ENERGY_PJ * add
 
 
@@ -76,7 +76,7 @@ class Cost:
         return MUL_AREA_UM2 * self.mul + ADD_AREA_UM2 * self.add
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """Kind of layer to (multiplications, additions), in order of appearance."""
+        """Map kinds of layers to (multiplications, additions), in order of appearance."""
         totals: dict[str, tuple[int, int]] = {}
         for layer in self.layers:
             mul, add = totals.get(layer.kind, (0, 0))

@@ -48,7 +48,7 @@ class LabelledImages(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The image, RGB, and its label, an index of ``class_names``."""
+        """Decode an image, RGB, and give its label, an index of ``class_names``."""
 
     def describe(self, index: int) -> str:
         """Name the file, or the set and the image's number, so that a user finds it."""
@@ -104,15 +104,15 @@ class ImageFolder:
         return read_image(self.path(index)), int(self.labels[index])
 
     def path(self, index: int) -> Path:
-        """The image's file, the folder's path included."""
+        """Name the image's file, the folder's path included."""
         return self.root / self.class_names[self.labels[index]] / os.fsdecode(self.names[index])
 
     def describe(self, index: int) -> str:
-        """The path of its file."""
+        """Give the path of its file."""
         return str(self.path(index))
 
     def fingerprint(self) -> Fingerprint:
-        """Takes 0.1 s for ImageNet."""
+        """Hash the names and labels, which takes 0.1 s for ImageNet."""
         return _fingerprint(self.class_names, self.labels, self.names)
 
 
@@ -140,11 +140,11 @@ class ImageArray:
         return Image.fromarray(self.images[index]).convert("RGB"), int(self.labels[index])
 
     def describe(self, index: int) -> str:
-        """The set's name and the image's number in it."""
+        """Give the set's name and the image's number in it."""
         return f"{self.name} image {index}"
 
     def fingerprint(self) -> Fingerprint:
-        """Of the labels alone."""
+        """Hash the labels alone."""
         return _fingerprint(self.class_names, self.labels, np.array([self.name.encode()]))
 
 
@@ -253,7 +253,7 @@ def _open_folder(path: Path, split: str) -> ImageFolder:
 
 
 def _find_images(folder: Path) -> list[bytes]:
-    """Names of the image files in and below a folder, relative to it, sorted folder by folder.
+    """List the image files in and below a folder, relative to it, sorted folder by folder.
 
     A folder that several links lead to is visited once, by the first of its names.
     """

@@ -106,7 +106,7 @@ class KernelHash(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Say for ``print(model)``, e.g., ``heads=1, bits=16, anchors=25``."""
+        """Describe the layer in ``print(model)``: ``heads=1, bits=16, anchors=25``."""
         num_heads, num_bits, num_anchors = self.weight.shape
         return f"heads={num_heads}, bits={num_bits}, anchors={num_anchors}"
 

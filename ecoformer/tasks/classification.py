@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ class AccuracyMeter(Meter):
         if not num_images:
             raise InputError("there is no image to evaluate on.")
         loss = self._loss.mean()
-        if loss != loss:
+        if math.isnan(loss):
             raise NonFiniteError(
                 "the model's output is not finite; check its weights, or evaluate with "
                 "--amp-dtype none."

@@ -51,7 +51,7 @@ class Column:
         return f"{value / self.scale:.{digits}f}" != f"{published:.{digits}f}"
 
     def holds_numbers(self, rows: Sequence[Row]) -> bool:
-        """Tell columns that align to the right from columns of words."""
+        """Whether the column aligns to the right, as numbers do."""
         return any(_is_number(row.get(self.key)) or self._published(row) for row in rows)
 
     def _published(self, row: Row) -> Value:

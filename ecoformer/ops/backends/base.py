@@ -13,7 +13,7 @@ from ecoformer.ops.precision import compute_dtype, without_autocast
 
 
 class HashFunctions(NamedTuple):
-    """What makes codes of rows, float."""
+    """The hash functions of one layer, float."""
 
     anchors: Tensor  # [H, M, D]
     weight: Tensor  # [H, K, M]
@@ -38,7 +38,7 @@ class Backend(ABC):
 
     @abstractmethod
     def can_run(self, q: Tensor, v: Tensor, functions: HashFunctions) -> bool:
-        """Tell from devices, dtypes and sizes; reads no data."""
+        """Decide by devices, dtypes and sizes; reads no data."""
 
     @abstractmethod
     def attend(

@@ -58,7 +58,7 @@ def draw_method() -> Figure:
 
 
 def _draw_tokens() -> tuple[Tensor, Tensor]:
-    """Unit rows in three groups, and values: [1, 1, N, D] each."""
+    """Draw unit rows in three groups, and values: [1, 1, N, D] each."""
     generator = torch.Generator().manual_seed(3)
     groups = torch.randn(3, _WIDTH, generator=generator).repeat_interleave(_NUM_TOKENS // 3, 0)
     noise = torch.randn(_NUM_TOKENS, _WIDTH, generator=generator)

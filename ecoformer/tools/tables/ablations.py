@@ -198,7 +198,7 @@ def describe_accuracy(
 
 
 def _half_interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % t interval of the mean."""
+    """Compute half the width of the 95 % t interval of the mean."""
     # Most of a second to import.
     from scipy import stats
 

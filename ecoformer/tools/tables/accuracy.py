@@ -88,7 +88,7 @@ def evaluate_models(
 
 
 def _read_rows(record: Path) -> list[dict[str, Value]]:
-    """The rows of an earlier run's CSV file, if there was one."""
+    """Read the rows of an earlier run's CSV file, if there was one."""
     if not record.exists():
         return []
     with record.open(encoding="utf-8", errors="replace") as file:

@@ -176,7 +176,7 @@ def _make_main(options: argparse.Namespace, device: torch.device) -> _Content:
 
 
 def _evaluate(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Value]]:
-    """The accuracies that were asked for, by the names of their rows."""
+    """Measure the accuracies that were asked for, by the names of their rows."""
     from ecoformer.tools.tables.accuracy import Validation, evaluate_models
     from ecoformer.tools.tables.published import choose_weights
 
