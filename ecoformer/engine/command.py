@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 
 from ecoformer.config import Config, parse_config
 from ecoformer.errors import (
+    EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -30,17 +32,28 @@ def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = 
     try:
         with print_records(lambda _: is_main_process()):
             config = parse_config(argv, family)
+        # Before PyTorch is imported.
+        wait_passively()
+        # PyTorch and timm take seconds: whoever mistyped a flag need not wait for them.
+        import_module("ecoformer.engine.run")
     except InputError as error:
         if is_main_process():
             print_error(error)
         return error.exit_code
-    wait_passively()
+    except KeyboardInterrupt:
+        if is_main_process():
+            print_error("interrupted before the run began.")
+        return EXIT_INTERRUPTED
     return _run(config, family)
 
 
 def _run(config: Config, family: ModelFamily | None) -> int:
-    # PyTorch and timm take seconds: whoever mistyped a flag need not wait for them.
-    from ecoformer.engine.launch import claim_error, has_failed_elsewhere, is_lost_rank
+    from ecoformer.engine.launch import (
+        claim_error,
+        has_failed_elsewhere,
+        is_lost_rank,
+        is_out_of_memory,
+    )
     from ecoformer.engine.logs import print_log
     from ecoformer.engine.run import evaluate, time_model, train
 
@@ -56,7 +69,11 @@ def _run(config: Config, family: ModelFamily | None) -> int:
         if claim_error():
             print_error("interrupted; what was saved is untouched.")
         return EXIT_INTERRUPTED
+    except (MemoryError, OverflowError) as error:
+        return _tell_memory(error)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            return _tell_memory(error)
         if is_lost_rank(error):
             if not has_failed_elsewhere() and claim_error():
                 print_error(
@@ -67,3 +84,15 @@ def _run(config: Config, family: ModelFamily | None) -> int:
             raise
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def _tell_memory(error: Exception) -> int:
+    from ecoformer.engine.launch import claim_error
+
+    if claim_error():
+        [reason, *_] = str(error).splitlines() or [type(error).__name__]
+        print_error(
+            f"out of memory, or a number that is too large ({reason}); what was saved is "
+            "untouched. Lower --batch-size, --input-size or what else is large."
+        )
+    return EXIT_BAD_INPUT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ except ImportError:  # not on every system
     fcntl = None  # type: ignore[assignment]
 
 LOCK = "run.lock"
+# What is half written when a run is killed.
+_HALF = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 # A run that was killed a moment ago may still be on its way out.
 _PATIENCE_S = 5.0
 
@@ -59,6 +62,8 @@ class RunFolder:
     def _acquire(self) -> None:
         end = time.monotonic() + _PATIENCE_S
         try:
+            # config.yaml and checkpoints hold it as text.
+            str(self.path).encode()
             self.path.mkdir(parents=True, exist_ok=True)
             while not self._try_lock():
                 if time.monotonic() > end:
@@ -67,6 +72,14 @@ class RunFolder:
                         "end, stop it, or choose another --output-dir."
                     )
                 time.sleep(0.1)
+            # Nobody else writes now; of what is not saved again, these would stay.
+            for stale in self.path.glob(".*.tmp"):
+                if _HALF.fullmatch(stale.name):
+                    stale.unlink()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"--output-dir {self.path} is not UTF-8; choose another name."
+            ) from None
         except OSError as error:
             raise InputError(
                 f"{self.path}: cannot be written ({error.strerror or error}); get the right to "

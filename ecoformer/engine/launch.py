@@ -195,6 +195,15 @@ def is_lost_rank(error: RuntimeError) -> bool:
     return is_collective and dist.is_initialized()
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether memory did not suffice, which only CUDA has a type of its own for."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # The allocator of the CPU, and sizes beyond 63 bits, which no memory has either.
+    words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return any(word in str(error) for word in words)
+
+
 def has_failed_elsewhere() -> bool:
     """Ask whether a rank has claimed an error, or all are gone: that breaks collectives."""
     return dist.is_initialized() and _ask_store(

@@ -102,7 +102,7 @@ def _read_lines(path: Path) -> list[str]:
 def _parse(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, float]]]:
     """The lines that are whole, each with its record."""
     for line in lines:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("epoch"), int):
                 yield line, record

@@ -64,7 +64,7 @@ def train(
 ) -> Run:
     """Train, or go on from the checkpoint in ``config.run.output_dir``.
 
-    In the main thread, SIGTERM, SIGUSR1 and Ctrl-C save and stop while this lasts.
+    In the main thread, the signals of ``STOP_SIGNALS`` save and stop while this lasts.
 
     Raises:
         InputError: a setting, the data, a checkpoint or the disk.

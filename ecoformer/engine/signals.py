@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: noticed at once, obeyed by all ranks together between two steps.
+"""Signals that mean stop: noticed at once, obeyed by all ranks together between two steps.
 
 A wait for data, a fit or an evaluation, which can be done again, is left right away. A second
 Ctrl-C ends the process where it is.
@@ -20,7 +20,13 @@ from ecoformer.ranks import is_main, max_over_ranks
 
 T = TypeVar("T")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (
+    *(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT),
+    # A terminal that was closed, and Ctrl-\.
+    *(signal.SIGHUP, signal.SIGQUIT),
+)
+# Those that nohup, and shells for what they run in the background, have ignored.
+_MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGQUIT)
 
 
 class Request(IntEnum):
@@ -48,7 +54,11 @@ def stop_signals() -> Iterator[None]:
         yield
         return
     _is_stop_asked = False
-    previous = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
+    previous = {
+        number: signal.signal(number, _note)
+        for number in STOP_SIGNALS
+        if number not in _MAY_BE_IGNORED or signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -107,9 +108,12 @@ def write_as_released(state: TrainState, row: str, scaler: Mapping[str, Any]) ->
     }
 
 
-@pytest.mark.parametrize("scaler", SCALERS, ids=["off", "gpu"])
 @pytest.mark.parametrize(
-    "row", [row if row in FAST else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+    ("row", "scaler"),
+    [
+        pytest.param(row, scaler, marks=[] if row in FAST else pytest.mark.slow)
+        for row, scaler in zip(ROWS, itertools.cycle(SCALERS), strict=False)
+    ],
 )
 def test_goes_on_as_if_never_interrupted(row: str, scaler: dict[str, Any], tmp_path: Path) -> None:
     whole, config = start(row)

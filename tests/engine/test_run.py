@@ -87,10 +87,14 @@ def test_what_is_the_callers_stays(
     handlers = [signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS]
     try:
         train(configure(image_folder, tmp_path))
-        assert [signal.getsignal(number) for number in STOP_SIGNALS] == [signal.SIG_IGN] * 3
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] == [signal.SIG_IGN] * len(
+            STOP_SIGNALS
+        )
         with pytest.raises(InputError, match="/no/such/place"):
             train(configure(image_folder, tmp_path / "other", data_path="/no/such/place"))
-        assert [signal.getsignal(number) for number in STOP_SIGNALS] == [signal.SIG_IGN] * 3
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] == [signal.SIG_IGN] * len(
+            STOP_SIGNALS
+        )
     finally:
         for number, handler in zip(STOP_SIGNALS, handlers, strict=True):
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import signal
 import time
 from collections.abc import Sequence
@@ -225,6 +226,29 @@ def test_two_ranks_on_each_of_two_nodes_go_on(
     assert len(list_sessions(found.folder)) == 8
     assert find_orphans(list_sessions(found.folder)) == []
     assert_same_run(found, whole)
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_storm_of_kills(num_kills: int, pair_flags: list[str], tmp_path: Path) -> None:
+    """R19: accumulated gradients, repeated augmentation, a refit in each epoch."""
+    flags = [
+        *(*pair_flags, "--batch-size", "2", "--repeated-aug", "--grad-accum-steps", "2"),
+        *("--k", "1", "--epochs", str(2 + num_kills // 2)),
+    ]
+    whole = run(flags, tmp_path / "whole", world_size=2)
+    draw = random.Random(19)
+    folder = tmp_path / "storm"
+    num_killed = 0
+    for _ in range(num_kills):
+        phase = draw.choice(["step", "step", "evaluation", "write", "flush", "rename", "fit"])
+        rank = 0 if phase in ("write", "flush", "rename", "fit") else draw.randrange(2)
+        strike = Strike(phase, draw.randrange(3), signal.SIGKILL, rank=rank)
+        codes = start(flags, folder, world_size=2, hook=strike).wait()
+        assert None not in codes
+        num_killed += -9 in codes
+    print(f"{num_killed} killed")
+    assert num_killed == num_kills
+    assert_same_run(run(flags, folder, world_size=2), whole)
 
 
 def watch(rank: int, *, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import time
 from pathlib import Path
@@ -48,6 +49,28 @@ def test_stops_saves_and_goes_on(
         found = read_checkpoint(tmp_path / LAST)
         assert (found["epoch"] + 1, found["step"]) == place
     assert_same_run(run(flags, tmp_path), whole)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGQUIT], ids=lambda sent: sent.name)
+def test_a_closed_terminal_saves(
+    sent: signal.Signals, flags: list[str], whole: Run, tmp_path: Path
+) -> None:
+    stopped = start([*flags, *WORKERS], tmp_path, hook=Strike("step", 4, sent))
+    assert stopped.wait() == [75], stopped.said()
+    assert stopped.orphans() == []
+    assert_same_run(run(flags, tmp_path), whole)
+
+
+def ignore_and_strike(rank: int, *, strike: Strike) -> None:
+    signal.signal(strike.sent, signal.SIG_IGN)
+    strike(rank)
+
+
+def test_nohup_goes_on(flags: list[str], whole: Run, tmp_path: Path) -> None:
+    strike = Strike("step", 4, signal.SIGHUP)
+    assert_same_run(
+        run(flags, tmp_path, hook=functools.partial(ignore_and_strike, strike=strike)), whole
+    )
 
 
 @pytest.mark.parametrize("phase", ["step", "fit", "evaluation"])
