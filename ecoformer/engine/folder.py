@@ -31,13 +31,14 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
+        self._is_new = False
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other runs out for a block; every rank must call.
 
         Raises:
-            InputError: another run writes there, or the folder cannot be made.
+            InputError: another run writes there.
         """
         run_on_main(self._acquire)
         try:
@@ -64,6 +65,7 @@ class RunFolder:
         try:
             # config.yaml and checkpoints hold it as text.
             str(self.path).encode()
+            self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             while not self._try_lock():
                 if time.monotonic() > end:
@@ -80,11 +82,9 @@ class RunFolder:
             raise InputError(
                 f"--output-dir {self.path} is not UTF-8; choose another name."
             ) from None
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({error.strerror or error}); get the right to "
-                "write there, or choose another --output-dir."
-            ) from error
+        except OSError:
+            # What cannot be written is told where it is written.
+            return
 
     def _try_lock(self) -> bool:
         if fcntl is None:
@@ -122,4 +122,7 @@ class RunFolder:
         if self._is_there(descriptor):
             with suppress(OSError):
                 (self.path / LOCK).unlink()
+                if self._is_new:
+                    # Where the run was refused; others are not empty.
+                    self.path.rmdir()
         os.close(descriptor)

@@ -29,6 +29,8 @@ from ecoformer.ranks import AgreedError, default_store
 _PATIENCE = timedelta(seconds=5)
 # How often a rank looks whether its torchrun is there.
 _SECONDS_BETWEEN_LOOKS = 0.5
+# How long the store has to say who has failed.
+_SECONDS_FOR_AN_ANSWER = 3.0
 _PORT_KEY = "ecoformer/port"
 _ERROR_KEY = "ecoformer/error"
 
@@ -223,5 +225,5 @@ def _ask_store(question: Callable[[dist.Store], bool], *, if_silent: bool) -> bo
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(_PATIENCE.total_seconds())
+    thread.join(_SECONDS_FOR_AN_ANSWER)
     return answers[-1]

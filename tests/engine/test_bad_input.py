@@ -161,7 +161,7 @@ def test_run_with_other_settings(
 def test_folder_that_cannot_be_written(refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     line = refuse(["--output_dir", str(tmp_path / "file" / "run")])
-    assert f"{tmp_path}/file/run: cannot be written (Not a directory)" in line
+    assert f"{tmp_path}/file/run/config.yaml: cannot be written (Not a directory)" in line
 
 
 @pytest.mark.parametrize(("flag", "name"), [("--output_dir", "run"), ("--config", "mine.py")])
