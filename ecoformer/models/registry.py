@@ -63,6 +63,15 @@ class ModelFamily:
         model: nn.Module = import_module(self.name).create_model(variant, attention, **keywords)
         return model
 
+    def create_empty(
+        self, variant: str, attention: str | None = None, **keywords: Any
+    ) -> nn.Module:
+        """Build a model on the meta device: to count a cost, weights need not be drawn."""
+        import torch
+
+        with torch.device("meta"):
+            return self.create_model(variant, attention, **keywords)
+
     def kinds(self, variant: str) -> tuple[str, ...]:
         """Kinds and layouts of a variant: the published ones, then those that a user registered."""
         self._require_name(variant, self.variants)

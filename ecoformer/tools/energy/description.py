@@ -6,8 +6,6 @@ import json
 import textwrap
 from dataclasses import asdict
 
-import torch
-
 from ecoformer.attention import attention_class, attention_kinds
 from ecoformer.config import Config
 from ecoformer.cost.count import (
@@ -44,9 +42,7 @@ def count(config: Config, family: ModelFamily) -> Cost:
         InputError: the family has no such model, or it takes no images of that size.
     """
     settings = config.model
-    # Without data: weights would only be drawn to be thrown away.
-    with torch.device("meta"):
-        model = family.create_model(settings.model, settings.attn_type, hashing=config.hashing)
+    model = family.create_empty(settings.model, settings.attn_type, hashing=config.hashing)
     return count_cost(model, settings.input_size)
 
 

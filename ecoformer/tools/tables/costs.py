@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ecoformer.cost import count_cost
 from ecoformer.cost.executed import count_executed
 from ecoformer.hash_config import HashConfig
@@ -64,11 +62,9 @@ def describe_cost(
     Raises:
         InputError: no such backbone, or it has no such attention.
     """
-    # Without data: weights would only be drawn to be thrown away.
-    with torch.device("meta"):
-        model = find_family(variant).create_model(
-            variant, attention, num_classes=num_classes, hashing=hashing
-        )
+    model = find_family(variant).create_empty(
+        variant, attention, num_classes=num_classes, hashing=hashing
+    )
     cost = count_cost(model, input_size)
     row: dict[str, Value] = {
         "parameters": cost.num_parameters,
