@@ -8,7 +8,7 @@ from importlib import import_module
 
 from ecoformer import __version__
 from ecoformer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, print_error, suggest
-from ecoformer.threads import wait_passively
+from ecoformer.threads import limit_spinning
 
 # What each is for, and the function that runs it.
 COMMANDS = {
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     if name == "eval":
         words = ["--eval", *words]
-    wait_passively()
+    limit_spinning()
     try:
         # Each imports what it needs when its words are understood: help is there at once.
         module, _, function = COMMANDS[name][1].partition(":")

@@ -19,7 +19,7 @@ from ecoformer.errors import (
     print_records,
 )
 from ecoformer.models.registry import ModelFamily
-from ecoformer.threads import wait_passively
+from ecoformer.threads import limit_spinning
 
 
 def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = None) -> int:
@@ -33,7 +33,7 @@ def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = 
         with print_records(lambda _: is_main_process()):
             config = parse_config(argv, family)
         # Before PyTorch is imported.
-        wait_passively()
+        limit_spinning()
         # PyTorch and timm take seconds: whoever mistyped a flag need not wait for them.
         import_module("ecoformer.engine.run")
     except InputError as error:
