@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,17 +20,13 @@ from ecoformer.tools.tables.costs import (
     describe_cost,
 )
 from ecoformer.tools.tables.recipe import Recipe
+from ecoformer.tools.tables.seeds import SEEDS_NOTE, describe_seeds, seed_columns
 
 ABLATION_COLUMNS = (
     Column("name", "attention"),
     Column("start", "stage 1"),
     Column("epochs", "epochs", ".0f"),
-    Column("top1", "top-1 %"),
-    Column("top1_ci95", "+- 95 %"),
-    Column("top1_std", "std"),
-    Column("difference", "vs first row"),
-    Column("difference_ci95", "vs first +- 95 %"),
-    Column("num_seeds", "seeds", ".0f"),
+    *seed_columns(),
     *cost_columns(is_small=True),
     Column("images_per_s", "images/s", ".0f"),
 )
@@ -43,11 +38,6 @@ _SETTINGS: dict[str, tuple[str, tuple[int, ...] | tuple[str, ...]]] = {
     "bias": ("value_bias", ("released", "normalized")),
 }
 _TIMED_BATCH = 32
-_SEEDS_NOTE = (
-    "top-1 is the mean over seeds, std their standard deviation; vs first row is the mean of the "
-    "differences from the first row, seed by seed. +- 95 % is half the width of Student's t "
-    "interval of such a mean; a difference below its own is not significant over these seeds."
-)
 
 
 @dataclass(frozen=True)
@@ -166,43 +156,27 @@ def describe_recipe(recipe: Recipe, rows: Sequence[Row]) -> list[str]:
             "little of what they reach in the end.",
         )
     if any("top1_std" in row for row in rows):
-        notes.insert(2, _SEEDS_NOTE)
+        notes.insert(2, SEEDS_NOTE)
     return notes
 
 
 def describe_accuracy(
     curves: Mapping[int, Sequence[float]], baseline: Mapping[int, Sequence[float]]
 ) -> dict[str, Value]:
-    """Summarise the accuracies of one arm.
+    """Summarise the accuracies of one arm by ``describe_seeds``, and list them.
 
     Args:
-        curves: seed to top-1 after each epoch, percent.
-        baseline: the same of the arm to compare with, seed by seed; empty for that arm itself.
-
-    Returns:
-        Cells of a row: mean and, of two seeds or more, deviation and half the 95 % interval.
+        curves: seed to top-1 after each epoch, percent; the last one counts.
+        baseline: the same of the arm to compare with; empty for that arm itself.
     """
-    last = {seed: curve[-1] for seed, curve in curves.items()}
-    row: dict[str, Value] = {"top1": statistics.mean(last.values()), "num_seeds": len(last)}
-    if len(last) > 1:
-        row["top1_std"] = statistics.stdev(last.values())
-        row["top1_ci95"] = _half_interval(list(last.values()))
-    differences = [last[seed] - curve[-1] for seed, curve in baseline.items() if seed in last]
-    if differences:
-        row["difference"] = statistics.mean(differences)
-    if len(differences) > 1:
-        row["difference_ci95"] = _half_interval(differences)
+    row = describe_seeds(_take_last(curves), _take_last(baseline))
     for seed, curve in curves.items():
         row[f"top1_by_epoch_seed{seed}"] = " ".join(f"{top1:.2f}" for top1 in curve)
     return row
 
 
-def _half_interval(values: Sequence[float]) -> float:
-    """Compute half the width of the 95 % t interval of the mean."""
-    # Most of a second to import.
-    from scipy import stats
-
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+def _take_last(curves: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {seed: curve[-1] for seed, curve in curves.items()}
 
 
 def _measure_speeds(arms: Sequence[Arm], recipe: Recipe, num_classes: int) -> dict[str, float]:
