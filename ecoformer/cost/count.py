@@ -1,7 +1,8 @@
-"""Count multiplications, additions, energy and area of one image, by the paper's model.
+"""Count multiplications, additions, energy, area and memory traffic of one image.
 
 Convolution, linear and normalisation count as many multiplications as additions; attention kinds
-tell their own. GELU, ReLU, softmax, pooling and residual sums count nothing.
+tell their own. GELU, ReLU, softmax, pooling and residual sums count nothing. All but the traffic
+is the paper's model.
 """
 
 from __future__ import annotations
@@ -16,31 +17,34 @@ import torch
 from torch import Tensor, nn
 
 from ecoformer.attention import MultiHeadAttention
+from ecoformer.cost.prices import PAPER_PRICES
+from ecoformer.cost.traffic import AttentionMaps, count_values, count_weights, find_input
 from ecoformer.errors import InputError
 from ecoformer.hashing import hash_layers
 
-MUL_ENERGY_PJ = 3.7
-ADD_ENERGY_PJ = 0.9
 MUL_AREA_UM2 = 7700
 ADD_AREA_UM2 = 4184
 
 
-def price_energy(mul: int, add: int) -> float:
-    """Price float32 operations in 45 nm silicon, pJ (Horowitz, ISSCC 2014, as in the paper)."""
-    return MUL_ENERGY_PJ * mul + ADD_ENERGY_PJ * add
-
-
 @dataclass(frozen=True)
 class LayerCost:
-    """Float32 operations of one layer for one image.
+    """Operations of one layer for one image, and the values that it moves.
 
     ``kind`` is ``"convolution"``, ``"linear"``, ``"normalisation"`` or as ``"msa attention"``.
+
+    Args:
+        num_weights: that it holds, and reads once a batch.
+        num_values: that it reads and writes for one image, softmax fused.
+        num_map_values: of its N x N maps, where softmax is not fused.
     """
 
     name: str
     kind: str
     mul: int
     add: int
+    num_weights: int = 0
+    num_values: int = 0
+    num_map_values: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,28 @@ class Cost:
 
     @property
     def energy_pj(self) -> float:
-        """Energy of the arithmetic, picojoules."""
-        return price_energy(self.mul, self.add)
+        """Energy of the arithmetic by the paper's prices, picojoules."""
+        return PAPER_PRICES.price_operations(self.mul, self.add)
 
     @property
     def area_um2(self) -> int:
         """Area of one unit an operation, square micrometres."""
         return MUL_AREA_UM2 * self.mul + ADD_AREA_UM2 * self.add
+
+    def traffic_bytes(
+        self, value_bytes: int = 4, *, batch_size: int = 1, with_maps: bool = False
+    ) -> float:
+        """Bytes that an image of a batch moves to and from memory.
+
+        Args:
+            batch_size: images that share one reading of the weights.
+            with_maps: softmax is not fused: each N x N map is written, and read again.
+        """
+        num_values = sum(
+            layer.num_weights / batch_size + layer.num_values + 2 * layer.num_map_values * with_maps
+            for layer in self.layers
+        )
+        return value_bytes * num_values
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
         """Map kinds of layers to (multiplications, additions), in order of appearance."""
@@ -98,12 +117,18 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
     """
     shadow, image = without_data(model, input_size)
     layers: list[LayerCost] = []
+    maps, written = AttentionMaps(), dict[int, int]()
 
     def watch(name: str, kind: str, count: _Count) -> Callable[..., None]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
         ) -> None:
-            layers.append(LayerCost(name, kind, *count(module, args, keywords, output)))
+            mul, add = count(module, args, keywords, output)
+            num_values = count_values(module, find_input(args, keywords), output, written)
+            num_maps = maps.take() if isinstance(module, MultiHeadAttention) else 0
+            layers.append(
+                LayerCost(name, kind, mul, add, count_weights(module), num_values, num_maps)
+            )
 
         return hook
 
@@ -114,7 +139,8 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
                     kind = f"{module.kind} attention"
                 module.register_forward_hook(watch(name, kind, count), with_kwargs=True)
     try:
-        shadow(image)
+        with maps:
+            shadow(image)
     except RuntimeError as error:
         shape, reason = list(image.shape), str(error).partition("\n")[0]
         raise InputError(

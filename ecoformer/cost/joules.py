@@ -1,4 +1,8 @@
-"""Measure joules: by NVML on NVIDIA GPUs, by RAPL on CPUs where the kernel offers it."""
+"""Measure joules: by NVML on NVIDIA GPUs, by RAPL on CPUs where the kernel offers it.
+
+Counters of energy are read before and after a window. Nothing is made of a power limit, or of
+samples of power.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,30 @@ from pathlib import Path
 import torch
 
 _POWERCAP = Path("/sys/class/powercap")
-# Counters tick a thousand times a second at best.
-_MIN_SECONDS = 2.0
+# Clocks and fans take seconds to settle, and counters tick ten to a thousand times a second.
+WARMUP_SECONDS = 10.0
+WINDOW_SECONDS = 60.0
 
 
 class EnergyNotMeasurable(Exception):
     """This machine does not tell the energy that it takes; the message says why."""
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What counters saw in one window: all of the device, idle power and others at work, too."""
+
+    joules: float
+    seconds: float
+    num_calls: int
+
+    @property
+    def joules_per_call(self) -> float:
+        return self.joules / self.num_calls
+
+    @property
+    def watts(self) -> float:
+        return self.joules / self.seconds
 
 
 @dataclass(frozen=True)
@@ -26,22 +48,29 @@ class EnergyMeter:
     read_uj: Callable[[], list[int]]
     ranges_uj: list[int]
 
-    def measure(self, call: Callable[[], object], device: torch.device) -> float:
-        """Repeat a call for two seconds or longer and share out the energy.
-
-        Returns:
-            Joules a call, of all that the counters see: idle power, and others at work, too.
-        """
-        # Not counted: the first call allocates, and chooses kernels.
+    def measure(self, call: Callable[[], object], device: torch.device) -> Energy:
+        """Repeat a call until it has warmed up, then for a window that is counted."""
+        # The first call allocates, and chooses kernels, for however long.
         call()
         _synchronize(device)
+        self._repeat(call, device, WARMUP_SECONDS)
+        return self._repeat(call, device, WINDOW_SECONDS)
+
+    def measure_idle(self) -> Energy:
+        """Count a window in which this process does nothing; a call is a nap."""
+        return self._repeat(lambda: time.sleep(0.1), torch.device("cpu"), WINDOW_SECONDS)
+
+    def _repeat(
+        self, call: Callable[[], object], device: torch.device, min_seconds: float
+    ) -> Energy:
         num_calls, began, before = 0, time.monotonic(), self.read_uj()
-        while time.monotonic() - began < _MIN_SECONDS:
+        while not num_calls or time.monotonic() - began < min_seconds:
             call()
             _synchronize(device)
             num_calls += 1
         spent = zip(before, self.read_uj(), self.ranges_uj, strict=True)
-        return sum((end - start) % size for start, end, size in spent) / 1e6 / num_calls
+        joules = sum((end - start) % size for start, end, size in spent) / 1e6
+        return Energy(joules, time.monotonic() - began, num_calls)
 
 
 def find_meter(device: torch.device, powercap: Path = _POWERCAP) -> EnergyMeter:

@@ -136,6 +136,11 @@ def find_family(model: str) -> ModelFamily:
     )
 
 
+def list_variants() -> list[str]:
+    """Names of all variants of all families."""
+    return [name for module in FAMILIES for name in import_module(module).FAMILY.variants]
+
+
 def _list_added() -> list[str]:
     """Kinds that every backbone takes. Published ones are not among them."""
     # Where nothing has imported this, nothing has registered a kind: PyTorch can stay away.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,33 +23,65 @@ def write_domain(powercap: Path, number: str, name: str, energy_uj: str = "50000
     domain.mkdir(parents=True)
     (domain / "name").write_text(f"{name}\n")
     (domain / "energy_uj").write_text(f"{energy_uj}\n")
-    (domain / "max_energy_range_uj").write_text("9000000\n")
+    (domain / "max_energy_range_uj").write_text("9000000000\n")
     return domain
 
 
-def test_joules_of_packages_are_shared_out_over_calls(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Until the sixth call.
-    monkeypatch.setattr(joules, "_MIN_SECONDS", 1e9)
+@dataclass
+class Clock:
+    """Time that passes by calls alone, in which two packages take 3 W each, and 1 J more a call."""
+
+    domains: Sequence[Path]
+    seconds: float = 0.0
+    num_calls: int = 0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self._spend(seconds, joules=0)
+
+    def work(self) -> None:
+        self.num_calls += 1
+        self._spend(7.0, joules=1)
+
+    def _spend(self, seconds: float, joules: float) -> None:
+        self.seconds += seconds
+        for domain in self.domains:
+            spent_uj = int((domain / "energy_uj").read_text()) + (3 * seconds + joules) * 1e6
+            (domain / "energy_uj").write_text(f"{round(spent_uj) % 9_000_000_000}\n")
+
+
+@pytest.fixture
+def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clock:
     packages = [write_domain(tmp_path, number, f"package-{number}") for number in "01"]
-    core = write_domain(tmp_path, "0:0", "core")
-    num_calls = 0
+    clock = Clock([*packages, write_domain(tmp_path, "0:0", "core")])
+    monkeypatch.setattr(joules, "time", clock)
+    return clock
 
-    def call() -> None:
-        nonlocal num_calls
-        num_calls += 1
-        # The call that is not counted costs a joule too. Counters start over at 9 J.
-        for domain in (*packages, core):
-            (domain / "energy_uj").write_text(str((5_000_000 + 1_000_000 * num_calls) % 9_000_000))
-        if num_calls == 6:
-            monkeypatch.setattr(joules, "_MIN_SECONDS", 0.0)
 
+def test_joules_are_those_of_a_window_of_a_minute(tmp_path: Path, clock: Clock) -> None:
     meter = find_meter(CPU, tmp_path)
     assert meter.source.startswith("RAPL")
-    # Five counted calls, each a joule on each of two packages, across the counters' end.
-    assert meter.measure(call, CPU) == pytest.approx(2.0)
-    assert num_calls == 6
+    energy = meter.measure(clock.work, CPU)
+    # One call, and two of 7 s to warm up; nine cover the window.
+    assert (clock.num_calls, energy.num_calls, energy.seconds) == (12, 9, 63)
+    # On each of two packages 21 J of idle power and one of work; the core is a part of one.
+    assert energy.joules_per_call == pytest.approx(44)
+    assert energy.watts == pytest.approx(44 / 7)
+
+
+def test_idle_power_is_counted_as_long(tmp_path: Path, clock: Clock) -> None:
+    idle = find_meter(CPU, tmp_path).measure_idle()
+    assert idle.seconds >= 60
+    assert idle.watts == pytest.approx(6)
+    assert clock.num_calls == 0
+
+
+def test_counters_start_over(tmp_path: Path, clock: Clock) -> None:
+    for package in tmp_path.glob("*:[01]"):
+        (package / "energy_uj").write_text("8999000000\n")
+    assert find_meter(CPU, tmp_path).measure(clock.work, CPU).joules_per_call == pytest.approx(44)
 
 
 def test_no_counter_is_said(tmp_path: Path) -> None:

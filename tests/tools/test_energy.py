@@ -51,7 +51,27 @@ def test_table_holds_a_row_a_kind_and_the_totals(capsys: pytest.CaptureFixture[s
     assert rows["energy"] == "2.49 G pJ = 2.49 mJ"
     assert rows["area"] == "6.49 m^2"
     assert rows["parameters"] == "3.14 M"
-    assert "float32" in out and "45 nm" in out
+    assert "45nm float32" in out
+
+
+def test_another_node_and_precision_have_their_own_prices(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paper = read_json(capsys)
+    other = read_json(capsys, "--node", "7nm", "--precision", "bfloat16")
+    assert (other["mul"], other["add"]) == (paper["mul"], paper["add"])
+    assert other["energy_pj"] == pytest.approx(0.21 * paper["mul"] + 0.11 * paper["add"])
+    assert paper["area_um2"] and other["area_um2"] is None
+    assert other["traffic"]["fused"]["bytes"] == paper["traffic"]["fused"]["bytes"] / 2
+    accesses = paper["traffic"]["with_maps"]["bytes"] / 8
+    assert paper["traffic"]["with_maps"]["energy_pj"]["DRAM"] == [1300 * accesses, 2600 * accesses]
+
+
+def test_traffic_stands_beside_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--attn_type", "msa") == 0
+    out = capsys.readouterr().out
+    fused, with_maps = re.findall(r"^(?:traffic|with N x N maps) +([\d.]+) MB", out, re.MULTILINE)
+    assert float(fused) < float(with_maps)
 
 
 def test_kinds_add_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +133,7 @@ def test_json_without_a_file_may_stand_before_other_flags(
         (["--model", "pvt_v2_b9"], "unknown pvt model 'pvt_v2_b9'"),
         (["--model", "pvt_v2_b2_li", "--attn_type", "msa"], "it has: sra"),
         (["--config", "missing.py"], "missing.py"),
+        (["--precision", "bfloat16"], "no published energy of bfloat16 operations at 45nm"),
         (["--json", "/dev/null/x.json"], "/dev/null/x.json: cannot be written"),
     ],
 )

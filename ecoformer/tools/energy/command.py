@@ -10,6 +10,7 @@ from ecoformer.config.arguments import ArgumentParser
 from ecoformer.errors import EXIT_DONE, InputError, print_error
 from ecoformer.files import write_text
 from ecoformer.models.registry import ModelFamily, find_family
+from ecoformer.tools.energy.flags import add_silicon_flags
 
 
 def run_get_energy(argv: Sequence[str] | None = None, family: ModelFamily | None = None) -> int:
@@ -25,25 +26,29 @@ def run_get_energy(argv: Sequence[str] | None = None, family: ModelFamily | None
     train = f"python -m {family.name}.main" if family else "ecoformer train"
     parser = ArgumentParser(
         prog=program,
-        usage="%(prog)s [--config FILE] [--model NAME] [--attn_type KIND] [--json [FILE]] ...",
-        description="Count operations, energy and area of a model for one image.",
+        usage="%(prog)s [--config FILE] [--model NAME] [--attn_type KIND] [--json [FILE]] "
+        "[--node NODE] [--precision PRECISION] ...",
+        description="Count operations, energy, area and memory traffic of a model for one image.",
         epilog=f"Flags that shape the model are those of {train}: --config, --model, --attn_type, "
         "--input-size, --nbits, --anchor; its others change nothing here.",
     )
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON; to stdout without FILE"
     )
+    add_silicon_flags(parser)
     options, model_flags = parser.parse_known_args(argv)
     try:
         config = parse_config(model_flags, family)
         # Brings torch along, for which a wrong flag need not wait.
+        from ecoformer.cost.prices import find_prices
         from ecoformer.tools.energy.description import count, to_json, to_text
 
+        prices = find_prices(options.node, options.precision)
         cost = count(config, family or find_family(config.model.model))
         if options.json != "-":
-            print(to_text(config, cost))
+            print(to_text(config, cost, prices))
         if options.json:
-            _write(to_json(config, cost), options.json)
+            _write(to_json(config, cost, prices), options.json)
     except InputError as error:
         print_error(error)
         return error.exit_code

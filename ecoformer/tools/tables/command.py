@@ -19,6 +19,7 @@ from ecoformer.errors import (
     Preempted,
     print_error,
 )
+from ecoformer.tools.energy.flags import add_silicon_flags
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ _TABLES = {
     ),
     "energy": (
         "Energy, modelled and measured",
-        "the paper's energy beside what is executed, and joules where the machine tells them",
+        "the paper's energy beside what is executed, what memory takes, and joules where told",
     ),
     "kinds": ("Attention kinds under one recipe", "cost, speed, accuracy after two stages"),
     "bits": ("Bits of a code", "EcoFormer by bits, under the same recipe"),
@@ -64,14 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_sizes(options)
         table = _make(options, f"{_PROG} {shlex.join(words)}")
-        table.write(options.output_dir, options.table)
+        name = _name_file(options)
+        table.write(options.output_dir, name)
     except (InputError, NonFiniteError, Preempted) as error:
         print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         print_error("interrupted; what is done is kept, and the same command goes on.")
         return EXIT_INTERRUPTED
-    print(f"{table.to_markdown()}\n\nwrote {options.output_dir / options.table}.md, .csv, .json")
+    print(f"{table.to_markdown()}\n\nwrote {options.output_dir / name}.md, .csv, .json")
     return EXIT_DONE
 
 
@@ -106,11 +108,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
                 help="time each model here, over 80 batches",
             )
             continue
-        size = 224 if name == "energy" else 32
-        table.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
-        table.add_argument("--input-size", type=int, default=size, help="pixels (%(default)s)")
         if name == "energy":
+            _add_energy(table)
             continue
+        table.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
+        table.add_argument("--input-size", type=int, default=32, help="pixels (%(default)s)")
         _add_data(table, default="DIGITS")
         table.add_argument(
             "--values", nargs="+", default=[], help="of the setting, instead of the usual"
@@ -132,6 +134,29 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def _add_energy(table: argparse.ArgumentParser) -> None:
+    table.add_argument(
+        "--model",
+        nargs="+",
+        default=["pvt_v2_b0"],
+        help="backbones; all for every variant (%(default)s)",
+    )
+    table.add_argument(
+        "--input-size",
+        type=int,
+        nargs="+",
+        default=[224, 512, 1024],
+        metavar="PIXELS",
+        help="(%(default)s)",
+    )
+    add_silicon_flags(table)
+    table.add_argument(
+        "--measure",
+        action="store_true",
+        help="joules, where the machine tells them: 70 seconds a row",
+    )
+
+
 def _add_data(table: argparse.ArgumentParser, default: str) -> None:
     table.add_argument("--data-path", help="folder of the data; DIGITS needs none")
     table.add_argument(
@@ -147,6 +172,14 @@ def _check_sizes(options: argparse.Namespace) -> None:
         given = getattr(options, name, least)
         if min(given if isinstance(given, list) else [given]) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
+
+
+def _name_file(options: argparse.Namespace) -> str:
+    """Name the files of a table; one at other prices lies beside the paper's."""
+    if options.table == "energy" and (options.node, options.precision) != ("45nm", "float32"):
+        return f"energy_{options.node}_{options.precision}"
+    name: str = options.table
+    return name
 
 
 def _make(options: argparse.Namespace, command: str) -> Table:
@@ -195,12 +228,19 @@ def _evaluate(options: argparse.Namespace, device: torch.device) -> dict[str, di
 
 
 def _make_energy(options: argparse.Namespace, device: torch.device) -> _Content:
-    from ecoformer.tools.tables.energy import ENERGY_COLUMNS, describe_energy
+    from ecoformer.cost.prices import find_prices
+    from ecoformer.models.registry import list_variants
+    from ecoformer.tools.tables.energy import add_joules, describe_energy, energy_columns
 
+    prices = find_prices(options.node, options.precision)
+    models = list_variants() if options.model == ["all"] else options.model
     rows, notes = describe_energy(
-        options.model, input_size=options.input_size, batch_size=options.batch_size, device=device
+        models, input_sizes=options.input_size, batch_size=options.batch_size, prices=prices
     )
-    return ENERGY_COLUMNS, rows, notes
+    joules = add_joules(
+        rows, batch_size=options.batch_size, device=device, is_asked=options.measure
+    )
+    return energy_columns(prices), rows, [*notes, joules]
 
 
 def _make_ablation(options: argparse.Namespace, device: torch.device) -> _Content:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from ecoformer.cost import count_cost
+from ecoformer.cost import Prices, count_cost
 from ecoformer.cost.executed import count_executed
+from ecoformer.cost.prices import PAPER_PRICES
 from ecoformer.hash_config import HashConfig
 from ecoformer.models.registry import find_family
 from ecoformer.tools.table import Column, Row, Value
 
 COST_NOTE = (
-    "#Mul, #Add, energy (45 nm) and area are the paper's model of one image. Hardware of today "
-    "really saves what disappears, the N^2 products of softmax attention; it does not save what "
-    "only turns from a multiplication into an addition, since it executes both as one "
-    "multiply-add"
+    "#Mul, #Add, energy and area are the paper's model of one image, at 45 nm unless another node "
+    "is named. Hardware of today really saves what disappears, the N^2 products of softmax "
+    "attention; it does not save what only turns from a multiplication into an addition, since it "
+    "executes both as one multiply-add"
 )
 EXECUTED_NOTE = f"{COST_NOTE}. Those executed, in products and convolutions, stand beside."
 _SAVINGS = {
@@ -48,16 +49,19 @@ def describe_cost(
     num_classes: int = 1000,
     hashing: HashConfig | None = None,
     is_executed_counted: bool = True,
+    prices: Prices = PAPER_PRICES,
+    batch_size: int = 1,
 ) -> dict[str, Value]:
     """Count what one image costs a model.
 
     Args:
         input_size: image side, pixels.
         is_executed_counted: tell what is executed too, which takes twice as long.
+        batch_size: images that share one reading of the weights.
 
     Returns:
-        Cells of a row: parameters, operations, energy in picojoules, area in square micrometres,
-        and what is executed.
+        Cells of a row: parameters, operations, energy in picojoules, area in square micrometres
+        at the paper's prices, bytes to and from memory, and what is executed.
 
     Raises:
         InputError: no such backbone, or it has no such attention.
@@ -70,9 +74,13 @@ def describe_cost(
         "parameters": cost.num_parameters,
         "mul": cost.mul,
         "add": cost.add,
-        "energy_pj": cost.energy_pj,
-        "area_um2": cost.area_um2,
+        "energy_pj": prices.price_operations(cost.mul, cost.add),
+        "area_um2": cost.area_um2 if prices.is_papers else None,
     }
+    for with_maps, key in ((False, "traffic_bytes"), (True, "traffic_bytes_with_maps")):
+        row[key] = cost.traffic_bytes(
+            prices.value_bytes, batch_size=batch_size, with_maps=with_maps
+        )
     if is_executed_counted:
         row["executed"] = count_executed(model, input_size)
     return row
