@@ -10,7 +10,14 @@ from ecoformer.engine.run import evaluate, load_run, train
 from ecoformer.errors import InputError, NonFiniteError
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash, fit_hash_functions
-from ecoformer.ops import encode, hash_attention, kernelized_hash_attention
+from ecoformer.ops import (
+    encode,
+    hash_attention,
+    hash_attention_weights,
+    kernelized_hash_attention,
+    pack_codes,
+    unpack_codes,
+)
 
 __all__ = [
     "EcoFormerAttention",
@@ -25,9 +32,12 @@ __all__ = [
     "fit_hash",
     "fit_hash_functions",
     "hash_attention",
+    "hash_attention_weights",
     "kernelized_hash_attention",
     "load_checkpoint",
     "load_run",
     "make_config",
+    "pack_codes",
     "train",
+    "unpack_codes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ecoformer.hash_config import ValueBias, check_value_bias
@@ -37,3 +38,34 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released")
         numerator = (codes @ code_value_sum).add_(bias, alpha=c)
         denominator = (codes @ code_sum).add_(c * num_tokens)  # [B, H, N, 1]
         return numerator.div_(denominator).to(v.dtype)
+
+
+def hash_attention_weights(
+    codes: Tensor, queries: Tensor, value_bias: ValueBias = "released"
+) -> Tensor:
+    """Weights that ``hash_attention`` gives to all values at some queries, without N x N.
+
+    ``(weights @ v)[..., i, :]`` is its output at token ``queries[i]``. Each row sums to 1 under
+    the normalized bias; weights can be negative under the released one.
+
+    Args:
+        codes: [B, H, N, K] in {-1, +1}, float.
+        queries: [Q], int64, tokens.
+        value_bias: as for ``hash_attention``.
+
+    Returns:
+        [B, H, Q, N], float32, or float64 where ``codes`` are.
+
+    Raises:
+        InputError: another ``value_bias``.
+    """
+    check_value_bias(value_bias)
+    codes = codes.to(compute_dtype(codes))
+    c = codes.shape[-1] + 1
+    with without_autocast(codes):
+        dots = codes[..., queries, :] @ codes.mT
+        total = dots.sum(-1, keepdim=True) + c * codes.shape[-2]
+        if value_bias == "normalized":
+            return (dots + c) / total
+        own = queries.unsqueeze(-1) == torch.arange(codes.shape[-2], device=codes.device)
+        return (dots + c * own) / total

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ecoformer import ops
+from ecoformer.hash_config import ValueBias
 from ecoformer.ops import reference
 from tests.problems import SIZES, LargestTensor, Problem, draw, draw_problem, solve
 
@@ -118,3 +119,15 @@ def test_memory_is_linear_in_tokens_forward_and_backward() -> None:
     with LargestTensor() as dense:
         solve(reference.kernelized_hash_attention, problem)
     assert dense.numel >= images * heads * tokens * max(tokens, anchors * 16)
+
+
+@pytest.mark.parametrize("value_bias", VALUE_BIASES)
+def test_weights_of_chosen_queries_give_their_outputs_without_n_by_n(value_bias: ValueBias) -> None:
+    codes, v = draw(2, 3, 101, 5).sign(), draw(2, 3, 101, 4, seed=1)
+    queries = torch.tensor([100, 0, 7])
+    with LargestTensor() as largest:
+        weights = ops.hash_attention_weights(codes, queries, value_bias)
+    assert weights.shape == (2, 3, 3, 101)
+    expected = reference.hash_attention(codes, v, value_bias)[:, :, queries]
+    torch.testing.assert_close(weights @ v, expected)
+    assert largest.numel <= 2 * 3 * 101 * 5

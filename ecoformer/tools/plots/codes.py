@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from ecoformer.attention import EcoFormerAttention, SoftmaxAttention
 from ecoformer.data.datasets import open_dataset
 from ecoformer.engine.run import load_run
 from ecoformer.errors import InputError
+from ecoformer.ops import hash_attention_weights
 from ecoformer.tools.figures import make_figure
 
 if TYPE_CHECKING:
@@ -60,19 +60,17 @@ def view_token(
     if not (0 <= row < size[0] and 0 <= column < size[1]):
         raise InputError(f"--token {row} {column}: the map of {layer} is {size[0]} x {size[1]}.")
     index = row * size[1] + column
-    # With the identity for values, what comes out are the weights.
-    identity = torch.eye(x.shape[1], device=x.device)
-
     assert isinstance(ours, EcoFormerAttention) and isinstance(theirs, SoftmaxAttention)
     (rows,) = ours.split_heads(ours.to_qk(x))
     codes = ours.hash.encode(rows)
-    weights = ours.hash(rows, identity.expand(*rows.shape[:2], -1, -1))
+    query = torch.tensor([index], device=x.device)
+    weights = hash_attention_weights(codes, query, ours.hash.config.value_bias)
     q, k, _ = theirs.split_heads(*theirs.qkv(y).chunk(3, dim=-1))
-    peers = scaled_dot_product_attention(q, k, identity.expand(*q.shape[:2], -1, -1))
-    equal_bits = (codes == codes[:, :, index : index + 1]).float().mean(-1)  # [B, H, N]
+    peers = (q[:, :, query] @ k.mT * theirs.head_dim**-0.5).softmax(-1)
+    equal_bits = (codes == codes[:, :, query]).float().mean(-1)  # [B, H, N]
     return TokenView(
-        softmax=peers[0, :, index].mean(0).view(size),
-        codes=weights[0, :, index].mean(0).view(size),
+        softmax=peers[0, :, 0].mean(0).view(size),
+        codes=weights[0, :, 0].mean(0).view(size),
         equal_bits=equal_bits[0].mean(0).view(size),
     )
 
