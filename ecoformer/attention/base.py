@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
+from ecoformer.ops.masks import check_key_mask
 
 # (height, width) of the map that tokens come from; height * width = N.
 Size: TypeAlias = tuple[int, int]
@@ -58,6 +60,7 @@ class MultiHeadAttention(nn.Module, ABC):
         derived: its projections that are not the parent's of equal name.
         own_buffers: buffers, or modules of them, that no weights of another kind give.
         any_backbone: whether every backbone takes it, or those alone that name it.
+        takes_key_mask: whether its ``attend`` has an argument ``key_mask``.
 
     Raises:
         InputError: ``num_heads`` does not divide ``dim``.
@@ -70,10 +73,13 @@ class MultiHeadAttention(nn.Module, ABC):
     derived: ClassVar[Mapping[str, Derived]] = {}
     own_buffers: ClassVar[tuple[str, ...]] = ()
     any_backbone: ClassVar[bool] = True
+    takes_key_mask: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         cls.kind = cls.__name__
+        # Of the method and not a word of the class: a kind that builds on another one may lose it.
+        cls.takes_key_mask = "key_mask" in inspect.signature(cls.attend).parameters
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -101,6 +107,7 @@ class MultiHeadAttention(nn.Module, ABC):
         self,
         x: Tensor,
         size: Size | None = None,
+        key_mask: Tensor | None = None,
         *,
         attn_mask: None = None,
         is_causal: bool = False,
@@ -109,18 +116,37 @@ class MultiHeadAttention(nn.Module, ABC):
 
         The keywords are what timm's blocks pass to any attention; all tokens see each other here.
 
+        Args:
+            key_mask: [B, N], bool, true for a real token; None where all are. The result, and its
+                gradients, are those of the real tokens alone, whatever masked ones hold; the rows
+                of masked ones are 0, also after the output projection.
+
         Raises:
-            InputError: ``size`` is missing, too small for the kind or something else, a mask is
-                given, or hash functions are not fitted.
+            InputError: ``size`` is missing, too small for the kind or something else; the kind
+                takes no ``key_mask``, or it has another shape or dtype; another mask is given; hash
+                functions are not fitted.
         """
         if size is not None and not (isinstance(size, (tuple, list)) and len(size) == 2):
             raise InputError(
                 f"layer(x, size) takes the map's (height, width), not a {type(size).__name__}; "
-                "it has no mask or context."
+                "it has no context, and its one mask is key_mask."
             )
         if attn_mask is not None or is_causal:
-            raise InputError("this attention takes no attn_mask and is never causal; leave it out.")
-        return self.proj_drop(self.proj(self.attend(x, size)))
+            raise InputError(
+                "this attention takes no attn_mask and is never causal; leave it out, or give the "
+                "real tokens as key_mask [images, tokens]."
+            )
+        if key_mask is None:
+            return self.proj_drop(self.proj(self.attend(x, size)))
+        if not self.takes_key_mask:
+            raise InputError(
+                f"{self.kind} attention takes no key_mask: its tokens are those of a whole map."
+            )
+        check_key_mask(key_mask, x)
+        is_masked = ~key_mask.unsqueeze(-1)
+        attend: Callable[..., Tensor] = self.attend
+        heads = attend(x.masked_fill(is_masked, 0), size, key_mask=key_mask)
+        return self.proj_drop(self.proj(heads)).masked_fill(is_masked, 0)
 
     def __prepare_scriptable__(self) -> None:
         """Answer ``torch.jit.script``, which would fail somewhere inside, with all of its trace."""
@@ -131,7 +157,12 @@ class MultiHeadAttention(nn.Module, ABC):
 
     @abstractmethod
     def attend(self, x: Tensor, size: Size | None) -> Tensor:
-        """Project the inputs, attend in each head, merge the heads: [B, N, C] to [B, N, C]."""
+        """Project the inputs, attend in each head, merge the heads: [B, N, C] to [B, N, C].
+
+        A kind that takes a ``key_mask``, [B, N] or None, has it as a third argument, None by
+        default: real tokens then see each other alone. Rows of masked tokens are 0 in ``x``; those
+        of the result are finite, and do not count.
+        """
 
     @abstractmethod
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:

@@ -58,8 +58,8 @@ class EcoFormerAttention(MultiHeadAttention):
     def from_spec(cls, spec: LayerSpec) -> EcoFormerAttention:
         return cls(spec.dim, spec.num_heads, spec.qkv_bias, spec.proj_drop, hashing=spec.hashing)
 
-    def attend(self, x: Tensor, size: Size | None) -> Tensor:
-        heads = self.hash(*self.split_heads(self.to_qk(x), self.to_v(x)))
+    def attend(self, x: Tensor, size: Size | None, key_mask: Tensor | None = None) -> Tensor:
+        heads = self.hash(*self.split_heads(self.to_qk(x), self.to_v(x)), key_mask)
         return rearrange(heads, "b h n d -> b n (h d)")
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from ecoformer.attention.base import MultiHeadAttention, Size
 from ecoformer.attention.registry import register_attention
-from ecoformer.attention.softmax import SHARED_FROM_SOFTMAX, count_softmax
+from ecoformer.attention.softmax import (
+    SHARED_FROM_SOFTMAX,
+    attend_by_softmax,
+    count_softmax,
+)
 
 
 @register_attention("msa_share_qk")
@@ -31,9 +33,9 @@ class SharedQKAttention(MultiHeadAttention):
         self.to_v = nn.Linear(dim, dim, bias=qkv_bias)
         self.add_output(dim, proj_drop)
 
-    def attend(self, x: Tensor, size: Size | None) -> Tensor:
+    def attend(self, x: Tensor, size: Size | None, key_mask: Tensor | None = None) -> Tensor:
         q, v = self.split_heads(self.to_qk(x), self.to_v(x))
-        return rearrange(scaled_dot_product_attention(q, q, v), "b h n d -> b n (h d)")
+        return attend_by_softmax(q, q, v, key_mask)
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)

@@ -29,6 +29,19 @@ def count_softmax(num_pairs: int, dim: int, num_heads: int) -> tuple[int, int]:
     return products + num_heads * num_pairs, products
 
 
+def attend_by_softmax(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Softmax over the real keys, scale D^-0.5, heads merged: three of [B, H, N, D] to [B, N, C].
+
+    Where an image has no real key, all are seen: finite numbers for rows that do not count.
+    """
+    visible = None
+    if key_mask is not None:
+        visible = key_mask | ~key_mask.any(-1, keepdim=True)
+        visible = rearrange(visible, "b keys -> b 1 1 keys")
+    heads = scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return rearrange(heads, "b h n d -> b n (h d)")
+
+
 @register_attention("msa")
 class SoftmaxAttention(MultiHeadAttention):
     """Softmax attention, queries, keys and values from one projection (arXiv 1706.03762)."""
@@ -45,9 +58,9 @@ class SoftmaxAttention(MultiHeadAttention):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.add_output(dim, proj_drop)
 
-    def attend(self, x: Tensor, size: Size | None) -> Tensor:
+    def attend(self, x: Tensor, size: Size | None, key_mask: Tensor | None = None) -> Tensor:
         q, k, v = self.split_heads(*self.qkv(x).chunk(3, dim=-1))
-        return rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        return attend_by_softmax(q, k, v, key_mask)
 
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         return count_softmax(num_tokens**2, self.proj.in_features, self.num_heads)

@@ -38,7 +38,8 @@ class WindowAttention(SoftmaxAttention):
         super().__init__(dim, num_heads, qkv_bias, proj_drop)
         self.window_size = window_size
 
-    def attend(self, x: Tensor, size: Size | None) -> Tensor:
+    # Without a key_mask: a tile is a part of a whole map.
+    def attend(self, x: Tensor, size: Size | None) -> Tensor:  # type: ignore[override]
         height, width = require_size(size)
         # Tiled after the projection, which so spends nothing on what lies outside of the map.
         qkv = self._tile(rearrange(self.qkv(x), "b (h w) c -> b h w c", h=height, w=width))

@@ -71,7 +71,7 @@ class KernelHash(nn.Module):
         self._is_fitted = True
         self._look()
 
-    def encode(self, q: Tensor) -> Tensor:
+    def encode(self, q: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Encode raw rows [B, H, N, D] as ``ops.encode`` does; unfitted is an InputError."""
         self._require_fitted()
         return encode(
@@ -79,9 +79,10 @@ class KernelHash(nn.Module):
             anchors=self.anchors,
             weight=self.weight,
             kernel_mean=self.kernel_mean,
+            key_mask=key_mask,
         )
 
-    def forward(self, q: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Attend over v [B, H, N, D] through the codes of raw rows q [B, H, N, D].
 
         As ``kernelized_hash_attention``; unfitted is an InputError.
@@ -94,6 +95,7 @@ class KernelHash(nn.Module):
             weight=self.weight,
             kernel_mean=self.kernel_mean,
             value_bias=self.config.value_bias,
+            key_mask=key_mask,
         )
 
     def _require_fitted(self) -> None:

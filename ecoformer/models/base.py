@@ -53,6 +53,8 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block (ViT, arXiv 2010.11929), [B, N, C] to [B, N, C].
 
+    Attention that takes a ``key_mask``, [B, N], true for a real token, gets it from the call.
+
     ``drop_path`` is the probability that a sample skips a branch in training. Where
     ``grad_checkpointing`` is set, gradients compute the block again instead of keeping its insides.
     """
@@ -68,16 +70,20 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, size: Size) -> Tensor:
+    def forward(
+        self, x: Tensor, size: Size | None = None, key_mask: Tensor | None = None
+    ) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             # Not the reentrant form, which DistributedDataParallel does not take. The state of the
             # random generators is kept: what was dropped is dropped again.
-            x = checkpoint(self._add_branches, x, size, use_reentrant=False)
+            x = checkpoint(self._add_branches, x, size, key_mask, use_reentrant=False)
             return x
-        return self._add_branches(x, size)
+        return self._add_branches(x, size, key_mask)
 
-    def _add_branches(self, x: Tensor, size: Size) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), size))
+    def _add_branches(self, x: Tensor, size: Size | None, key_mask: Tensor | None) -> Tensor:
+        # Not every attention knows masks.
+        masks = () if key_mask is None else (key_mask,)
+        x = x + self.drop_path(self.attn(self.norm1(x), size, *masks))
         return x + self.drop_path(self.mlp(self.norm2(x), size))
 
 

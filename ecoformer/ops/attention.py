@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 from ecoformer.hash_config import ValueBias, check_value_bias
+from ecoformer.ops.masks import check_key_mask, count_real, hide
 from ecoformer.ops.precision import compute_dtype, without_autocast
 
 
-def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released") -> Tensor:
+def hash_attention(
+    codes: Tensor,
+    v: Tensor,
+    value_bias: ValueBias = "released",
+    *,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Attend with similarity ``h_i . h_j + c``, ``c = K + 1``, in time linear in N.
 
     Args:
@@ -17,12 +24,14 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released")
         v: [B, H, N, D], float.
         value_bias: "released" adds ``c v_i`` to the numerator, as every released checkpoint was
             trained with; "normalized" adds ``c sum_j v_j``: a true weighted mean of the values.
+        key_mask: [B, N], bool, true for a real token; None where all are.
 
     Returns:
-        [B, H, N, D], the dtype of ``v``; summed in float32, or float64 where an input is.
+        [B, H, N, D], the dtype of ``v``; summed in float32, or float64 where an input is. That of
+        the real tokens alone, and 0 for masked ones.
 
     Raises:
-        InputError: another ``value_bias``.
+        InputError: another ``value_bias``; a ``key_mask`` of another shape or dtype.
 
     Source: EcoFormer, arXiv 2209.09004.
     """
@@ -31,13 +40,19 @@ def hash_attention(codes: Tensor, v: Tensor, value_bias: ValueBias = "released")
     c = num_bits + 1
     dtype = compute_dtype(codes, v)
     values, codes = v.to(dtype), codes.to(dtype)
+    num_real: int | Tensor = num_tokens
+    if key_mask is not None:
+        check_key_mask(key_mask, v)
+        values, codes = hide(values, key_mask), hide(codes, key_mask)
+        num_real = count_real(key_mask, dtype)
     with without_autocast(v):
         code_sum = codes.sum(-2).unsqueeze(-1)  # [B, H, K, 1]
         code_value_sum = codes.transpose(-1, -2) @ values  # [B, H, K, D]
         bias = values if value_bias == "released" else values.sum(-2, keepdim=True)
         numerator = (codes @ code_value_sum).add_(bias, alpha=c)
-        denominator = (codes @ code_sum).add_(c * num_tokens)  # [B, H, N, 1]
-        return numerator.div_(denominator).to(v.dtype)
+        denominator = (codes @ code_sum).add_(c * num_real)  # [B, H, N, 1]
+        out = numerator.div_(denominator).to(v.dtype)
+        return out if key_mask is None else hide(out, key_mask)
 
 
 def hash_attention_weights(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from ecoformer.ops.masks import check_key_mask, count_real, hide
 from ecoformer.ops.precision import as_full_precision, without_autocast
 
 # What normalisation divides by at least.
@@ -24,7 +25,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(as_full_precision(x), dim=-1, eps=MIN_NORM)
 
 
-def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
+def kernel_features(x: Tensor, anchors: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Gaussian kernel between rows and anchors, with the mean squared distance as bandwidth.
 
     The distances come from ``|x|^2 + |a|^2 - 2 x.a`` and their mean from the means of rows and
@@ -33,16 +34,26 @@ def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
     Args:
         x: [B, H, N, D], float32 or float64. Unit rows or zero rows: their length is counted.
         anchors: [H, M, D], the dtype of ``x``.
+        key_mask: [B, N], bool; the mean is over the distances of real tokens.
 
     Returns:
-        [B, H, M, N], the mean not subtracted; all 1 where every row equals every anchor.
+        [B, H, M, N], the mean not subtracted; all 1 where every row equals every anchor. Those of
+        masked tokens mean nothing.
     """
     # Squares of about 1 would cancel where rows are alike, and leave rounding.
     center = anchor_center(anchors)
     x, anchors = x - center, anchors - center
+    if key_mask is not None:
+        x = hide(x, key_mask)
     x_squared = torch.linalg.vector_norm(x, dim=-1).square().unsqueeze(-2)  # [B, H, 1, N]
     anchors_squared = anchors.square().sum(-1, keepdim=True)  # [H, M, 1]
-    scale = kernel_scale(x.mean(-2, keepdim=True), x_squared.mean(-1, keepdim=True), anchors)
+    if key_mask is None:
+        x_mean, x_squared_mean = x.mean(-2, keepdim=True), x_squared.mean(-1, keepdim=True)
+    else:
+        num_real = count_real(key_mask, x.dtype)
+        x_mean = x.sum(-2, keepdim=True) / num_real
+        x_squared_mean = x_squared.sum(-1, keepdim=True) / num_real
+    scale = kernel_scale(x_mean, x_squared_mean, anchors)
     # Accumulated in place; the scale is folded into the smaller factor of the product.
     exponents = x_squared * scale + anchors_squared * scale
     exponents.flatten(0, 1).baddbmm_((anchors * (-2 * scale)).flatten(0, 1), x.mT.flatten(0, 1))
@@ -98,7 +109,14 @@ def sign_straight_through(y: Tensor) -> Tensor:
     return _SignStraightThrough.apply(y)
 
 
-def encode(x: Tensor, *, anchors: Tensor, weight: Tensor, kernel_mean: Tensor) -> Tensor:
+def encode(
+    x: Tensor,
+    *,
+    anchors: Tensor,
+    weight: Tensor,
+    kernel_mean: Tensor,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Binary codes of unit rows, with a straight-through gradient.
 
     Args:
@@ -106,13 +124,19 @@ def encode(x: Tensor, *, anchors: Tensor, weight: Tensor, kernel_mean: Tensor) -
         anchors: [H, M, D], float, unit rows.
         weight: [H, K, M], float.
         kernel_mean: [H, M], float, mean kernel feature stored at the fit.
+        key_mask: [B, N], bool, true for a real token; None where all are.
 
     Returns:
         [B, H, N, K] in {-1, +1}, float32, or float64 where ``x`` is. A transposed view of memory
-        that runs along the tokens.
+        that runs along the tokens. Codes of masked tokens mean nothing.
+
+    Raises:
+        InputError: a ``key_mask`` of another shape or dtype.
     """
     x = as_full_precision(x)
+    if key_mask is not None:
+        check_key_mask(key_mask, x)
     with without_autocast(x):
-        features = kernel_features(x, anchors.to(x.dtype))
+        features = kernel_features(x, anchors.to(x.dtype), key_mask)
         features = features - kernel_mean.to(x.dtype).unsqueeze(-1)
         return sign_straight_through(weight.to(x.dtype) @ features).mT

@@ -15,6 +15,7 @@ from torch import Tensor
 from ecoformer.hash_config import ValueBias, check_value_bias
 from ecoformer.ops.backends import HashFunctions, find_fused_backend, forced_backend
 from ecoformer.ops.backends.base import empty_rows
+from ecoformer.ops.masks import check_key_mask
 from ecoformer.ops.precision import compute_dtype, without_autocast
 
 
@@ -26,6 +27,7 @@ def kernelized_hash_attention(
     weight: Tensor,
     kernel_mean: Tensor,
     value_bias: ValueBias = "released",
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Attend through binary codes of the rows that queries and keys share.
 
@@ -39,23 +41,28 @@ def kernelized_hash_attention(
         weight: [H, K, M], float.
         kernel_mean: [H, M], float.
         value_bias: as for ``hash_attention``.
+        key_mask: [B, N], bool, true for a real token; None where all are. Output and gradients are
+            those of the real tokens alone, and 0 for masked ones, whatever their rows hold.
 
     Returns:
         [B, H, N, D], the dtype of ``v``; computed in float32, or float64 where an input is. No
         gradient reaches the hash functions.
 
     Raises:
-        InputError: another ``value_bias``; a chosen backend that cannot run on these inputs.
+        InputError: another ``value_bias``; a ``key_mask`` of another shape or dtype; a chosen
+            backend that cannot run on these inputs.
 
     Source: EcoFormer, arXiv 2209.09004.
     """
     check_value_bias(value_bias)
     is_normalized = value_bias == "normalized"
+    if key_mask is not None:
+        check_key_mask(key_mask, q)
     backend = forced_backend()
     if backend is None:
-        return attend(q, v, anchors, weight, kernel_mean, is_normalized)[0]
+        return attend(q, v, anchors, weight, kernel_mean, is_normalized, "", key_mask)[0]
     functions = HashFunctions(anchors, weight, kernel_mean)
-    return backend.attend(q, v, functions, is_normalized=is_normalized)
+    return backend.attend(q, v, functions, is_normalized=is_normalized, key_mask=key_mask)
 
 
 @torch.library.custom_op("ecoformer::kernelized_hash_attention", mutates_args=())
@@ -67,12 +74,13 @@ def attend(
     kernel_mean: Tensor,
     is_normalized: bool,
     backend: str = "",
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``FusedBackend.forward`` of the named backend, or of the first that can run."""
     functions = _functions(q, v, anchors, weight, kernel_mean)
     with without_autocast(q):
         return find_fused_backend(backend, q, v, functions).forward(
-            q, v, functions, is_normalized=is_normalized
+            q, v, functions, is_normalized=is_normalized, key_mask=key_mask
         )
 
 
@@ -88,11 +96,12 @@ def _attend_backward(
     scale: Tensor,
     is_normalized: bool,
     backend: str,
+    key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     functions = _functions(q, v, anchors, weight, kernel_mean)
     with without_autocast(q):
         return find_fused_backend(backend, q, v, functions).backward(
-            grad, q, v, functions, sums, scale, is_normalized=is_normalized
+            grad, q, v, functions, sums, scale, is_normalized=is_normalized, key_mask=key_mask
         )
 
 
@@ -118,13 +127,14 @@ def _(grad: Tensor, q: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.is_normalized, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    *tensors, ctx.is_normalized, ctx.backend, key_mask = inputs
+    ctx.save_for_backward(*tensors, *output[1:], key_mask)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    grads = _attend_backward(grad, *ctx.saved_tensors, ctx.is_normalized, ctx.backend)
-    return *grads, None, None, None, None, None
+    *tensors, key_mask = ctx.saved_tensors
+    grads = _attend_backward(grad, *tensors, ctx.is_normalized, ctx.backend, key_mask)
+    return *grads, None, None, None, None, None, None
 
 
 attend.register_autograd(_backward, setup_context=_save)

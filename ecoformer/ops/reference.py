@@ -4,7 +4,8 @@ For tests and benchmarks. It builds the [B, H, N, M, D] differences and the N x 
 shipped operations avoid; those, of the same names, say more about arguments. Where layouts differ,
 tokens come before features here.
 
-Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors, T similar pairs.
+Shapes: B batch, H heads, N tokens, D head dim, K hash bits, M anchors, T similar pairs. A key mask
+is [B, N], bool, true for a real token; rows of masked tokens have to be finite here.
 
 Source: EcoFormer, arXiv 2209.09004, and the released implementation.
 """
@@ -20,11 +21,16 @@ def normalize_rows(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-def kernel_features(x: Tensor, anchors: Tensor) -> Tensor:
+def kernel_features(x: Tensor, anchors: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Kernel of rows [B, H, N, D] and anchors [H, M, D], float: [B, H, N, M]."""
     differences = x[:, :, :, None, :] - anchors[None, :, None, :, :]  # [B, H, N, M, D]
     distances = differences.square().sum(-1)  # [B, H, N, M]
-    bandwidth = distances.mean((2, 3), keepdim=True)  # [B, H, 1, 1]
+    if key_mask is None:
+        bandwidth = distances.mean((2, 3), keepdim=True)  # [B, H, 1, 1]
+    else:
+        real = key_mask[:, None, :, None].to(x.dtype)  # [B, 1, N, 1]
+        num_real = real.sum(2, keepdim=True).clamp_min(1)
+        bandwidth = (real * distances).mean(3, keepdim=True).sum(2, keepdim=True) / num_real
     # Where every row equals every anchor, 0 / 0 is taken for 0: the features are 1.
     bandwidth = bandwidth.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
     return torch.exp(-distances / (2 * bandwidth))
@@ -44,20 +50,37 @@ class _ClippedSign(torch.autograd.Function):
         return torch.where((y > -1) & (y < 1), grad, torch.zeros_like(grad))
 
 
-def encode(x: Tensor, *, anchors: Tensor, weight: Tensor, kernel_mean: Tensor) -> Tensor:
+def encode(
+    x: Tensor,
+    *,
+    anchors: Tensor,
+    weight: Tensor,
+    kernel_mean: Tensor,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Codes [B, H, N, K] in {-1, +1} of unit rows [B, H, N, D]; straight-through gradient."""
-    features = kernel_features(x, anchors) - kernel_mean[None, :, None, :]
+    features = kernel_features(x, anchors, key_mask) - kernel_mean[None, :, None, :]
     return _ClippedSign.apply(torch.einsum("bhnm,hkm->bhnk", features, weight))
 
 
-def hash_attention(codes: Tensor, v: Tensor, value_bias: str = "released") -> Tensor:
+def hash_attention(
+    codes: Tensor,
+    v: Tensor,
+    value_bias: str = "released",
+    *,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Attend to v [B, H, N, D] with similarity ``h_i . h_j + c`` of codes [B, H, N, K]."""
     c = codes.shape[-1] + 1
-    dots = codes @ codes.transpose(-1, -2)  # [B, H, N, N]
-    denominator = (dots + c).sum(-1, keepdim=True)
+    real = v.new_ones(v.shape[0], v.shape[2]) if key_mask is None else key_mask.to(v.dtype)
+    keys, queries = real[:, None, None, :], real[:, None, :, None]
+    dots = codes @ codes.transpose(-1, -2) * keys  # [B, H, N, N]
+    similarity = dots + c * keys
+    # Only where no token is real it is not positive, but 0.
+    denominator = similarity.sum(-1, keepdim=True).clamp_min(1)
     if value_bias == "released":
-        return (dots @ v + c * v) / denominator
-    return ((dots + c) @ v) / denominator
+        return queries * (dots @ v + c * v) / denominator
+    return queries * (similarity @ v) / denominator
 
 
 def kernelized_hash_attention(
@@ -68,10 +91,12 @@ def kernelized_hash_attention(
     weight: Tensor,
     kernel_mean: Tensor,
     value_bias: str = "released",
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Normalise raw rows q [B, H, N, D], encode them, and attend to v [B, H, N, D]."""
-    codes = encode(normalize_rows(q), anchors=anchors, weight=weight, kernel_mean=kernel_mean)
-    return hash_attention(codes, v, value_bias)
+    x = normalize_rows(q)
+    codes = encode(x, anchors=anchors, weight=weight, kernel_mean=kernel_mean, key_mask=key_mask)
+    return hash_attention(codes, v, value_bias, key_mask=key_mask)
 
 
 def similarity_targets(x: Tensor, num_similar: int) -> Tensor:

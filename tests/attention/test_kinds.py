@@ -151,7 +151,9 @@ def test_an_unknown_kind_shows_the_nearest_and_all() -> None:
 @pytest.mark.parametrize("second", [torch.ones(2, 12, dtype=torch.bool), torch.zeros(2, 12, 12), 3])
 def test_what_is_no_size_is_refused(second: Any, options: dict[str, Any]) -> None:
     layer, x = build(options), draw(2, 12, 12).float()
-    with pytest.raises(InputError, match=r"takes the map's \(height, width\), not a .*no mask"):
+    with pytest.raises(
+        InputError, match=r"takes the map's \(height, width\), not a .*its one mask is key_mask"
+    ):
         layer(x, second)
 
 

@@ -56,7 +56,13 @@ class Doubled(ComposedBackend):
         return self.is_able
 
     def compose(
-        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        *,
+        is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> Tensor:
         return 2 * v
 

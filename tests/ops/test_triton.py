@@ -258,7 +258,12 @@ def test_what_kernels_do_not_take_is_left_to_the_other_form() -> None:
         "write_gradients_kernel",
     ],
 )
-def test_kernels_compile_without_a_gpu(name: str) -> None:
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)],
+)
+def test_kernels_compile_without_a_gpu(name: str, is_masked: bool, capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -270,10 +275,15 @@ def test_kernels_compile_without_a_gpu(name: str) -> None:
         "IS_NORMALIZED": False,
         "PRECISION": tiling.precision,
     }
+    masks = {"key_mask": "*i1", "counts": "*i32"}
+    if not is_masked:
+        constants |= dict.fromkeys(masks)
     signature: dict[str, Any] = {}
     for argument in kernel.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
+        elif argument in masks:
+            signature[argument] = masks[argument]
         elif argument.endswith("_strides"):
             signature[argument] = ("i32",) * 4
         elif argument in ("num_heads", "num_tokens", "range_tokens"):
@@ -294,7 +304,7 @@ def test_kernels_compile_without_a_gpu(name: str) -> None:
     )
     compiled = compile(
         source,
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", capability, 32),
         options={"num_warps": tiling.num_warps, "enable_fp_fusion": True},
     )
     assert compiled.metadata.shared < triton_ops._MIN_SHARED_BYTES

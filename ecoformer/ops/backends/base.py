@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ecoformer.errors import InputError
+from ecoformer.ops.masks import hide
 from ecoformer.ops.precision import compute_dtype, without_autocast
 
 
@@ -42,7 +43,13 @@ class Backend(ABC):
 
     @abstractmethod
     def attend(
-        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        *,
+        is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend as ``kernelized_hash_attention`` does, with a gradient at ``q`` and ``v``.
 
@@ -51,9 +58,11 @@ class Backend(ABC):
             v: [B, H, N, D], float.
             functions: of any float dtype.
             is_normalized: the value bias is ``c sum_j v_j``, not ``c v_i``.
+            key_mask: [B, N], bool, on the device of the rows; None where all tokens are real.
 
         Returns:
-            [B, H, N, D], the dtype of ``v``; computed in float32, or float64 where an input is.
+            [B, H, N, D], the dtype of ``v``; computed in float32, or float64 where an input is. 0
+            for masked tokens.
 
         Raises:
             InputError: the backend cannot run on these inputs.
@@ -78,9 +87,17 @@ class FusedBackend(Backend):
 
     @abstractmethod
     def forward(
-        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        *,
+        is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend as ``attend`` does, in the dtype of ``functions``: float32 or float64.
+
+        Rows of masked tokens may hold anything; nothing of them enters a sum or a mean.
 
         Returns:
             The output [B, H, N, D] in the dtype of ``v``; with codes h, the sums
@@ -99,6 +116,7 @@ class FusedBackend(Backend):
         scale: Tensor,
         *,
         is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Differentiate ``forward``, straight through the sign and through the bandwidth.
 
@@ -107,15 +125,21 @@ class FusedBackend(Backend):
             sums: from the ``forward`` of any fused backend, as ``scale``.
 
         Returns:
-            The gradients of ``q`` and of ``v``, each in its dtype.
+            The gradients of ``q`` and of ``v``, each in its dtype; 0 for masked tokens.
         """
 
     def attend(
-        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        *,
+        is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> Tensor:
         # Registered in ``ecoformer.ops.operator``, which looks backends up.
         operator = torch.ops.ecoformer.kernelized_hash_attention.default
-        out, _, _ = operator(q, v, *functions, is_normalized, self.name)
+        out, _, _ = operator(q, v, *functions, is_normalized, self.name, key_mask)
         return out
 
 
@@ -130,18 +154,40 @@ class ComposedBackend(Backend):
         return True
 
     def attend(
-        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        *,
+        is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> Tensor:
         self.require(q, v, functions)
         dtype = compute_dtype(q, v)
         with without_autocast(q):
+            rows, values = q.to(dtype), v.to(dtype)
+            if key_mask is not None:
+                rows, values = hide(rows, key_mask), hide(values, key_mask)
             out = self.compose(
-                q.to(dtype), v.to(dtype), functions.to(dtype), is_normalized=is_normalized
+                rows,
+                values,
+                functions.to(dtype),
+                is_normalized=is_normalized,
+                key_mask=key_mask,
             )
         return out.to(v.dtype)
 
     @abstractmethod
     def compose(
-        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        *,
+        is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend where all inputs have one dtype, float32 or float64, and autocast is off."""
+        """Attend where all inputs have one dtype, float32 or float64, and autocast is off.
+
+        Rows of masked tokens are 0 here, and have to be 0 in the output.
+        """

@@ -10,15 +10,17 @@ images, each cut into P parts of n tokens, and G = b H P. Features and codes hav
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import gcd, log
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ecoformer.ops.backends.base import FusedBackend, HashFunctions, empty_rows
 from ecoformer.ops.codes import MIN_NORM, anchor_center, binarize, kernel_scale
+from ecoformer.ops.masks import count_real
 
 # Of a block, over all images and heads. A row becomes a few hundred bytes, which together should
 # fit the cache that cores share; a block costs some hundred microseconds of small operations.
@@ -38,13 +40,19 @@ class BlockedBackend(FusedBackend):
         return True
 
     def forward(
-        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        *,
+        is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         out, num_bits = empty_rows(v), functions.weight.shape[-2]
         sums = functions.weight.new_zeros(*q.shape[:2], num_bits + 1, v.shape[-1] + 1)
         scale = sums.new_empty(q.shape[:2])
-        for block in _blocks(q, v, out, sums, scale):
-            _forward_block(*block, functions=functions, is_normalized=is_normalized)
+        for mask, block in _blocks(key_mask, q, v, out, sums, scale):
+            _forward_block(*block, functions=functions, is_normalized=is_normalized, key_mask=mask)
         return out, sums, scale
 
     def backward(
@@ -57,10 +65,11 @@ class BlockedBackend(FusedBackend):
         scale: Tensor,
         *,
         is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         grad_q, grad_v = empty_rows(q), empty_rows(v)
-        for block in _blocks(grad, q, v, sums, scale, grad_q, grad_v):
-            _backward_block(*block, functions=functions, is_normalized=is_normalized)
+        for mask, block in _blocks(key_mask, grad, q, v, sums, scale, grad_q, grad_v):
+            _backward_block(*block, functions=functions, is_normalized=is_normalized, key_mask=mask)
         return grad_q, grad_v
 
 
@@ -73,10 +82,15 @@ def _forward_block(
     *,
     functions: HashFunctions,
     is_normalized: bool,
+    key_mask: Tensor | None,
 ) -> None:
-    dtype, c, num_tokens = functions.weight.dtype, functions.weight.shape[-2] + 1, q.shape[-2]
+    dtype, c = functions.weight.dtype, functions.weight.shape[-2] + 1
     num_parts, chunk = _cut(q)
-    rows, values = _Rows.of(_flatten(q, dtype, num_parts)), _flatten(v, dtype, num_parts)
+    mask = _Mask.of(key_mask, q, dtype, num_parts)
+    rows, values = _Rows.of(_flatten(q, dtype, num_parts), mask), _flatten(v, dtype, num_parts)
+    if mask is not None:
+        values = mask.hide(values)
+    num_real = q.shape[-2] if mask is None else mask.num_real
     rows.measure_scale(functions.anchors, num_parts, out=scale)
     if _is_narrow(scale):
         rows, functions = _move_to_center(rows, functions, num_parts)
@@ -87,6 +101,8 @@ def _forward_block(
     codes = []
     for rows_chunk, v_chunk in zip(rows.split(chunk), _split(values, chunk, -2), strict=True):
         h = encoder.encode(rows_chunk)  # [G, K, chunk]
+        if rows_chunk.mask is not None:
+            h *= rows_chunk.mask.real
         context += _gather(torch.bmm(h, v_chunk), num_parts)
         code_sum += _gather(h.sum(-1, keepdim=True), num_parts)
         # Those of a large image are kept as bytes.
@@ -95,17 +111,20 @@ def _forward_block(
         value_sum += _gather(values.sum(-2, keepdim=True), num_parts)
     context, code_sum, value_sum = (_share(total, num_parts) for total in totals)
     out_parts = out.view(*q.shape[:2], num_parts, *values.shape[1:])
-    chunks = list(zip(codes, _split(values, chunk, -2), _split(out_parts, chunk, -2), strict=True))
+    masks = _split_mask(mask, chunk, len(codes))
+    chunks = zip(codes, _split(values, chunk, -2), _split(out_parts, chunk, -2), masks, strict=True)
     # Backwards: what was read last may still be in the cache.
-    for h, v_chunk, out_chunk in reversed(chunks):
+    for h, v_chunk, out_chunk, chunk_mask in reversed(list(chunks)):
         h = h.to(dtype)
         # Where the heads of a token do not lie between others, nothing is copied.
         is_direct = out_chunk.shape[1] == 1 and out_chunk.dtype == dtype
         place = out_chunk.flatten(0, 2) if is_direct else None
         numerator = torch.bmm(h.mT, context, out=place)
         numerator.add_(value_sum if is_normalized else v_chunk, alpha=c)
-        denominator = torch.bmm(code_sum.mT, h).add_(c * num_tokens)
-        numerator *= denominator.reciprocal_().mT
+        inverse = torch.bmm(code_sum.mT, h).add_(c * num_real).reciprocal_()
+        if chunk_mask is not None:
+            inverse *= chunk_mask.real
+        numerator *= inverse.mT
         if not is_direct:
             out_chunk.copy_(numerator.view(out_chunk.shape))
 
@@ -121,11 +140,20 @@ def _backward_block(
     *,
     functions: HashFunctions,
     is_normalized: bool,
+    key_mask: Tensor | None,
 ) -> None:
     """g and e are the gradients of numerators and denominators."""
     num_bits, num_anchors = functions.weight.shape[-2:]
-    dtype, c, num_tokens = functions.weight.dtype, num_bits + 1, q.shape[-2]
-    raw_rows, values = _Rows.of(_flatten(q, dtype)), _flatten(v, dtype)
+    dtype, c = functions.weight.dtype, num_bits + 1
+    mask = _Mask.of(key_mask, q, dtype)
+    num_real = q.shape[-2] if mask is None else mask.num_real
+    raw_rows, values, flat_grad = (
+        _Rows.of(_flatten(q, dtype), mask),
+        _flatten(v, dtype),
+        (_flatten(grad, dtype)),
+    )
+    if mask is not None:
+        values, flat_grad = mask.hide(values), mask.hide(flat_grad)
     rows = raw_rows
     if _is_narrow(scale):
         rows, functions = _move_to_center(rows, functions)
@@ -137,9 +165,12 @@ def _backward_block(
     h = binarize(y)  # [G, K, N]
     # As numbers: with booleans the product below takes five times as long.
     passes = torch.lt(y.abs_(), 1, out=y)
+    if mask is not None:
+        h *= mask.real
+        passes *= mask.real
 
-    denominator = torch.bmm(code_sum.mT, h).add_(c * num_tokens)  # [G, 1, N]
-    g = _flatten(grad, dtype) / denominator.mT  # [G, N, D]
+    denominator = torch.bmm(code_sum.mT, h).add_(c * num_real)  # [G, 1, N]
+    g = flat_grad / denominator.mT  # [G, N, D]
     g_context = torch.bmm(context, g.mT)  # [G, K, N]
     e = (h * g_context).sum(-2, keepdim=True)
     e += c * _row_sums(g * (value_sum if is_normalized else values))
@@ -147,7 +178,10 @@ def _backward_block(
 
     grad_context = torch.bmm(h, g)  # [G, K, D]
     grad_bias = g.sum(-2, keepdim=True) if is_normalized else g
-    grad_v.copy_(torch.bmm(h.mT, grad_context).add_(grad_bias, alpha=c).view(v.shape))
+    grad_values = torch.bmm(h.mT, grad_context).add_(grad_bias, alpha=c)
+    if mask is not None:
+        grad_values *= mask.real.mT
+    grad_v.copy_(grad_values.view(v.shape))
 
     # A code is in its own numerator and denominator, and in the sums that all share.
     grad_h = g_context.addcmul_(code_sum, e)
@@ -160,50 +194,92 @@ def _backward_block(
     # The scale is -1 / (2 s), and every distance has the same share in s.
     grad_scale = log(2) * torch.linalg.vecdot(grad_exponents.flatten(1), exponents.flatten(1))
     scale = scale.view(-1, 1, 1)
-    share = 2 * scale * grad_scale[:, None, None] / (num_tokens * num_anchors)
+    share = 2 * scale * grad_scale[:, None, None] / (num_real * num_anchors)
+    if mask is not None:
+        share = share * mask.real
     grad_distances = grad_exponents.mul_(scale).add_(share)
     half_grad = rows.backward(grad_distances, _repeat(functions.anchors, len(q)))
     grad_q.copy_(raw_rows.backward_of_norm(half_grad).view(q.shape))
 
 
+class _Mask(NamedTuple):
+    """Real tokens as numbers, by which codes are multiplied."""
+
+    real: Tensor  # [G, 1, n], 1 for a real token and 0 for a masked one
+    num_real: Tensor  # [G, 1, 1], at least 1
+
+    @classmethod
+    def of(
+        cls, key_mask: Tensor | None, q: Tensor, dtype: torch.dtype, num_parts: int = 1
+    ) -> _Mask | None:
+        """From a mask [b, N] of rows [b, H, N, D]."""
+        if key_mask is None:
+            return None
+        counts = count_real(key_mask, dtype).expand(-1, q.shape[1], -1, -1).flatten(0, 1)
+        real = key_mask.to(dtype)[:, None, None].expand(-1, q.shape[1], -1, -1).flatten(0, 1)
+        real = rearrange(real, "g 1 (parts n) -> (g parts) 1 n", parts=num_parts)
+        return cls(real, _share(counts, num_parts))
+
+    def hide(self, rows: Tensor) -> Tensor:
+        """Make masked rows of [G, n, D] 0, whatever they hold."""
+        return rows.masked_fill(self.real.mT == 0, 0)
+
+
+def _split_mask(mask: _Mask | None, num_tokens: int, num_chunks: int) -> Sequence[_Mask | None]:
+    if mask is None:
+        return [None] * num_chunks
+    return [mask._replace(real=real) for real in _split(mask.real, num_tokens, -1)]
+
+
 class _Rows(NamedTuple):
     """Rows to be multiplied by ``inverse_norms``, and their squared norms after that."""
 
-    q: Tensor  # [G, n, D]
+    q: Tensor  # [G, n, D]; 0 where masked
     inverse_norms: Tensor  # [G, 1, n]
     x_squared: Tensor  # [G, 1, n]
+    mask: _Mask | None = None
 
     @classmethod
-    def of(cls, q: Tensor) -> _Rows:
+    def of(cls, q: Tensor, mask: _Mask | None = None) -> _Rows:
         """Make unit rows of raw ones."""
+        if mask is not None:
+            q = mask.hide(q)
         norms = torch.linalg.vector_norm(q, dim=-1).unsqueeze(-2)
         inverse_norms = norms.clamp_min(MIN_NORM).reciprocal_()
         # A row with an infinite norm is a zero row, as where each is divided by it.
-        return cls(q, inverse_norms, norms.mul_(inverse_norms).nan_to_num_(0).square_())
+        return cls(q, inverse_norms, norms.mul_(inverse_norms).nan_to_num_(0).square_(), mask)
 
     def move(self, center: Tensor) -> _Rows:
         """Subtract a center [G, 1, D] from unit rows."""
         # With the bits of ``normalize_rows``: a row that became an anchor is at no distance.
         norms = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True).clamp_min_(MIN_NORM)
         x = torch.addcdiv(-center, self.q, norms)
+        if self.mask is not None:
+            x *= self.mask.real.mT
         x_squared = torch.linalg.vector_norm(x, dim=-1).square_().unsqueeze(-2)
-        return _Rows(x, torch.ones_like(x_squared), x_squared)
+        return _Rows(x, torch.ones_like(x_squared), x_squared, self.mask)
 
     def split(self, num_tokens: int) -> Iterator[_Rows]:
-        for q, inverse_norms, x_squared in zip(
-            _split(self.q, num_tokens, -2),
+        rows = _split(self.q, num_tokens, -2)
+        for parts in zip(
+            rows,
             _split(self.inverse_norms, num_tokens, -1),
             _split(self.x_squared, num_tokens, -1),
+            _split_mask(self.mask, num_tokens, len(rows)),
             strict=True,
         ):
-            yield _Rows(q, inverse_norms, x_squared)
+            yield _Rows(*parts)
 
     def measure_scale(self, anchors: Tensor, num_parts: int, *, out: Tensor) -> None:
         """``kernel_scale`` [b, H] of whole images, with anchors [H, M, D]."""
         num_tokens = self.q.shape[-2] * num_parts
-        x_mean = _gather(torch.bmm(self.inverse_norms, self.q), num_parts) / num_tokens
-        x_squared_mean = self.x_squared.view(*out.shape, 1, num_tokens).mean(-1, keepdim=True)
-        x_mean = x_mean.unflatten(0, out.shape)
+        x_sum = _gather(torch.bmm(self.inverse_norms, self.q), num_parts).unflatten(0, out.shape)
+        x_squared = self.x_squared.view(*out.shape, 1, num_tokens)
+        if self.mask is None:
+            x_mean, x_squared_mean = x_sum / num_tokens, x_squared.mean(-1, keepdim=True)
+        else:
+            num_real = self.mask.num_real[::num_parts].unflatten(0, out.shape)
+            x_mean, x_squared_mean = x_sum / num_real, x_squared.sum(-1, keepdim=True) / num_real
         out.copy_(kernel_scale(x_mean, x_squared_mean, anchors).view(out.shape))
 
     def backward(self, grad_distances: Tensor, anchors: Tensor) -> Tensor:
@@ -332,9 +408,15 @@ def _split_sums(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return sums[:, :-1, :-1], sums[:, :-1, -1:], sums[:, -1:, :-1]
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors [B, ...] into as many images as a block takes; the first holds rows."""
+def _blocks(
+    key_mask: Tensor | None, *tensors: Tensor
+) -> Iterator[tuple[Tensor | None, tuple[Tensor, ...]]]:
+    """Split a mask and tensors [B, ...] into the images of a block; the first tensor holds rows."""
     _, num_heads, num_tokens, _ = tensors[0].shape
     # The same number for each thread, so that none waits.
     num_images = _ROWS_PER_THREAD // max(1, num_heads * num_tokens) * torch.get_num_threads()
-    return zip(*(_split(tensor, max(1, num_images), 0) for tensor in tensors), strict=True)
+    blocks = list(zip(*(_split(x, max(1, num_images), 0) for x in tensors), strict=True))
+    masks: Sequence[Tensor | None] = [None] * len(blocks)
+    if key_mask is not None:
+        masks = _split(key_mask, max(1, num_images), 0)
+    return zip(masks, blocks, strict=True)

@@ -17,10 +17,16 @@ class EagerBackend(ComposedBackend):
     name = "eager"
 
     def compose(
-        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        *,
+        is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> Tensor:
-        codes = encode(normalize_rows(q), **functions._asdict())
-        return hash_attention(codes, v, _value_bias(is_normalized))
+        codes = encode(normalize_rows(q), **functions._asdict(), key_mask=key_mask)
+        return hash_attention(codes, v, _value_bias(is_normalized), key_mask=key_mask)
 
 
 class ReferenceBackend(ComposedBackend):
@@ -29,10 +35,20 @@ class ReferenceBackend(ComposedBackend):
     name = "reference"
 
     def compose(
-        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        *,
+        is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> Tensor:
         return reference.kernelized_hash_attention(
-            q, v, **functions._asdict(), value_bias=_value_bias(is_normalized)
+            q,
+            v,
+            **functions._asdict(),
+            value_bias=_value_bias(is_normalized),
+            key_mask=key_mask,
         )
 
 

@@ -40,11 +40,17 @@ class TritonBackend(FusedBackend):
     # ``launch`` imports Triton, which many runs do without.
 
     def forward(
-        self, q: Tensor, v: Tensor, functions: HashFunctions, *, is_normalized: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        functions: HashFunctions,
+        *,
+        is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ecoformer.ops.backends.triton import launch
 
-        return launch.forward(q, v, functions, is_normalized=is_normalized)
+        return launch.forward(q, v, functions, is_normalized=is_normalized, key_mask=key_mask)
 
     def backward(
         self,
@@ -56,10 +62,13 @@ class TritonBackend(FusedBackend):
         scale: Tensor,
         *,
         is_normalized: bool,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         from ecoformer.ops.backends.triton import launch
 
-        return launch.backward(grad, q, v, functions, sums, scale, is_normalized=is_normalized)
+        return launch.backward(
+            grad, q, v, functions, sums, scale, is_normalized=is_normalized, key_mask=key_mask
+        )
 
 
 def _is_interpreted() -> bool:

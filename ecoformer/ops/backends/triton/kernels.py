@@ -6,6 +6,9 @@ is written for each range and added up afterwards in one order, so two runs agre
 
 Shapes: N tokens, D head dim, K hash bits, M anchors of a group; n tokens of a tile. A tile is
 BLOCK_N x BLOCK_D and so on, powers of two of at least 16; beyond N, D, K and M it holds zeros.
+
+A masked token is treated as those beyond N are. Kernels are compiled anew where ``key_mask``
+[B, N], bool, and ``counts`` [B], int32, real tokens of an image and at least 1, are None.
 """
 
 from __future__ import annotations
@@ -56,6 +59,25 @@ def _store_rows(
     mask = is_token[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     pointers = _row_pointers(tensor, strides, group, num_heads, tokens, BLOCK_D)
     tl.store(pointers, tile.to(tensor.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _find_real(key_mask, group, num_heads, num_tokens, tokens, is_token):
+    """Which of some tokens are real, [n], bool."""
+    is_real = is_token
+    if key_mask is not None:
+        row = key_mask + (group // num_heads).to(tl.int64) * num_tokens
+        is_real = is_token & (tl.load(row + tokens, mask=is_token, other=0) != 0)
+    return is_real
+
+
+@triton.jit
+def _count_real(counts, group, num_heads, num_tokens):
+    """Real tokens of a group's image, at least 1."""
+    count = num_tokens
+    if counts is not None:
+        count = tl.load(counts + group // num_heads)
+    return count
 
 
 @triton.jit
@@ -251,6 +273,7 @@ def measure_rows_kernel(
     q,
     q_strides,
     anchors,
+    key_mask,
     row_sums,
     num_heads,
     num_tokens,
@@ -272,11 +295,11 @@ def measure_rows_kernel(
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        is_token = tokens < last
-        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
+        is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, tokens < last)
+        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
         _inverse_norms, x, x_squared = _measure(q_tile, center)
-        x_sums += tl.where(is_token[:, None], x, 0.0)
-        x_squared_sums += tl.where(is_token, x_squared, 0.0)
+        x_sums += tl.where(is_real[:, None], x, 0.0)
+        x_squared_sums += tl.where(is_real, x_squared, 0.0)
     row_sums += (group * tl.num_programs(1) + part).to(tl.int64) * (D + 1)
     dims = tl.arange(0, BLOCK_D)
     tl.store(row_sums + dims, tl.sum(x_sums, 0), mask=dims < D)
@@ -288,13 +311,13 @@ def _kernel_scale(
     row_sums,
     group,
     num_ranges,
-    num_tokens,
+    count,
     anchors,
     D: tl.constexpr,
     M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """-1 / (2 s) of a group, s being its mean squared distance between rows and anchors.
+    """-1 / (2 s) of a group, s being its mean squared distance between real rows and anchors.
 
     Where all are equal it is 0, which makes features of 1 without a gradient.
     """
@@ -306,8 +329,8 @@ def _kernel_scale(
         x_squared_sum += tl.load(row_sums + D)
         row_sums += D + 1
     anchors_squared_mean = tl.sum(anchors * anchors) / M
-    cross = tl.sum(x_sum * tl.sum(anchors, 0)) / (num_tokens * M)
-    bandwidth = x_squared_sum / num_tokens + anchors_squared_mean - 2 * cross
+    cross = tl.sum(x_sum * tl.sum(anchors, 0)) / (count * M)
+    bandwidth = x_squared_sum / count + anchors_squared_mean - 2 * cross
     # NaN stays NaN.
     return tl.where(bandwidth < _MIN_BANDWIDTH, 0.0, -0.5 / bandwidth)
 
@@ -321,6 +344,8 @@ def sum_values_kernel(
     anchors,
     weight,
     kernel_mean,
+    key_mask,
+    counts,
     row_sums,
     scales,
     codes,
@@ -344,7 +369,8 @@ def sum_values_kernel(
     anchors_tile, center, weight_tile, mean_tile = _load_functions(
         anchors, weight, kernel_mean, group % num_heads, D, K, M, BLOCK_D, BLOCK_K, BLOCK_M
     )
-    scale = _kernel_scale(row_sums, group, num_ranges, num_tokens, anchors_tile, D, M, BLOCK_D)
+    count = _count_real(counts, group, num_heads, num_tokens)
+    scale = _kernel_scale(row_sums, group, num_ranges, count, anchors_tile, D, M, BLOCK_D)
     if part == 0:
         tl.store(scales + group, scale)
     bits = tl.full([BLOCK_K], 1, codes.dtype.element_ty) << tl.arange(0, BLOCK_K)
@@ -356,8 +382,9 @@ def sum_values_kernel(
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         is_token = tokens < last
-        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
-        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
+        is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, is_token)
+        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
         _inverse_norms, _exponents, _kernel, y = _project(
             q_tile,
             center,
@@ -372,7 +399,7 @@ def sum_values_kernel(
         tl.store(codes + group.to(tl.int64) * num_tokens + tokens, packed, mask=is_token)
         h = tl.where(y > 0, 1.0, -1.0)
         context += _dot(tl.trans(h), v_tile, True, _is_short(v), PRECISION)
-        code_sums += tl.where(is_token[:, None], h, 0.0)
+        code_sums += tl.where(is_real[:, None], h, 0.0)
         if IS_NORMALIZED:
             value_sums += v_tile
     sums += (group * num_ranges + part).to(tl.int64) * (K + 1) * (D + 1)
@@ -386,6 +413,8 @@ def write_output_kernel(
     v,
     v_strides,
     codes,
+    key_mask,
+    counts,
     sums,
     out,
     out_strides,
@@ -405,22 +434,24 @@ def write_output_kernel(
     sums += group.to(tl.int64) * (K + 1) * (D + 1)
     context, code_sum, value_sum, _count = _load_sums(sums, D, K, BLOCK_D, BLOCK_K)
     c: tl.constexpr = K + 1
+    count = _count_real(counts, group, num_heads, num_tokens)
     bits = tl.full([BLOCK_K], 1, codes.dtype.element_ty) << tl.arange(0, BLOCK_K)
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         is_token = tokens < last
+        is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, is_token)
         packed = tl.load(codes + group.to(tl.int64) * num_tokens + tokens, mask=is_token, other=0)
         h = tl.where((packed[:, None] & bits[None, :]) != 0, 1.0, -1.0)
         numerator = _dot(h, context, True, False, PRECISION)
         if IS_NORMALIZED:
             numerator += c * value_sum[None, :]
         else:
-            numerator += c * _load_rows(
-                v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D
-            )
-        denominator = tl.sum(h * code_sum[None, :], 1) + c * num_tokens
+            numerator += c * _load_rows(v, v_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        denominator = tl.sum(h * code_sum[None, :], 1) + c * count
         out_tile = numerator * (1 / denominator)[:, None]
+        if key_mask is not None:
+            out_tile = tl.where(is_real[:, None], out_tile, 0.0)
         _store_rows(out_tile, out, out_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
 
 
@@ -432,7 +463,7 @@ def _ratio_gradient(
     context,
     code_sum,
     value_sum,
-    num_tokens,
+    count,
     K: tl.constexpr,
     IS_NORMALIZED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -440,7 +471,7 @@ def _ratio_gradient(
     """Codes h [n, K]; gradients g [n, D] of numerators and e [n] of denominators; g Z^T [n, K]."""
     c: tl.constexpr = K + 1
     h = tl.where(y > 0, 1.0, -1.0)
-    inverse = 1 / (tl.sum(h * code_sum[None, :], 1) + c * num_tokens)
+    inverse = 1 / (tl.sum(h * code_sum[None, :], 1) + c * count)
     g = grad * inverse[:, None]
     g_context = _dot(g, tl.trans(context), False, False, PRECISION)
     g_bias = tl.sum(g * value_sum[None, :], 1) if IS_NORMALIZED else tl.sum(g * v, 1)
@@ -459,6 +490,8 @@ def sum_gradients_kernel(
     anchors,
     weight,
     kernel_mean,
+    key_mask,
+    counts,
     sums,
     scales,
     grad_sums,
@@ -489,6 +522,7 @@ def sum_gradients_kernel(
     sums += group.to(tl.int64) * (K + 1) * (D + 1)
     context, code_sum, value_sum, _count = _load_sums(sums, D, K, BLOCK_D, BLOCK_K)
     scale = tl.load(scales + group)
+    count = _count_real(counts, group, num_heads, num_tokens)
     grad_context = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_code_sum = tl.zeros([BLOCK_K], tl.float32)
     grad_value_sum = tl.zeros([BLOCK_D], tl.float32)
@@ -498,10 +532,10 @@ def sum_gradients_kernel(
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        is_token = tokens < last
-        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
-        grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
-        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
+        is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, tokens < last)
+        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
         _inverse_norms, exponents, kernel, y = _project(
             q_tile,
             center,
@@ -519,7 +553,7 @@ def sum_gradients_kernel(
             context,
             code_sum,
             value_sum,
-            num_tokens,
+            count,
             K,
             IS_NORMALIZED,
             PRECISION,
@@ -529,7 +563,7 @@ def sum_gradients_kernel(
         if IS_NORMALIZED:
             grad_value_sum += tl.sum(g, 0)
         u = _dot(exponents * kernel, tl.trans(weight_tile), False, False, PRECISION)
-        u = tl.where(is_token[:, None] & (tl.abs(y) < 1), u, 0.0)
+        u = tl.where(is_real[:, None] & (tl.abs(y) < 1), u, 0.0)
         u_values += _dot(tl.trans(u), v_tile, False, _is_short(v), PRECISION)
         u_sum += tl.sum(u, 0)
         u_grad += tl.sum(u * (g_context + e[:, None] * code_sum[None, :]))
@@ -553,6 +587,8 @@ def write_gradients_kernel(
     anchors,
     weight,
     kernel_mean,
+    key_mask,
+    counts,
     sums,
     scales,
     grad_sums,
@@ -589,16 +625,18 @@ def write_gradients_kernel(
     grad_scale += tl.sum(grad_context * u_values) + tl.sum(grad_code_sum * u_sum)
     scale = tl.load(scales + group)
     # The scale is -1 / (2 s), and every distance has the same share in s.
-    share = 2 * scale * grad_scale / num_tokens / M
+    count = _count_real(counts, group, num_heads, num_tokens)
+    share = 2 * scale * grad_scale / count / M
     is_anchor = (tl.arange(0, BLOCK_M) < M)[None, :]
     c: tl.constexpr = K + 1
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         is_token = tokens < last
-        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
-        grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
-        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_token, D, BLOCK_D)
+        is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, is_token)
+        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
         inverse_norms, _exponents, kernel, y = _project(
             q_tile,
             center,
@@ -616,7 +654,7 @@ def write_gradients_kernel(
             context,
             code_sum,
             value_sum,
-            num_tokens,
+            count,
             K,
             IS_NORMALIZED,
             PRECISION,
@@ -626,6 +664,8 @@ def write_gradients_kernel(
             grad_v_tile += c * grad_value_sum[None, :]
         else:
             grad_v_tile += c * g
+        if key_mask is not None:
+            grad_v_tile = tl.where(is_real[:, None], grad_v_tile, 0.0)
         _store_rows(
             grad_v_tile, grad_v, grad_v_strides, group, num_heads, tokens, is_token, D, BLOCK_D
         )
@@ -643,6 +683,8 @@ def write_gradients_kernel(
         half_grad -= _dot(grad_distances, anchors_tile, False, False, PRECISION)
         radial = tl.where(inverse_norms * _MIN_NORM < 1, tl.sum(x * half_grad, 1), 0.0)
         grad_q_tile = (half_grad - radial[:, None] * x) * (2 * inverse_norms)[:, None]
+        if key_mask is not None:
+            grad_q_tile = tl.where(is_real[:, None], grad_q_tile, 0.0)
         _store_rows(
             grad_q_tile, grad_q, grad_q_strides, group, num_heads, tokens, is_token, D, BLOCK_D
         )

@@ -41,12 +41,14 @@ def forward(
     functions: HashFunctions,
     *,
     is_normalized: bool,
+    key_mask: Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do ``FusedBackend.forward`` in float32; the sizes choose the tiling where it is None."""
     num_images, num_heads, num_tokens, head_dim = q.shape
     num_bits = functions.weight.shape[1]
     launch = _Launch(q, functions, is_normalized, tiling)
+    masks = _find_masks(key_mask)
     out = empty_rows(v)
     row_sums = launch.new_empty(*launch.grid, head_dim + 1)
     scales = launch.new_empty(num_images, num_heads)
@@ -54,10 +56,11 @@ def forward(
     code_dtype = torch.int32 if num_bits <= 32 else torch.int64
     codes = torch.empty(launch.grid[0], num_tokens, dtype=code_dtype, device=q.device)
     range_sums = launch.new_empty(*launch.grid, num_bits + 1, head_dim + 1)
-    launch(kernels.measure_rows_kernel, q, launch.functions[0], row_sums)
-    launch(kernels.sum_values_kernel, q, v, *launch.functions, row_sums, scales, codes, range_sums)
+    launch(kernels.measure_rows_kernel, q, launch.functions[0], masks[0], row_sums)
+    inputs = (q, v, *launch.functions, *masks)
+    launch(kernels.sum_values_kernel, *inputs, row_sums, scales, codes, range_sums)
     sums = range_sums.sum(1)
-    launch(kernels.write_output_kernel, v, codes, sums, out)
+    launch(kernels.write_output_kernel, v, codes, *masks, sums, out)
     return out, sums.unflatten(0, (num_images, num_heads)), scales
 
 
@@ -70,16 +73,27 @@ def backward(
     scale: Tensor,
     *,
     is_normalized: bool,
+    key_mask: Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do ``FusedBackend.backward``; what adds up to the gradients is float32."""
     launch = _Launch(q, functions, is_normalized, tiling)
     grad_q, grad_v = empty_rows(q), empty_rows(v)
-    inputs = (grad, q, v, *launch.functions, sums.contiguous(), scale.contiguous())
+    inputs = (
+        *(grad, q, v, *launch.functions, *_find_masks(key_mask)),
+        *(sums.contiguous(), scale.contiguous()),
+    )
     range_sums = launch.new_empty(*launch.grid, 2, *sums.shape[-2:])
     launch(kernels.sum_gradients_kernel, *inputs, range_sums)
     launch(kernels.write_gradients_kernel, *inputs, range_sums.sum(1), grad_q, grad_v)
     return grad_q, grad_v
+
+
+def _find_masks(key_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask in one piece, and how many tokens are real in each image, int32, at least 1."""
+    if key_mask is None:
+        return None, None
+    return key_mask.contiguous(), key_mask.sum(-1, dtype=torch.int32).clamp_(min=1)
 
 
 class _Launch:
@@ -117,15 +131,16 @@ class _Launch:
     def new_empty(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=self.device)
 
-    def __call__(self, kernel: Any, *tensors: Tensor) -> None:
+    def __call__(self, kernel: Any, *tensors: Tensor | None) -> None:
         """Start a kernel on tensors in its order; rows bring their strides along."""
         names = kernel.arg_names
         arguments: list[Any] = []
         for tensor in tensors:
             arguments.append(tensor)
             if len(arguments) < len(names) and names[len(arguments)].endswith("_strides"):
+                assert tensor is not None
                 arguments.append(tensor.stride())
         options = {name: self._options[name] for name in names[len(arguments) :]}
         # Triton starts kernels on the current device, whatever device tensors are on.
-        with torch.cuda.device_of(tensors[0]):
+        with torch.cuda.device_of(arguments[0]):
             kernel[self.grid](*arguments, **options, **self._compiling)
