@@ -45,9 +45,11 @@ class DataConfig:
     """Images and how they are loaded."""
 
     data_path: str | None = None
-    """Data folder; with train/ and val/ for IMNET. DIGITS needs none."""
-    data_set: Literal["IMNET", "CIFAR", "FMNIST", "DIGITS", "INAT", "INAT19", "IMNET100"] = "IMNET"
-    """IMNET is any folder of class folders."""
+    """Data folder; with train/ and val/ for IMNET. DIGITS and PAIRS need none."""
+    data_set: Literal[
+        "IMNET", "CIFAR", "FMNIST", "DIGITS", "PAIRS", "INAT", "INAT19", "IMNET100"
+    ] = "IMNET"
+    """IMNET is any folder of class folders; PAIRS draws canvases, of digits unless given FMNIST."""
     batch_size: int = 32
     """Images a process takes a step."""
     num_workers: int = 10

@@ -13,7 +13,8 @@ from typing import Protocol, TypedDict
 import numpy as np
 from PIL import Image
 
-from ecoformer.data.digits import SPLITS, load_digits
+from ecoformer.data.digits import SPLITS, load_digits, read_digits
+from ecoformer.data.pairs import Pairs
 from ecoformer.errors import InputError
 from ecoformer.files import open_regular
 
@@ -23,6 +24,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 # Of 65,535. An image of 16 bits that ends below holds 12 bits or fewer, and would turn black.
 _DIMMEST_16_BIT_WHITE = 4096
+_DIGIT_CLASSES = tuple(str(digit) for digit in range(10))
 FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -214,10 +216,11 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
     """Open one split of a data set.
 
     Args:
-        name: ``"IMNET"``, ``"CIFAR"``, ``"FMNIST"`` or ``"DIGITS"``.
-        path: folder of the data; not needed for ``"DIGITS"``.
+        name: ``"IMNET"``, ``"CIFAR"``, ``"FMNIST"``, ``"DIGITS"`` or ``"PAIRS"``.
+        path: folder of the data; ``"DIGITS"`` needs none, nor does ``"PAIRS"`` of digits; that of
+            Fashion-MNIST makes pairs of it.
         split: ``"train"`` or ``"val"``.
-        input_size: side that digits are enlarged to, pixels.
+        input_size: side that digits are enlarged to, and of a canvas of pairs, pixels.
 
     Raises:
         InputError: the data are not there, or not as they should be.
@@ -230,7 +233,9 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
         )
     if name == "DIGITS":
         images, labels = load_digits(split, size=input_size)
-        return ImageArray(name, images, labels, [str(digit) for digit in range(10)])
+        return ImageArray(name, images, labels, _DIGIT_CLASSES)
+    if name == "PAIRS" and not path:
+        return Pairs(ImageArray(name, *read_digits(split), _DIGIT_CLASSES), split, side=input_size)
     if not path:
         raise InputError(f"data set {name} needs its folder; give --data-path.")
     if not os.path.isdir(path):
@@ -239,6 +244,7 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
         "IMNET": _open_folder,
         "CIFAR": _open_cifar,
         "FMNIST": _open_fashion,
+        "PAIRS": lambda path, split: Pairs(_open_fashion(path, split), split, side=input_size),
     }
     try:
         return readers[name](Path(path), split)

@@ -16,14 +16,14 @@ NUM_DIGITS = 1797
 NUM_VALIDATION = 360
 
 
-def load_digits(split: str, *, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Load one split of the 1,797 digits of 8x8 pixels, enlarged to ``size`` pixels a side.
+def read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read one split of the 1,797 digits.
 
     The split is drawn once, from the generator of seed 0: 1,437 digits to train, 360 to validate,
     by the same writers.
 
     Returns:
-        Images [num_images, size, size], uint8, white on black, and labels [num_images], int64.
+        Images [num_images, 8, 8], uint8, white on black, and labels [num_images], int64.
 
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, 1998.
     """
@@ -32,11 +32,17 @@ def load_digits(split: str, *, size: int) -> tuple[np.ndarray, np.ndarray]:
     digits = load()
     order = np.random.RandomState(0).permutation(NUM_DIGITS)
     chosen = order[:NUM_VALIDATION] if split == "val" else order[NUM_VALIDATION:]
+    pixels = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+    return pixels, digits.target[chosen]
+
+
+def load_digits(split: str, *, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read one split, each digit enlarged to ``size`` pixels a side, with a narrow border."""
+    pixels, labels = read_digits(split)
     # Strokes touch the edge, which evaluation crops: a border of one pixel keeps them whole.
-    pixels = np.pad(digits.images[chosen] * (255 / 16), ((0, 0), (1, 1), (1, 1)))
-    images = [Image.fromarray(image) for image in pixels.round().astype(np.uint8)]
+    images = [Image.fromarray(image) for image in np.pad(pixels, ((0, 0), (1, 1), (1, 1)))]
     enlarged = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
-    return np.stack([np.asarray(image) for image in enlarged]), digits.target[chosen]
+    return np.stack([np.asarray(image) for image in enlarged]), labels
 
 
 def write_digits_folder(root: Path, *, size: int) -> Path:

@@ -20,6 +20,7 @@ from ecoformer.data.transforms import (
     Transform,
     build_eval_transform,
     build_mixup,
+    build_plain_transform,
     build_train_transform,
 )
 from ecoformer.data.workers import WorkerWatch, prepare_worker
@@ -50,7 +51,7 @@ class _Sample(NamedTuple):
 class SampleReader(Dataset[_Sample]):
     """Read and transform a drawn image; the next one in its place where it cannot be read.
 
-    A draw seeds its transform. At most ``max_bad_images`` are passed over for one.
+    A draw seeds what is read and its transform. At most ``max_bad_images`` are passed over for one.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class SampleReader(Dataset[_Sample]):
     def __getitem__(self, draw: Draw) -> _Sample:
         index, bad = draw.image, list[BadImage]()
         while len(bad) <= self.max_bad_images:
-            try:
-                image, label = self.images.read(index)
-            # Pillow raises whatever its decoders meet.
-            except Exception as error:
-                bad.append((index, describe_failure(error)))
-                index = (index + 1) % len(self.images)
-                continue
             with seeded(draw.seed):
+                try:
+                    image, label = self.images.read(index)
+                # Pillow raises whatever its decoders meet.
+                except Exception as error:
+                    bad.append((index, describe_failure(error)))
+                    index = (index + 1) % len(self.images)
+                    continue
                 return _Sample((self.transform(image), label), bad)
         return _Sample(None, bad)
 
@@ -228,8 +229,11 @@ def build_loaders(
             max_bad_images=data.max_bad_images if is_train else 0,
         )
 
+    is_canvas = data.data_set == "PAIRS"
     order = EvaluationSampler(num_images=len(images["val"]), **ranks)
-    eval_loader = load("val", order, build_eval_transform(input_size))
+    eval_loader = load(
+        "val", order, build_plain_transform() if is_canvas else build_eval_transform(input_size)
+    )
     if not train:
         return Loaders(None, eval_loader, class_names, None)
 
@@ -238,9 +242,16 @@ def build_loaders(
     train_loader = load(
         "train",
         sampler(images["train"], seed=seed, **ranks),
-        build_train_transform(augment, input_size=input_size),
+        build_plain_transform()
+        if is_canvas
+        else build_train_transform(augment, input_size=input_size),
     )
     mixup = build_mixup(augment, num_classes=len(class_names))
+    if mixup and is_canvas:
+        raise InputError(
+            "the label of a canvas of PAIRS is that of all its items together, so that none can be "
+            "mixed with another; give --mixup 0 --cutmix 0."
+        )
     if mixup and data.batch_size % 2:
         raise InputError(
             f"--batch-size {data.batch_size} is odd, and Mixup pairs images; make it even, or give "

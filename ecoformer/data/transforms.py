@@ -76,7 +76,6 @@ def build_eval_transform(input_size: int) -> Transform:
 
     Source: DeiT, as released; EcoFormer evaluates with it.
     """
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from torchvision import transforms
 
     resized = input_size * 256 // 224 if input_size > SMALL_SIZE else input_size
@@ -84,6 +83,18 @@ def build_eval_transform(input_size: int) -> Transform:
         [
             transforms.Resize(resized, transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(input_size),
+            build_plain_transform(),
+        ]
+    )
+
+
+def build_plain_transform() -> Transform:
+    """Build what only normalises: an RGB image to [3, height, width], float32, whole as it is."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
             transforms.ToTensor(),
             transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         ]

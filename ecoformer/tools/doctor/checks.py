@@ -209,7 +209,7 @@ def check_data(options: argparse.Namespace) -> Iterator[Finding]:
     from ecoformer.data.digits import SPLITS
     from ecoformer.data.loaders import require_equal_classes
 
-    if options.data_path is None and options.data_set != "DIGITS":
+    if options.data_path is None and options.data_set not in ("DIGITS", "PAIRS"):
         yield Finding("note", "no data were looked at; name them by --data-path and --data-set.")
         return
     splits: dict[str, LabelledImages] = {}
