@@ -472,7 +472,8 @@ def test_figures_are_those_of_the_results() -> None:
     """Energy and accuracy; published figures are held in tests/checkpoint/test_zoo.py."""
     readme = (ROOT / "README.md").read_text("utf-8")
     for row in read_table("energy"):
-        if row["attention"] in ("sra", "performer", "ecoformer"):
+        is_readmes = (row["model"], row["px"]) == ("pvt_v2_b0", "224")
+        if is_readmes and row["attention"] in ("sra", "performer", "ecoformer"):
             numbers = (row["#Mul G"], row["#Add G"], row["energy mJ"])
             saved = (f"{row['energy saved %']} %", f"{row['executed saved %']} %")
             assert f"| {' | '.join((*numbers, *saved))} |" in readme

@@ -308,17 +308,22 @@ def describe_environment(command: str, device: torch.device) -> dict[str, str]:
             versions.append(f"{library} {metadata.version(library)}")
         except metadata.PackageNotFoundError:
             versions.append(f"{library} not installed")
-    hardware = f"{_processor()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = f"{torch.cuda.get_device_name(device)}; {hardware}"
     return {
         "command": command,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "hardware": hardware,
+        "hardware": describe_hardware(device),
         # More than the threads in use means that others were at work.
         "load": f"{os.getloadavg()[0]:.1f} before the start",
         "versions": ", ".join(versions),
     }
+
+
+def describe_hardware(device: torch.device) -> str:
+    """Name the GPU, if that is the device, the processor and the threads."""
+    hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = f"{torch.cuda.get_device_name(device)}; {hardware}"
+    return hardware
 
 
 def _processor() -> str:

@@ -147,5 +147,13 @@ def format_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def read_csv(path: Path) -> list[dict[str, Value]]:
+    """Read the rows that ``format_csv`` wrote, all values as text; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return [dict(row) for row in csv.DictReader(file)]
+
+
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float))

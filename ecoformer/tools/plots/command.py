@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ecoformer.config.arguments import ArgumentParser
 from ecoformer.errors import EXIT_DONE, InputError, print_error
+from ecoformer.tools.energy.flags import add_silicon_flags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +64,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cost.add_argument(
         "--resolutions", type=int, nargs="+", default=sides, help="pixels %(default)s"
     )
+    energy = add("energy", "arithmetic on paper, as executed, and memory")
+    energy.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
+    energy.add_argument(
+        "--input-size",
+        type=int,
+        nargs="+",
+        default=(224, 512, 1024),
+        metavar="PIXELS",
+        help="%(default)s",
+    )
+    add_silicon_flags(energy)
     codes = add("codes", "what one token attends to under softmax and under codes")
     for kind in ("softmax", "ecoformer"):
         codes.add_argument(
@@ -87,8 +99,7 @@ def _draw(options: argparse.Namespace) -> Figure:
             return curves.draw_curves(options.runs)
         if options.plot == "tradeoff":
             return curves.draw_tradeoff(options.tables)
-        if min(options.resolutions) < 32:
-            raise InputError("--resolutions start at 32 pixels, of which the last stage sees 1.")
+        _check_sides(options.resolutions, "--resolutions")
         return curves.draw_cost(options.model, options.resolutions)
     if options.plot == "codes":
         from ecoformer.tools.plots.codes import draw_codes
@@ -100,6 +111,18 @@ def _draw(options: argparse.Namespace) -> Figure:
             layer=options.layer,
             token=options.token,
         )
+    if options.plot == "energy":
+        from ecoformer.cost.prices import find_prices
+        from ecoformer.tools.plots.energy import draw_energy
+
+        _check_sides(options.input_size, "--input-size")
+        prices = find_prices(options.node, options.precision)
+        return draw_energy(options.model, options.input_size, prices)
     from ecoformer.tools.plots.method import draw_method
 
     return draw_method()
+
+
+def _check_sides(sides: Sequence[int], flag: str) -> None:
+    if min(sides) < 32:
+        raise InputError(f"{flag} start at 32 pixels, of which the last stage sees 1.")

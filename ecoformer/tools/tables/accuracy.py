@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from ecoformer.data.datasets import open_dataset
 from ecoformer.engine.run import evaluate
 from ecoformer.errors import InputError
 from ecoformer.files import write_text
-from ecoformer.tools.table import Value, format_csv
+from ecoformer.tools.table import Value, format_csv, read_csv
 
 # What two evaluations share that must give the same accuracy.
 _IDENTITY = ("name", "sha256", "data_set", "data_path", "input_size")
@@ -51,7 +50,7 @@ def evaluate_models(
     """
     # Before weights are downloaded: the data may not be there.
     open_dataset(validation.data_set, validation.data_path, "val", input_size=validation.input_size)
-    done = _read_rows(record)
+    done = read_csv(record)
     results: dict[str, dict[str, Value]] = {}
     for name, source in weights.items():
         path = resolve_source(source)
@@ -85,14 +84,6 @@ def evaluate_models(
         done.append(results[name])
         write_text(record, format_csv(done))
     return results
-
-
-def _read_rows(record: Path) -> list[dict[str, Value]]:
-    """Read the rows of an earlier run's CSV file, if there was one."""
-    if not record.exists():
-        return []
-    with record.open(encoding="utf-8", errors="replace") as file:
-        return [dict(row) for row in csv.DictReader(file)]
 
 
 def _digest(path: Path) -> str:

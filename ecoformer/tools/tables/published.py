@@ -1,15 +1,11 @@
-"""The published models: their rows, weights and speed."""
+"""The published models: their rows and weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from ecoformer.checkpoint.zoo import ZOO, ZooEntry
-from ecoformer.engine.throughput import measure_throughput
 from ecoformer.errors import InputError, suggest
-from ecoformer.models.registry import find_family
 from ecoformer.tools.table import Column, Value
 from ecoformer.tools.tables.costs import (
     COST_NOTE,
@@ -22,7 +18,9 @@ MAIN_COLUMNS = (
     Column("name", "model"),
     *cost_columns(),
     Column("top1", "top-1 %", published="published_top1"),
-    Column("images_per_s", "images/s", ".1f"),
+    Column("images_per_s", "images/s", ".2f"),
+    Column("speedup", "x softmax"),
+    Column("load", "load"),
     Column("published_images_per_s", "images/s, RTX 3090", ".0f"),
 )
 MAIN_NOTES = (
@@ -80,7 +78,7 @@ def choose_weights(named: Sequence[str]) -> dict[str, str]:
     """
     if not named:
         return {f"{entry.model}/ecoformer": zoo_name for zoo_name, entry in ZOO.items()}
-    rows = [f"{entry.model}/{kind}" for entry in ZOO.values() for kind in (_BASELINE, "ecoformer")]
+    rows = list_sizes()
     weights = {}
     for text in named:
         row, _, source = text.partition("=")
@@ -93,17 +91,10 @@ def choose_weights(named: Sequence[str]) -> dict[str, str]:
     return weights
 
 
-def add_throughput(
-    rows: Sequence[dict[str, Value]], *, batch_size: int, device: torch.device
-) -> None:
-    """Time the model of each row of ``describe_models``."""
-    sizes = {entry.model: entry.input_size for entry in ZOO.values()}
-    for row in rows:
-        variant, attention = str(row["name"]).split("/")
-        model = find_family(variant).create_model(variant, attention)
-        images = torch.randn(batch_size, 3, sizes[variant], sizes[variant])
-        result = measure_throughput(
-            model.to(device), [images], batch_size=batch_size, protocol="median", samples="images"
-        )
-        print(f"{row['name']}: {result}", flush=True)
-        row["images_per_s"] = result.median
+def list_sizes() -> dict[str, int]:
+    """Name the rows of ``describe_models``, and the image side of each, pixels."""
+    return {
+        f"{entry.model}/{attention}": entry.input_size
+        for entry in ZOO.values()
+        for attention in (_BASELINE, "ecoformer")
+    }

@@ -15,6 +15,7 @@ from torch import nn
 
 import pvt
 from ecoformer.attention import EcoFormerAttention
+from ecoformer.cost import find_prices
 from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import with_random_hash_functions
@@ -23,6 +24,8 @@ from ecoformer.ops.attention import ValueBias
 from ecoformer.tools.plots.codes import view_token
 from ecoformer.tools.plots.command import main
 from ecoformer.tools.plots.curves import draw_curves, draw_tradeoff
+from ecoformer.tools.plots.energy import draw_energy
+from ecoformer.tools.tables.energy import describe_energy
 
 LAYER = "block1.0.attn"
 PNG = b"\x89PNG\r\n"
@@ -106,6 +109,7 @@ def test_each_command_writes_a_picture(runs: dict[str, Path], tmp_path: Path) ->
         (
             ["method"],
             ["cost", "--resolutions", "32", "64"],
+            ["energy", "--input-size", "32", "64"],
             ["curves", *both],
             ["tradeoff", str(table)],
             ["codes", "--softmax", both[0], "--ecoformer", both[1], "--image", "3"],
@@ -141,6 +145,8 @@ def test_curves_and_points_are_the_numbers_of_the_files(
         (lambda runs: ["tradeoff", str(runs["msa"] / "config.yaml")], "is no table"),
         (lambda runs: ["cost", "--model", "pvt_v2_b00"], "did you mean 'pvt_v2_b0'"),
         (lambda runs: ["cost", "--resolutions", "16"], "32 pixels"),
+        (lambda runs: ["energy", "--input-size", "16"], "--input-size start at 32 pixels"),
+        (lambda runs: ["energy", "--node", "5nm"], "no published energy"),
         (
             lambda runs: ["codes", "--softmax", str(runs["msa"]), "--ecoformer", str(runs["msa"])],
             "no run with EcoFormer attention",
@@ -178,6 +184,18 @@ def test_bad_input(
     assert line.startswith("error: ")
     assert expected in line
     assert not path.exists()
+
+
+def test_points_of_energy_are_those_of_the_table() -> None:
+    prices = find_prices("7nm", "float16")
+    (axes,) = draw_energy("pvt_v2_b0", [64], prices).axes
+    rows, _ = describe_energy(["pvt_v2_b0"], input_sizes=[64], batch_size=1, prices=prices)
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["softmax", "EcoFormer"]
+    paper, executed, fused, with_maps = ([x for x, _ in points(line)] for line in axes.lines)
+    assert paper == [float(row["energy_pj"] or 0) / 1e9 for row in rows]
+    assert executed == pytest.approx([0.5 * float(row["executed"] or 0) / 1e9 for row in rows])
+    assert fused == [250 * float(row["traffic_bytes"] or 0) / 8e9 for row in rows]
+    assert with_maps[0] > fused[0]
 
 
 def test_a_run_without_an_epoch_has_no_curve(tmp_path: Path) -> None:

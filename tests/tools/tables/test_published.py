@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import torch
-from torch import nn
 
 from ecoformer.checkpoint.zoo import ZOO
 from ecoformer.config.schema import field_types
-from ecoformer.engine.throughput import Throughput
 from ecoformer.tools.table import Table, Value
-from ecoformer.tools.tables import published
 from ecoformer.tools.tables.command import main
-from ecoformer.tools.tables.published import MAIN_COLUMNS, MAIN_NOTES, describe_models
+from ecoformer.tools.tables.published import MAIN_COLUMNS, MAIN_NOTES, describe_models, list_sizes
 
 # 6.72 G additions, by the released counter too; 6.75 were published.
 SLIP = ("pvt_v2_b3/ecoformer", "add")
@@ -87,17 +83,29 @@ def test_the_command_writes_three_forms_of_the_same_rows(
 def test_a_model_is_timed_at_the_size_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(ZOO["ecoformer_pvt_v2_b0"], input_size=96)
     monkeypatch.setitem(ZOO, "ecoformer_pvt_v2_b0", small)
-    sizes = []
+    sizes = list_sizes()
+    assert len(sizes) == 12
+    assert (sizes["pvt_v2_b0/msa"], sizes["pvt_v2_b1/ecoformer"]) == (96, 224)
 
-    def note(model: nn.Module, inputs: list[torch.Tensor], **_: object) -> Throughput:
-        sizes.append(inputs[0].shape[-1])
-        return Throughput(7.0, 6.0, 8.0)
 
-    monkeypatch.setattr(published, "measure_throughput", note)
-    rows: list[dict[str, Value]] = [{"name": "pvt_v2_b0/msa"}, {"name": "pvt_v2_b1/ecoformer"}]
-    published.add_throughput(rows, batch_size=1, device=torch.device("cpu"))
-    assert sizes == [96, 224]
-    assert [row["images_per_s"] for row in rows] == [7.0, 7.0]
+def test_the_command_adds_what_was_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = list(list_sizes())
+    monkeypatch.setattr(
+        "ecoformer.tools.tables.throughput.time_models",
+        lambda sizes, how, record: {
+            name: {"name": name, "images_per_s": how.minutes, "load": "0.5"} for name in sizes
+        },
+    )
+    monkeypatch.setattr(
+        "ecoformer.tools.tables.published.describe_models", lambda: [{"name": n} for n in names]
+    )
+    words = ["main", "--throughput", "--time-budget", "7", "--device", "cpu", "--batch-size", "3"]
+    assert main([*words, "--output-dir", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "main.json").read_text())["rows"]
+    assert [row["images_per_s"] for row in rows] == [7.0] * 12
+    assert "images/s: batches of 3 on " in capsys.readouterr().out
 
 
 def test_all_data_sets_of_a_run_are_known(capsys: pytest.CaptureFixture[str]) -> None:
