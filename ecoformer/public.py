@@ -10,6 +10,7 @@ from ecoformer.engine.run import evaluate, load_run, train
 from ecoformer.errors import InputError, NonFiniteError
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash, fit_hash_functions
+from ecoformer.models.conversion import convert
 from ecoformer.ops import (
     encode,
     hash_attention,
@@ -25,6 +26,7 @@ __all__ = [
     "InputError",
     "LoadReport",
     "NonFiniteError",
+    "convert",
     "count_cost",
     "encode",
     "evaluate",

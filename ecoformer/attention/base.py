@@ -39,6 +39,7 @@ class Derived:
     """How a projection is made of the parent's projections named ``sources``.
 
     ``make`` is called with their weights, and again with their biases; outputs lie along axis 0.
+    A rule for one entry alone, as ``"to_qk.bias"``, has entries as ``sources``.
     ``leaves_out`` names modules that go, or a part of a source, as ``"qkv[k]"``.
     """
 

@@ -28,7 +28,7 @@ class Conversion:
         self._state = state
         # By how the names of a layer's entries begin.
         self._layers = {
-            f"{name}." if name else "": type(layer)
+            f"{name}." if name else "": layer
             for name, layer in model.named_modules()
             if isinstance(layer, MultiHeadAttention)
         }
@@ -63,7 +63,7 @@ class Conversion:
         owners = [
             kind for kind in known if any(part.startswith(f"{own}.") for own in kind.own_buffers)
         ]
-        made_of = [self._layers[owner]]
+        made_of: list[type[MultiHeadAttention]] = [type(self._layers[owner])]
         while (parent := made_of[-1].parent) is not None:
             made_of.append(attention_class(parent))
         return bool(owners) and not set(owners) & set(made_of)
@@ -72,7 +72,9 @@ class Conversion:
         owners = (owner for owner in self._layers if name.startswith(owner))
         return max(owners, key=len, default=None)
 
-    def _derive(self, owner: str, name: str, kind: type[MultiHeadAttention]) -> Entry | None:
+    def _derive(
+        self, owner: str, name: str, kind: MultiHeadAttention | type[MultiHeadAttention]
+    ) -> Entry | None:
         """Go back from kind to parent until the file has it: EcoFormer, softmax, original."""
         if owner + name in self._state:
             return Entry(self._state[owner + name], (owner + name,))
@@ -80,13 +82,16 @@ class Conversion:
             return None
         parent = attention_class(kind.parent)
         part, _, leaf = name.rpartition(".")
-        rule = kind.derived.get(part)
+        # By the name of an entry, or by that of a module.
+        rule, ending = kind.derived.get(name), ""
+        if rule is None:
+            rule, ending = kind.derived.get(part), f".{leaf}"
         if rule is None:
             return self._derive(owner, name, parent)
         found = {
             source: entry
             for source in rule.sources
-            if (entry := self._derive(owner, f"{source}.{leaf}", parent))
+            if (entry := self._derive(owner, f"{source}{ending}", parent))
         }
         if len(found) < len(rule.sources):
             return None
@@ -100,7 +105,7 @@ class Conversion:
             source, bracket, rest = left_out.partition("[")
             if bracket:
                 leftovers.append(f"{found[source].sources[-1]}[{rest}")
-            elif (module := f"{owner}{left_out}.{leaf}") in self._state:
+            elif (module := f"{owner}{left_out}{ending}") in self._state:
                 leftovers.append(module)
         for entry in found.values():
             leftovers += entry.leftovers
