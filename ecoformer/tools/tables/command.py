@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 _PROG = "ecoformer tables"
 # Title of each table, and what --help says of it.
 _TABLES = {
+    "paper": (
+        "Tables and figures of the paper, and where they stand here",
+        "an index: published, ours, how it came about, and the command that fills each row",
+    ),
     "main": (
         "Published models, ImageNet-1k",
         "cost beside softmax attention; accuracy with --data-path, speed with --throughput",
@@ -91,6 +95,15 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
             metavar="FOLDER",
             help="for table and runs (%(default)s)",
         )
+        if name == "paper":
+            table.add_argument(
+                "--results",
+                type=Path,
+                default=Path(".github", "results"),
+                metavar="FOLDER",
+                help="of tables that were made, as JSON (%(default)s)",
+            )
+            continue
         table.add_argument("--device", help="cuda, cpu ... (CUDA if there is one)")
         table.add_argument("--batch-size", type=int, default=32, help="images a step (%(default)s)")
         if name == "main":
@@ -195,11 +208,20 @@ def _make(options: argparse.Namespace, command: str) -> Table:
     from ecoformer.tools.measure import describe_environment
     from ecoformer.tools.table import Table
 
-    device = choose_device(options.device)
+    device = choose_device(getattr(options, "device", "cpu"))
     environment = describe_environment(command, device)
-    make = {"main": _make_main, "energy": _make_energy}.get(options.table, _make_ablation)
+    makers = {"paper": _make_paper, "main": _make_main, "energy": _make_energy}
+    make = makers.get(options.table, _make_ablation)
     title, _ = _TABLES[options.table]
     return Table(title, *make(options, device), environment)
+
+
+def _make_paper(options: argparse.Namespace, device: torch.device) -> _Content:
+    from ecoformer.tools.tables.paper import PAPER_COLUMNS, PAPER_NOTES, Results, describe_paper
+
+    if not options.results.is_dir():
+        raise InputError(f"--results {options.results}: no such folder; run it from a clone.")
+    return PAPER_COLUMNS, describe_paper(Results(options.results)), PAPER_NOTES
 
 
 def _make_main(options: argparse.Namespace, device: torch.device) -> _Content:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -166,7 +167,7 @@ def add_joules(
         model = with_random_hash_functions(model).eval().to(device)
         images = torch.randn(batch_size, 3, side, side, device=device)
         with torch.inference_mode():
-            energy = meter.measure(lambda model=model, images=images: model(images), device)
+            energy = meter.measure(partial(model, images), device)
         row["measured_j"] = energy.joules_per_call / batch_size
         row["measured_w"], row["measured_s"] = energy.watts, energy.seconds
         row["idle_w"] = idle.watts
