@@ -124,6 +124,25 @@ def solve(
     return (out.detach(), *torch.autograd.grad(out, (q, v), problem.grad))
 
 
+def draw_mask(images: int, tokens: int, *, ratio: float = 0.6, seed: int = 0) -> Tensor:
+    """A key mask [B, N], each token real with a probability of ``ratio``."""
+    return torch.rand(images, tokens, generator=torch.Generator().manual_seed(seed)) < ratio
+
+
+def solve_unpadded(
+    attend: Callable[..., Tensor], problem: Problem, key_mask: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    """What ``solve`` gives for the real tokens of each image alone, and 0 for masked ones."""
+    results = tuple(torch.zeros_like(problem.v) for _ in range(3))
+    for image, mask in enumerate(key_mask):
+        if mask.any():
+            q, v, grad = (x[image, None, :, mask] for x in (problem.q, problem.v, problem.grad))
+            alone = Problem(q, v, problem.functions, grad)
+            for result, part in zip(results, solve(attend, alone, **options), strict=True):
+                result[image, :, mask] = part[0]
+    return results
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the most values that any tensor holds which is made inside the block."""
 

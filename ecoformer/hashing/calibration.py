@@ -36,7 +36,8 @@ def fit_hash_functions(
     The batch runs through the model once, front to back: a layer is fitted just before its first
     use, so the next one sees rows that were already hashed. The model stays in its mode, train or
     eval; autocast is off. A first fit starts from standard-normal rows, a refit from the present
-    ones; anchors are drawn anew either way.
+    ones; anchors are drawn anew either way. Where a layer is called with a ``key_mask``, its masked
+    tokens have no part in its fit.
 
     Args:
         inputs: what the model takes, prepared as for training, on its device: a tuple of several
@@ -60,16 +61,18 @@ def fit_hash_functions(
     for name, layer in layers.items():
 
         def fit_before_use(
-            module: nn.Module, inputs: tuple[Tensor, Tensor], name: str = name
+            module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], name: str = name
         ) -> None:
             assert isinstance(module, KernelHash)
             if name in fits:
                 return
-            fits[name] = _fit_layer(name, module, inputs[0], generator)
-            if inputs[0].shape[-2] < 2 * module.config.num_similar:
+            q, key_mask = _find_rows(*args, **keywords)
+            fits[name] = _fit_layer(name, module, q, key_mask, generator)
+            fewest = q.shape[-2] if key_mask is None else int(key_mask.sum(-1).min())
+            if fewest < 2 * module.config.num_similar:
                 short.append(name)
 
-        handles.append(layer.register_forward_pre_hook(fit_before_use))
+        handles.append(layer.register_forward_pre_hook(fit_before_use, with_kwargs=True))
     try:
         with without_autocast(next(iter(layers.values())).weight):
             _call(model, inputs)
@@ -97,15 +100,26 @@ def _call(model: nn.Module, inputs: Any) -> None:
         model(inputs)
 
 
+def _find_rows(
+    q: Tensor, v: Tensor, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What concerns the fit of all that ``KernelHash`` is called with."""
+    return q, key_mask
+
+
 def _fit_layer(
-    name: str, layer: KernelHash, q: Tensor, generator: torch.Generator | None
+    name: str,
+    layer: KernelHash,
+    q: Tensor,
+    key_mask: Tensor | None,
+    generator: torch.Generator | None,
 ) -> HashFit:
     config = layer.config
     x = normalize_rows(q)
     weight = layer.weight
     if not layer.is_fitted:
         weight = torch.randn(weight.shape, generator=generator).to(weight)
-    anchors = _draw_anchors(name, x, config.num_anchors, generator)
+    anchors = _draw_anchors(name, x, key_mask, config.num_anchors, generator)
     try:
         fit = fit_hash(
             x,
@@ -113,6 +127,7 @@ def _fit_layer(
             weight=weight,
             num_similar=config.num_similar,
             num_steps=config.num_fit_steps,
+            key_mask=key_mask,
         )
     except NonFiniteError as error:
         raise NonFiniteError(f"{name}: {error}; check the input and the weights.") from None
@@ -121,17 +136,31 @@ def _fit_layer(
 
 
 def _draw_anchors(
-    name: str, x: Tensor, num_anchors: int, generator: torch.Generator | None
+    name: str,
+    x: Tensor,
+    key_mask: Tensor | None,
+    num_anchors: int,
+    generator: torch.Generator | None,
 ) -> Tensor:
-    """Draw [H, M, D] from tokens of the first image, or of as many as hold M."""
+    """Draw [H, M, D] from real tokens of the first image, or of as many as hold M."""
     num_images, _, num_tokens, _ = x.shape
-    num_sources = -(-num_anchors // num_tokens)
-    if num_sources > num_images:
-        raise InputError(
-            f"{name}: {num_images} images of {num_tokens} tokens are fewer than the "
-            f"{num_anchors} anchors; fit on at least {num_sources} images, or on larger ones."
-        )
-    tokens = rearrange(x[:num_sources], "b h n d -> h (b n) d")
+    if key_mask is None:
+        num_sources = -(-num_anchors // num_tokens)
+        if num_sources > num_images:
+            raise InputError(
+                f"{name}: {num_images} images of {num_tokens} tokens are fewer than the "
+                f"{num_anchors} anchors; fit on at least {num_sources} images, or on larger ones."
+            )
+        tokens = rearrange(x[:num_sources], "b h n d -> h (b n) d")
+    else:
+        totals = key_mask.sum(-1).cumsum(0)
+        num_sources = int((totals < num_anchors).sum()) + 1
+        if num_sources > num_images:
+            raise InputError(
+                f"{name}: {int(totals[-1])} real tokens in {num_images} images are fewer than the "
+                f"{num_anchors} anchors; fit on more images, or on larger ones."
+            )
+        tokens = rearrange(x[:num_sources], "b h n d -> h b n d")[:, key_mask[:num_sources]]
     chosen = torch.randperm(tokens.shape[1], generator=generator)[:num_anchors]
     return tokens[:, chosen.to(x.device)]
 

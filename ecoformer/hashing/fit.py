@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ecoformer.errors import NonFiniteError
 from ecoformer.hashing.targets import SimilarityTargets
 from ecoformer.ops import as_full_precision, binarize, kernel_features, without_autocast
+from ecoformer.ops.masks import check_key_mask, hide
 
 _LEARNING_RATE = 5e-4
 _MOMENTUM = 0.9
@@ -29,7 +31,13 @@ class HashFit:
 
 @torch.no_grad()
 def fit_hash(
-    x: Tensor, *, anchors: Tensor, weight: Tensor, num_similar: int = 10, num_steps: int = 100
+    x: Tensor,
+    *,
+    anchors: Tensor,
+    weight: Tensor,
+    num_similar: int = 10,
+    num_steps: int = 100,
+    key_mask: Tensor | None = None,
 ) -> HashFit:
     """Learn the hash functions greedily, one bit after the other, for all heads together.
 
@@ -44,42 +52,69 @@ def fit_hash(
         weight: [H, K, M], float, the rows that the fit starts from.
         num_similar: T; N // 2 is used where N < 2 T.
         num_steps: steps a bit of SGD with Nesterov momentum 0.9 and learning rate 5e-4.
+        key_mask: [B, N], bool, true for a real token; None where all are. Masked tokens, and images
+            of nothing else, are as if they were not there; N is that of an image.
 
     Raises:
-        ValueError: fewer than two tokens, or ``num_similar`` below 1.
+        ValueError: fewer than two tokens in every image, or ``num_similar`` below 1.
+        InputError: a ``key_mask`` of another shape or dtype.
         NonFiniteError: a learned row is not finite.
 
     Source: EcoFormer, arXiv 2209.09004; constants from the released implementation.
     """
-    num_tokens = x.shape[-2]
+    num_tokens, x, real = x.shape[-2], as_full_precision(x), None
+    if key_mask is not None:
+        check_key_mask(key_mask, x)
+        is_there = key_mask.any(-1)
+        x, key_mask = hide(x, key_mask)[is_there], key_mask[is_there]
+        real = rearrange(key_mask.to(x.dtype), "b n -> b 1 n")
+        num_tokens = int(key_mask.sum(-1).max()) if len(x) else 0
     if num_tokens < 2:
         raise ValueError(f"the fit compares tokens with each other and needs 2, not {num_tokens}")
     if num_similar < 1:
         raise ValueError(f"num_similar must be at least 1, not {num_similar}")
-    x = as_full_precision(x)
     with without_autocast(x):
-        features = kernel_features(x, anchors.to(x.dtype))  # [B, H, M, N]
-        kernel_mean = features.mean(-1).mean(0)  # [H, M]
+        features = kernel_features(x, anchors.to(x.dtype), key_mask)  # [B, H, M, N]
+        if real is None:
+            kernel_mean = features.mean(-1).mean(0)  # [H, M]
+        else:
+            means = (features * real.unsqueeze(-2)).sum(-1) / real.sum(-1, keepdim=True)
+            kernel_mean = means.mean(0)
         features -= kernel_mean.unsqueeze(-1)
-        targets = SimilarityTargets.from_rows(x, min(num_similar, num_tokens // 2))
-        learned, is_changed = _fit_bits(features, targets, weight.to(x.dtype), num_steps)
+        targets = SimilarityTargets.from_rows(x, min(num_similar, num_tokens // 2), key_mask)
+        learned, is_changed = _fit_bits(features, targets, weight.to(x.dtype), num_steps, real)
     if not (learned.isfinite().all() & kernel_mean.isfinite().all()):
         raise NonFiniteError("the hash fit gave a row that is not finite")
     return HashFit(learned, kernel_mean, is_changed)
 
 
 def _fit_bits(
-    features: Tensor, targets: SimilarityTargets, weight: Tensor, num_steps: int
+    features: Tensor,
+    targets: SimilarityTargets,
+    weight: Tensor,
+    num_steps: int,
+    real: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fit all bits in turn. No step waits for the device."""
+    """Fit all bits in turn. No step waits for the device.
+
+    ``real`` [B, 1, N] is 1 for a real token and 0 for a masked one; None where all are real.
+    """
     num_images, num_heads, _, num_tokens = features.shape
     num_bits = weight.shape[1]
+    # An image counts by the mean of its tokens: by more than 1 where others have more of them.
+    shares, most_tokens = None, num_tokens
+    if real is not None:
+        # So y, too, is 0 at masked tokens.
+        features *= rearrange(real, "b 1 n -> b 1 1 n")
+        num_real = real.sum(-1, keepdim=True)  # [B, 1, 1]
+        most_tokens = int(num_real.max())
+        shares = most_tokens / num_real
     learned = weight.clone()
     is_changed = torch.zeros(num_bits, dtype=torch.bool, device=weight.device)
     # Codes of the bits so far; each has taken its own outer product from P.
     codes = features.new_zeros(num_images, num_heads, num_bits, num_tokens)
     # d(mean over images and heads of -y^T P y / (N K)) / d(y^T P y), and d tanh(z / 2) / dz.
-    slope = -0.5 / (num_images * num_heads * num_tokens * num_bits)
+    slope = -0.5 / (num_images * num_heads * most_tokens * num_bits)
 
     for bit in range(num_bits):
         earlier = codes[:, :, :bit]  # [B, H, bit, N]
@@ -92,13 +127,17 @@ def _fit_bits(
             overlap = y.unsqueeze(-2) @ earlier.transpose(-1, -2)  # [B, H, 1, bit]
             pull -= (overlap @ earlier).squeeze(-2).mul_(2)
             pull *= y.square_().neg_().add_(1)
+            if shares is not None:
+                pull *= shares
             gradient = pull.unsqueeze(-2) @ features.transpose(-1, -2)  # [B, H, 1, M]
             gradient = gradient.squeeze(-2).sum(0).mul_(slope)  # [H, M]
             velocity.mul_(_MOMENTUM).add_(gradient)
             new.sub_(gradient.add_(velocity, alpha=_MOMENTUM), alpha=_LEARNING_RATE)
         new_codes, old_codes = (binarize(_project(features, row)) for row in (new, old))
+        if real is not None:
+            new_codes, old_codes = new_codes * real, old_codes * real
         new_agreement, old_agreement = (
-            _agreement(bits, targets, earlier, num_bits) for bits in (new_codes, old_codes)
+            _agreement(bits, targets, earlier, num_bits, shares) for bits in (new_codes, old_codes)
         )
         is_better = new_agreement > old_agreement
         is_changed[bit] = is_better
@@ -112,8 +151,18 @@ def _project(features: Tensor, row: Tensor) -> Tensor:
     return (row.unsqueeze(-2) @ features).squeeze(-2)
 
 
-def _agreement(codes: Tensor, targets: SimilarityTargets, earlier: Tensor, num_bits: int) -> Tensor:
-    """``y^T P y`` of hard codes, summed over images and heads: in float64, as it can pass 2^24."""
+def _agreement(
+    codes: Tensor,
+    targets: SimilarityTargets,
+    earlier: Tensor,
+    num_bits: int,
+    shares: Tensor | None = None,
+) -> Tensor:
+    """``y^T P y`` of hard codes, summed over images and heads: in float64, as it can pass 2^24.
+
+    An image counts ``shares`` [B, 1, 1] times, once where None: integers then, and exact.
+    """
     codes, earlier = codes.double(), earlier.double()
-    similarity = num_bits * (codes * targets.multiply(codes)).sum() / 2
-    return similarity - (earlier @ codes.unsqueeze(-1)).square().sum()
+    similarity = num_bits * (codes * targets.multiply(codes)).sum(-1) / 2  # [B, H]
+    agreement = similarity - (earlier @ codes.unsqueeze(-1)).square().sum((-2, -1))
+    return (agreement if shares is None else agreement * shares.squeeze(-1)).sum()

@@ -22,7 +22,8 @@ class SimilarityTargets:
     """The symmetric part ``P + P^T`` of the targets of all heads, block-diagonal, row by row.
 
     Row n of P has +1 at the T tokens most similar to n, itself among them, and -1 at the T
-    least similar. A row holds 2 T entries, and those of the tokens that chose it.
+    least similar. A row holds 2 T entries, and those of the tokens that chose it. Masked tokens
+    choose nobody, and nobody chooses them.
     """
 
     columns: Tensor  # [E], int64, one row after the other
@@ -30,10 +31,16 @@ class SimilarityTargets:
     signs: Tensor  # [E], float, +1 or -1
 
     @classmethod
-    def from_rows(cls, x: Tensor, num_similar: int) -> SimilarityTargets:
-        """Search the T <= N // 2 neighbours of every unit row [B, H, N, D] in image and head."""
+    def from_rows(
+        cls, x: Tensor, num_similar: int, key_mask: Tensor | None = None
+    ) -> SimilarityTargets:
+        """Search the T <= N // 2 neighbours of every unit row [B, H, N, D] in image and head.
+
+        With a mask [B, N], an image of fewer than 2 T real tokens has half of them for T.
+        """
         num_tokens = x.shape[-2]
-        chosen = _choose_neighbours(x.flatten(0, 1), num_similar)  # [B * H, N, 2 T]
+        mask = None if key_mask is None else key_mask.repeat_interleave(x.shape[1], 0)  # [B * H, N]
+        chosen = _choose_neighbours(x.flatten(0, 1), num_similar, mask)  # [B * H, N, 2 T]
         first_token = torch.arange(chosen.shape[0], device=x.device) * num_tokens
         columns = (chosen + first_token[:, None, None]).flatten()
         rows = torch.arange(columns.numel() // (2 * num_similar), device=x.device)
@@ -41,11 +48,17 @@ class SimilarityTargets:
         signs = x.new_ones(2 * num_similar)
         signs[num_similar:] = -1
         signs = signs.repeat(columns.numel() // (2 * num_similar))
+        if mask is not None:
+            ranks = torch.arange(num_similar, device=x.device).repeat(2)
+            is_kept = mask.unsqueeze(-1) & (ranks < mask.sum(-1)[:, None, None] // 2)
+            columns, rows, signs = (
+                entries[is_kept.flatten()] for entries in (columns, rows, signs)
+            )
         # The transpose's entries join those of P, sorted into its rows.
-        order = torch.cat([rows, columns]).argsort(stable=True)
+        both = torch.cat([rows, columns])
+        order = both.argsort(stable=True)
         # Where rows are equal, or not finite, a token may be chosen by nobody, not even itself.
-        num_rows = chosen.shape[0] * num_tokens
-        counts = torch.bincount(columns, minlength=num_rows) + 2 * num_similar
+        counts = torch.bincount(both, minlength=chosen.shape[0] * num_tokens)
         return cls(
             columns=torch.cat([columns, rows])[order],
             row_starts=counts.cumsum(0) - counts,
@@ -84,14 +97,21 @@ class SimilarityTargets:
             )
 
 
-def _choose_neighbours(x: Tensor, num_similar: int) -> Tensor:
-    """Find the T most, then the T least similar tokens of each: [B * H, N, 2 T], int64."""
+def _choose_neighbours(x: Tensor, num_similar: int, mask: Tensor | None) -> Tensor:
+    """Find the T most, then the T least similar tokens of each: [B * H, N, 2 T], int64.
+
+    With a mask [B * H, N] in order of rank, the masked ones last.
+    """
     num_groups, num_tokens, _ = x.shape
     chunk = max(1, _CHUNK_ELEMENTS // (num_groups * num_tokens))
     chosen = []
     for rows in x.split(chunk, dim=1):
         similarities = rows @ x.transpose(-1, -2)  # [B * H, chunk, N]
-        most = similarities.topk(num_similar, sorted=False).indices
-        least = similarities.topk(num_similar, largest=False, sorted=False).indices
-        chosen.append(torch.cat([most, least], dim=-1))
+        halves = []
+        for largest, worst in ((True, -torch.inf), (False, torch.inf)):
+            if mask is not None:
+                similarities.masked_fill_(~mask.unsqueeze(-2), worst)
+            found = similarities.topk(num_similar, largest=largest, sorted=mask is not None)
+            halves.append(found.indices)
+        chosen.append(torch.cat(halves, dim=-1))
     return torch.cat(chosen, dim=1)

@@ -72,15 +72,14 @@ def hash_attention(
 ) -> Tensor:
     """Attend to v [B, H, N, D] with similarity ``h_i . h_j + c`` of codes [B, H, N, K]."""
     c = codes.shape[-1] + 1
-    real = v.new_ones(v.shape[0], v.shape[2]) if key_mask is None else key_mask.to(v.dtype)
-    keys, queries = real[:, None, None, :], real[:, None, :, None]
+    keys = 1 if key_mask is None else key_mask[:, None, None, :].to(v.dtype)
     dots = codes @ codes.transpose(-1, -2) * keys  # [B, H, N, N]
     similarity = dots + c * keys
     # Only where no token is real it is not positive, but 0.
     denominator = similarity.sum(-1, keepdim=True).clamp_min(1)
-    if value_bias == "released":
-        return queries * (dots @ v + c * v) / denominator
-    return queries * (similarity @ v) / denominator
+    numerator = dots @ v + c * v if value_bias == "released" else similarity @ v
+    out = numerator / denominator
+    return out if key_mask is None else out.masked_fill(~key_mask[:, None, :, None], 0)
 
 
 def kernelized_hash_attention(
@@ -99,11 +98,17 @@ def kernelized_hash_attention(
     return hash_attention(codes, v, value_bias, key_mask=key_mask)
 
 
-def similarity_targets(x: Tensor, num_similar: int) -> Tensor:
+def similarity_targets(x: Tensor, num_similar: int, key_mask: Tensor | None = None) -> Tensor:
     """+1 at the T tokens most similar to each, -1 at the T least similar, else 0: [B, H, N, N].
 
-    Not symmetric. T is N // 2 where N < 2 T.
+    Not symmetric. T is N // 2 where N < 2 T, N being the number of real tokens of an image.
     """
+    if key_mask is not None:
+        targets = x.new_zeros(*x.shape[:3], x.shape[2])
+        for rows, square, mask in zip(x, targets, key_mask, strict=True):
+            (real,) = mask.nonzero(as_tuple=True)
+            square[:, real[:, None], real] = similarity_targets(rows[None, :, real], num_similar)[0]
+        return targets
     similarities = x @ x.transpose(-1, -2)
     num_similar = min(num_similar, x.shape[-2] // 2)
     targets = torch.zeros_like(similarities)
@@ -113,26 +118,37 @@ def similarity_targets(x: Tensor, num_similar: int) -> Tensor:
 
 
 def fit_hash(
-    x: Tensor, *, anchors: Tensor, weight: Tensor, num_similar: int = 10, num_steps: int = 100
+    x: Tensor,
+    *,
+    anchors: Tensor,
+    weight: Tensor,
+    num_similar: int = 10,
+    num_steps: int = 100,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Learn weight [H, K, M] and kernel mean [H, M], one bit after the other, on dense targets."""
-    num_tokens, num_bits = x.shape[-2], weight.shape[1]
-    features = kernel_features(x, anchors)
-    kernel_mean = features.mean(2).mean(0)  # [H, M]
+    """Learn weight [H, K, M] and kernel mean [H, M], one bit after the other, on dense targets.
+
+    Every image needs a real token.
+    """
+    num_bits = weight.shape[1]
+    real = x.new_ones(len(x), 1, x.shape[2]) if key_mask is None else key_mask[:, None].to(x.dtype)
+    num_real = real.sum(-1)  # [B, 1]
+    features = kernel_features(x, anchors, key_mask)
+    kernel_mean = (real.unsqueeze(-1) * features).sum(2).div(num_real.unsqueeze(-1)).mean(0)
     features = features - kernel_mean[None, :, None, :]
-    residual = num_bits * similarity_targets(x, num_similar)
+    residual = num_bits * similarity_targets(x, num_similar, key_mask)
     learned = weight.clone()
 
     def objective(codes: Tensor, residual: Tensor) -> Tensor:
         agreement = torch.einsum("bhn,bhnl,bhl->bh", codes, residual, codes)
-        return -(agreement / (num_tokens * num_bits)).mean()
+        return -(agreement / (num_real * num_bits)).mean()
 
     def project(row: Tensor) -> Tensor:
-        return torch.einsum("bhnm,hm->bhn", features, row)
+        return real * torch.einsum("bhnm,hm->bhn", features, row)
 
     def hard_codes(row: Tensor) -> Tensor:
         projection = project(row)
-        return torch.where(
+        return real * torch.where(
             projection > 0, torch.ones_like(projection), -torch.ones_like(projection)
         )
 

@@ -19,7 +19,14 @@ from ecoformer.ops import kernelized_hash_attention, operator, reference, use_ba
 from ecoformer.ops.backends import HashFunctions, find_backend, find_fused_backend
 from ecoformer.ops.backends import triton as triton_ops
 from ecoformer.ops.backends.blocked import BlockedBackend
-from tests.problems import Problem, draw_alike_problem, draw_problem, solve
+from tests.problems import (
+    Problem,
+    draw_alike_problem,
+    draw_mask,
+    draw_problem,
+    solve,
+    solve_unpadded,
+)
 
 pytest.importorskip("triton")
 
@@ -110,18 +117,62 @@ def test_interpreted_choice_gives_equal_results(name: str, value_bias: str) -> N
 
 
 @interpreted
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("value_bias", VALUE_BIASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_interpreted_masked_equals_unpadded(
+    dtype: torch.dtype, value_bias: str, shape: dict[str, Any]
+) -> None:
+    problem = draw_problem(**shape, dtype=dtype)
+    mask = draw_mask(len(problem.q), shape["tokens"])
+    expected = solve_unpadded(
+        reference.kernelized_hash_attention, problem.upcast(), mask, value_bias=value_bias
+    )
+    is_masked = ~mask[:, None, :, None]
+    # Whatever masked rows hold.
+    rows = (x.masked_fill(is_masked, torch.nan) for x in (problem.q, problem.v, problem.grad))
+    q, v, grad = rows
+    spoilt = Problem(q, v, problem.functions, grad)
+    found = solve(kernelized_hash_attention, spoilt, value_bias=value_bias, key_mask=mask)
+    for tensor, truth in zip(found, expected, strict=True):
+        assert relative_error(tensor, truth) < TOLERANCES[dtype]
+        assert not tensor[is_masked.expand_as(tensor)].any()
+
+
+@interpreted
+def test_interpreted_image_without_a_real_token_is_zeros() -> None:
+    problem, mask = draw_problem(images=3, dtype=torch.float32), draw_mask(3, 20)
+    mask[1] = False
+    expected = solve_unpadded(reference.kernelized_hash_attention, problem.upcast(), mask)
+    found = solve(kernelized_hash_attention, problem, key_mask=mask)
+    for tensor, truth in zip(found, expected, strict=True):
+        assert relative_error(tensor, truth) < TOLERANCES[torch.float32]
+        assert not tensor[1].any()
+
+
+@interpreted
+@pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("value_bias", VALUE_BIASES)
 @pytest.mark.parametrize("names", [("triton", "blocked"), ("blocked", "triton")])
 def test_interpreted_backward_takes_the_sums_of_another(
-    names: tuple[str, str], value_bias: str
+    names: tuple[str, str], value_bias: str, is_masked: bool
 ) -> None:
     problem = draw_problem(tokens=37, dtype=torch.float32)
+    key_mask = draw_mask(2, 37) if is_masked else None
     inputs = (problem.q, problem.v, HashFunctions(**problem.functions))
     first, second = (find_fused_backend(name, *inputs) for name in names)
-    is_normalized = value_bias == "normalized"
-    _, *left = first.forward(*inputs, is_normalized=is_normalized)
-    found = second.backward(problem.grad, *inputs, *left, is_normalized=is_normalized)
-    expected = solve(reference.kernelized_hash_attention, problem.upcast(), value_bias=value_bias)
+    settings: dict[str, Any] = {
+        "is_normalized": value_bias == "normalized",
+        "key_mask": key_mask,
+    }
+    _, *left = first.forward(*inputs, **settings)
+    found = second.backward(problem.grad, *inputs, *left, **settings)
+    expected = solve(
+        reference.kernelized_hash_attention,
+        problem.upcast(),
+        value_bias=value_bias,
+        key_mask=key_mask,
+    )
     for tensor, truth in zip(found, expected[1:], strict=True):
         assert relative_error(tensor, truth) < TOLERANCES[torch.float32]
 
@@ -207,7 +258,9 @@ def test_interpreted_equal_rows_have_no_gradient(is_zero: bool, dtype: torch.dty
 def test_interpreted_operator_passes_pytorchs_checks() -> None:
     problem = draw_problem(images=1, heads=2, tokens=5, dtype=torch.float32)
     rows = (row.requires_grad_() for row in (problem.q, problem.v))
-    torch.library.opcheck(operator.attend, (*rows, *problem.functions.values(), False))
+    arguments = (*rows, *problem.functions.values(), False)
+    torch.library.opcheck(operator.attend, arguments)
+    torch.library.opcheck(operator.attend, (*arguments, "", draw_mask(1, 5)))
 
 
 @triton.jit
