@@ -1,4 +1,4 @@
-"""Kinds of self-attention behind one signature: ``layer(x [B, N, C], size) -> [B, N, C]``.
+"""Kinds of self-attention behind one signature: ``layer(x [B, N, C], size, key_mask)``, [B, N, C].
 
 Letters here: B batch, H heads, N tokens, D head dim, C = H * D.
 """

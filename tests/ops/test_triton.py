@@ -117,14 +117,15 @@ def test_interpreted_choice_gives_equal_results(name: str, value_bias: str) -> N
 
 
 @interpreted
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("value_bias", VALUE_BIASES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["odd", "published", "two ranges", "largest"])
+@pytest.mark.parametrize(
+    ("value_bias", "dtype"), [("released", torch.bfloat16), ("normalized", torch.float32)]
+)
 def test_interpreted_masked_equals_unpadded(
-    dtype: torch.dtype, value_bias: str, shape: dict[str, Any]
+    value_bias: str, dtype: torch.dtype, shape: str
 ) -> None:
-    problem = draw_problem(**shape, dtype=dtype)
-    mask = draw_mask(len(problem.q), shape["tokens"])
+    problem = draw_problem(**SHAPES[shape], dtype=dtype)
+    mask = draw_mask(len(problem.q), SHAPES[shape]["tokens"])
     expected = solve_unpadded(
         reference.kernelized_hash_attention, problem.upcast(), mask, value_bias=value_bias
     )
