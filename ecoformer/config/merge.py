@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ecoformer.config.file import blame_file, read_fields
 from ecoformer.config.released import ATTENTION
-from ecoformer.config.schema import Config
+from ecoformer.config.schema import Config, DistillationConfig
 from ecoformer.errors import InputError, is_main_process
 from ecoformer.hash_config import HashConfig
 from ecoformer.models.registry import ModelFamily, find_family
@@ -68,6 +68,7 @@ def _find_family(model: object) -> ModelFamily:
 def _complete(config: Config, family: ModelFamily) -> Config:
     """Fill in what follows from other settings."""
     model, run = config.model, config.run
+    _check_distillation(config.distillation)
     variant, attention = family.resolve(model.model, model.attn_type)
     if model.train_msa and attention not in ("msa", "lsa_msa"):
         if model.attn_type or model.model.endswith("_ecoformer"):
@@ -92,6 +93,25 @@ def _complete(config: Config, family: ModelFamily) -> Config:
         model=replace(model, model=variant, attn_type=attention),
         run=replace(run, output_dir=run.output_dir or f"runs/{name}"),
     )
+
+
+def _check_distillation(settings: DistillationConfig) -> None:
+    """Refuse flags that mean nothing without one another."""
+    if settings.distill != "none" and settings.teacher is None:
+        raise InputError(
+            f"--distill {settings.distill} needs a teacher; give the softmax stage's checkpoint "
+            "with --teacher."
+        )
+    if settings.distill == "none" and settings.teacher is not None:
+        raise InputError(
+            "--teacher is for distillation alone; add --distill output, logits or both, or start "
+            "from those weights with --finetune."
+        )
+    if settings.align_steps and not settings.compares_outputs:
+        raise InputError(
+            f"--align-steps {settings.align_steps} needs attention outputs to compare; add "
+            "--distill output or both."
+        )
 
 
 def _tell_attention(family: ModelFamily, name: str, variant: str, attention: str) -> None:

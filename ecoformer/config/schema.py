@@ -184,6 +184,31 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """What a model learns from its softmax parent."""
+
+    distill: Literal["none", "output", "logits", "both"] = "none"
+    """Match the teacher's attention outputs, its logits in place of the labels, or both."""
+    distill_weight: float = 50.0
+    """Weight of the attention outputs' mean squared error."""
+    teacher: str | None = None
+    """Checkpoint of the softmax parent: file, URL or zoo name."""
+    align_steps: int = 0
+    """Steps at first in which each attention layer gets the input that the teacher's has."""
+
+    def __post_init__(self) -> None:
+        _require(self, lambda x: 0 <= x < math.inf, "at least 0", "distill_weight", "align_steps")
+
+    @property
+    def compares_outputs(self) -> bool:
+        return self.distill in ("output", "both")
+
+    @property
+    def compares_logits(self) -> bool:
+        return self.distill in ("logits", "both")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What to do, where, and from which weights."""
 
@@ -242,6 +267,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_flat(self) -> dict[str, Any]:

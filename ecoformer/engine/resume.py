@@ -39,6 +39,8 @@ _FREE_FIELDS = {
     "pin_mem",
     "resume",
     "start_epoch",
+    # What is in it is compared, in place of where it lies.
+    "teacher",
     "throughput",
     "train_msa",
 }
@@ -59,6 +61,7 @@ def start_state(session: Session, model: nn.Module) -> TrainState:
     assert data.train is not None
     state = TrainState.create(model, config, device=session.device, amp_dtype=session.amp_dtype)
     state.data = data.fingerprint
+    state.settings = session.task.settings()
     _require_same_data(state.data, config)
     source = find_source(config)
     if source is not None:
@@ -184,7 +187,7 @@ def _require_same_run(
     checkpoint: Mapping[str, Any], state: TrainState, config: Config, origin: str
 ) -> None:
     saved = {**checkpoint["config"], "world_size": checkpoint["world_size"]}
-    present = {**describe_settings(config), "world_size": world_size()}
+    present = {**describe_settings(config), **state.settings, "world_size": world_size()}
     changes = {
         name: (_PERMISSIONS.get(name, "config"), f"{name} {change}")
         for name, change in describe_changes(saved, present).items()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ecoformer.config import Config
+from ecoformer.engine.distillation import Distillation
 from ecoformer.engine.precision import autocast, choose_amp_dtype
 from ecoformer.models.registry import ModelFamily, find_family
 from ecoformer.seeding import derive_seed, seeded
@@ -41,6 +42,8 @@ class Session:
             InputError: there is no such task, data or precision.
         """
         made = create_task(config, task)
+        if is_train and config.distillation.distill != "none":
+            made = Distillation(made)
         return cls(
             config=config,
             task=made,
@@ -76,11 +79,11 @@ def create_model(config: Config, task: Task, family: ModelFamily | None = None) 
     """Build a task's model on the CPU, with weights drawn from the run's seed."""
     settings = config.model
 
-    def create(**options: Any) -> nn.Module:
+    def create(attention: str | None = settings.attn_type, **options: Any) -> nn.Module:
         known = family or find_family(settings.model)
         return known.create_model(
             settings.model,
-            settings.attn_type,
+            attention,
             hashing=config.hashing,
             drop_path_rate=settings.drop_path,
             # As released: of the backbone. timm's drop_rate is that of the head.

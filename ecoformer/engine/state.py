@@ -40,6 +40,7 @@ class TrainState:
         step: batches of ``epoch`` that are done, on each rank.
         best_score: ``Metrics.score`` of the best epoch so far.
         data: what identifies the data, ``Data.fingerprint``.
+        settings: what the task adds to the configuration, ``Task.settings``.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class TrainState:
     step: int = 0
     best_score: float = -math.inf
     data: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -99,7 +101,7 @@ class TrainState:
             "step": self.step,
             "loss_sums": self.loss.sums(),
             "best_score": self.best_score,
-            "config": describe_settings(config),
+            "config": describe_settings(config) | dict(self.settings),
             "world_size": world_size(),
             "data": dict(self.data),
             "versions": {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,9 @@ class Task(ABC):
     """What a run trains, by its completed configuration."""
 
     # What messages call what they count.
-    samples: ClassVar[str] = "samples"
+    samples = "samples"
+    # Whether the network gives logits, [..., classes], which those of a teacher can replace labels.
+    has_logits = False
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -117,6 +119,14 @@ class Task(ABC):
         ``create`` builds the configured backbone and takes what the task decides, such as
         ``num_classes``; a task may wrap what it gives, or do without.
         """
+
+    def settings(self) -> Mapping[str, Any]:
+        """What decides the result beside configuration and data, in plain values by name.
+
+        Asked when the model is built. It joins the configuration in checkpoints, and a run that
+        is resumed compares it.
+        """
+        return {}
 
     def prepare(self, batch: Any) -> Any:
         """Change a training batch on the device, by the global generators, seeded for the step."""

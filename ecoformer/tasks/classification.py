@@ -101,6 +101,7 @@ class Classification(Task):
     """
 
     samples = "images"
+    has_logits = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -106,4 +106,8 @@ def changed() -> dict[str, Any]:
         "checkpoint_every": 15.0,
         "allow_resume_change": ["world-size", "config"],
         "dist_timeout": 20.0,
+        "distill": "both",
+        "distill_weight": 10.0,
+        "teacher": "softmax.pth",
+        "align_steps": 5,
     }
