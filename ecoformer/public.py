@@ -10,7 +10,7 @@ from ecoformer.engine.run import evaluate, load_run, train
 from ecoformer.errors import InputError, NonFiniteError
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash, fit_hash_functions
-from ecoformer.models.conversion import convert
+from ecoformer.models.conversion import ConversionReport, convert
 from ecoformer.ops import (
     encode,
     hash_attention,
@@ -21,6 +21,7 @@ from ecoformer.ops import (
 )
 
 __all__ = [
+    "ConversionReport",
     "EcoFormerAttention",
     "HashConfig",
     "InputError",

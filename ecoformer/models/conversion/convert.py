@@ -49,12 +49,12 @@ def convert(
     hashing = HashConfig() if hashing is None else hashing
     _check(model, hashing)
     layers = _find_layers(model)
-    chosen = _choose(model, layers, select)
-    kept = {
-        name: layer.obstacle or _NOT_SELECTED
-        for name, layer in layers.items()
-        if layer.obstacle or name not in chosen
-    }
+    chosen, named = _choose(model, layers, select)
+    kept: dict[str, str] = {}
+    for name, found in layers.items():
+        doubt = None if name in named else found.doubt
+        if found.obstacle or doubt or name not in chosen:
+            kept[name] = found.obstacle or (name in chosen and doubt) or _NOT_SELECTED
     plan = {name: layer for name, layer in layers.items() if name not in kept}
     if not plan:
         raise InputError(_tell_nothing(model, kept))
@@ -82,7 +82,9 @@ class _Found:
     layer: nn.Module
     holders: tuple[nn.Module, ...]
     form: Form | None
+    # Why it has no linear form, and why it may not have one: then it has to be named.
     obstacle: str | None
+    doubt: str | None = None
 
 
 def _check(model: nn.Module, hashing: HashConfig) -> None:
@@ -120,9 +122,11 @@ def _find_layers(model: nn.Module) -> dict[str, _Found]:
             known.append(name)
         elif form is not None or reason is not None:
             holders = _find_holders(model, name)
+            doubt = None
             if form is not None:
                 reason = form.find_obstacle(module, holders) or find_obstacle(form, module)
-            found[name] = _Found(module, holders, form, reason)
+                doubt = form.find_doubt(holders)
+            found[name] = _Found(module, holders, form, reason, doubt)
             known.append(name)
         elif _SOUNDS_LIKE_ATTENTION.search(type(module).__name__):
             reason = f"no adapter knows {type(module).__module__}.{type(module).__qualname__}"
@@ -141,29 +145,30 @@ def _find_holders(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
     return tuple(model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
 
 
-def _choose(model: nn.Module, layers: dict[str, _Found], select: Select | None) -> set[str]:
-    """Names of the layers that were asked for."""
+def _choose(
+    model: nn.Module, layers: dict[str, _Found], select: Select | None
+) -> tuple[set[str], set[str]]:
+    """Names of the layers that were asked for, and of those asked for by their own name."""
     if select is None:
-        return set(layers)
+        return set(layers), set()
     if callable(select):
-        return {name for name, found in layers.items() if select(name, found.layer)}
+        return {name for name, found in layers.items() if select(name, found.layer)}, set()
     names = [select] if isinstance(select, str) else list(select)
-    chosen: set[str] = set()
     known = dict(model.named_modules(remove_duplicate=False))
+    chosen: set[str] = set()
     for name in names:
-        if not isinstance(name, str):
-            raise InputError(
-                f"select holds names of layers, or is a predicate; {name!r} is neither."
-            )
         if name not in known:
-            raise InputError(f"select: the model has no module {name!r}{suggest(name, known)}")
-        inside = {layer for layer in layers if f"{layer}.".startswith(f"{name}." if name else "")}
+            raise InputError(
+                f"select holds names of modules, or is a predicate; the model has no {name!r}"
+                f"{suggest(str(name), known)}"
+            )
+        inside = {layer for layer in layers if not name or f"{layer}.".startswith(f"{name}.")}
         if not inside:
-            raise InputError(f"select: {name!r} holds no softmax attention.")
+            raise InputError(f"select: {name} holds no softmax attention.")
         if name in layers and layers[name].obstacle:
             raise InputError(f"select: {name} cannot be converted: {layers[name].obstacle}.")
         chosen |= inside
-    return chosen
+    return chosen, chosen.intersection(names)
 
 
 def _tell_nothing(model: nn.Module, kept: dict[str, str]) -> str:

@@ -5,7 +5,7 @@ Letters: B batch, H heads, N tokens, D head dim, C channels of a token, A = H * 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ecoformer.attention import Derived
+from ecoformer.attention import Derived, MultiHeadAttention
 from ecoformer.attention.softmax import SHARED_FROM_SOFTMAX
 from ecoformer.errors import InputError
 
@@ -50,7 +50,7 @@ class Form:
     A class of ``FORMS``; instances hold nothing, and a converted layer remembers its form by name.
 
     Attributes:
-        classes: full names of the modules written so; of subclasses too, if they keep ``forward``.
+        classes: full names of the modules written so; libraries need not be there.
         derived: where ``to_qk`` and ``to_v`` come from, by module or by entry of the state dict;
             also of ``proj`` where its name is another.
         marks: what a layer of these classes has beside, to be written so.
@@ -70,21 +70,24 @@ class Form:
         """Say why this layer has no linear form, if so; ``holders`` are around it, nearest last."""
         return None
 
+    def find_doubt(self, holders: Sequence[nn.Module]) -> str | None:
+        """Say why a layer is left as it is unless it is named."""
+        return None
+
     def settle(self, holders: Sequence[nn.Module]) -> None:
         """Tell the modules around a layer that it was converted."""
 
     def take(self, layer: nn.Module) -> Parts:
         """Take the parts as timm calls them."""
-        names = ("proj_drop", "q_norm", "norm", "gate")
+        names = ("proj", "proj_drop", "q_norm", "norm", "gate")
         found = {name: part for name in names if (part := getattr(layer, name, None)) is not None}
-        return Parts(find_num_heads(layer), layer.get_submodule("proj"), **found)
+        return Parts(find_num_heads(layer), **found)
 
     def read(self, layer: Any, *args: Any, **keywords: Any) -> Call:
         """Understand the arguments of ``forward``; what cannot be obeyed is an InputError."""
-        return self.read_rows(*args, **keywords)
+        return self._read_input(*args, **keywords)
 
-    def read_rows(self, x: Tensor) -> Call:
-        """Bring the input to [B, N, C]."""
+    def _read_input(self, x: Tensor) -> Call:
         if self.layout == "b n c":
             return Call(x)
         return Call(rearrange(x, f"{self.layout} -> b (h w) c"), shape=x.shape)
@@ -93,12 +96,13 @@ class Form:
         """Turn rows [B, H, N, D] by their positions."""
         raise AssertionError(f"{self.name} has no rotary positions")
 
-    def answer(self, layer: Any, out: Tensor, call: Call) -> Any:
-        """Project [B, N, A], and return it as the softmax layer does."""
-        return self.restore(layer.proj_drop(layer.proj(out)), call)
+    def project(self, layer: Any, heads: Tensor, call: Call) -> Tensor:
+        """Project what heads found, [B, N, A], to [B, N, C]."""
+        out: Tensor = layer.proj(heads)
+        return out
 
-    def restore(self, out: Tensor, call: Call) -> Tensor:
-        """Bring [B, N, C] to the layout of the input."""
+    def answer(self, layer: Any, out: Tensor, call: Call) -> Any:
+        """Return [B, N, C] as the softmax layer does."""
         if call.shape is None:
             return out
         sizes = dict(zip(self.layout.split(), call.shape, strict=True))
@@ -118,30 +122,25 @@ def register_form(cls: type[Form]) -> type[Form]:
 
 
 def find_form(layer: nn.Module) -> Form | None:
-    """Find how a layer is written, if that is in the table."""
-    names = _list_classes(layer)
+    """Find how a layer is written, if that is in the table. A subclass may compute otherwise."""
+    name = _name_class(layer)
     for form in FORMS.values():
-        has_marks = all(getattr(layer, mark, None) is not None for mark in form.marks)
-        if has_marks and names.intersection(form.classes):
+        if name in form.classes and all(getattr(layer, m, None) is not None for m in form.marks):
             return form
     return None
 
 
 def find_kept(layer: nn.Module) -> str | None:
     """Say why a layer of a known class stays as it is."""
-    return next((KEPT[name] for name in _list_classes(layer) if name in KEPT), None)
+    if isinstance(layer, MultiHeadAttention):
+        return "a kind of ours: build the model with attention='ecoformer' instead"
+    return KEPT.get(_name_class(layer))
 
 
-def _list_classes(layer: nn.Module) -> set[str]:
-    """Full names of the classes whose ``forward`` a layer has; none if its own was put there."""
-    if "forward" in vars(layer):
-        return set()
-    forward = type(layer).forward
-    return {
-        f"{cls.__module__}.{cls.__qualname__}"
-        for cls in type(layer).__mro__
-        if getattr(cls, "forward", None) is forward
-    }
+def _name_class(layer: nn.Module) -> str:
+    """Full name of a layer's class; empty where a ``forward`` of its own was put in."""
+    cls = type(layer)
+    return "" if "forward" in vars(layer) else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def find_num_heads(layer: nn.Module) -> int:
@@ -153,11 +152,6 @@ def find_num_heads(layer: nn.Module) -> int:
 def keep_same(tensor: Tensor) -> Tensor:
     """Make a projection of one of another name."""
     return tensor
-
-
-def take_third(place: int) -> Callable[[Tensor], Tensor]:
-    """Make a projection of a third of a joined one."""
-    return lambda qkv: qkv.tensor_split(3)[place]
 
 
 def read_key_mask(mask: Tensor | None, x: Tensor, *, is_causal: bool = False) -> Tensor | None:

@@ -75,20 +75,26 @@ class ConvertedAttention(EcoFormerAttention):
                 hash functions that are not fitted.
         """
         call = self.form.read(self, *args, **keywords)
-        return self.form.answer(self, self._mix(call), call)
+        if call.key_mask is None:
+            return self.form.answer(self, self._compute(call), call)
+        is_masked = ~call.key_mask.unsqueeze(-1)
+        out = self._compute(call._replace(x=call.x.masked_fill(is_masked, 0)))
+        return self.form.answer(self, out.masked_fill(is_masked, 0), call)
 
-    def attend(self, x: Tensor, size: Size | None = None) -> Tensor:
-        return self._mix(self.form.read(self, x))
+    def _compute(self, call: Call) -> Tensor:
+        heads = self.attend(call.x, None, call.key_mask, call.position)
+        return self.proj_drop(self.form.project(self, heads, call))
 
-    def _mix(self, call: Call) -> Tensor:
-        """What the heads find, [B, N, A]."""
-        q, v = self.split_heads(self.to_qk(call.x), self.to_v(call.x))
+    def attend(
+        self, x: Tensor, size: Size | None, key_mask: Tensor | None = None, position: Any = None
+    ) -> Tensor:
+        q, v = self.split_heads(self.to_qk(x), self.to_v(x))
         q = self.q_norm(q)
-        if call.position is not None:
-            q = self.form.rotate(self, q, call.position)
-        heads = self.hash(q, v)
+        if position is not None:
+            q = self.form.rotate(self, q, position)
+        heads = self.hash(q, v, key_mask)
         out: Tensor = self.norm(rearrange(heads, "b h n d -> b n (h d)"))
-        return out if self.gate is None else out * self.gate(call.x).sigmoid()
+        return out if self.gate is None else out * self.gate(x).sigmoid()
 
 
 # Tables call it what it computes.

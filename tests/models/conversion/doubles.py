@@ -55,6 +55,11 @@ def tie_keys(model: Any) -> int:
                 # EVA's keys have no bias.
                 if getattr(ours, "bias", None) is not None and getattr(theirs, "bias", 0) is None:
                     ours.get_parameter("bias").zero_()
+        if hasattr(module, "q") and hasattr(module, "kv"):
+            for leaf in ("weight", "bias"):
+                keys, _ = getattr(module.kv, leaf).chunk(2)
+                keys.copy_(getattr(module.q, leaf))
+            num_tied += 1
         for name, num_parts in JOINED.items():
             joined = getattr(module, name, None)
             for tensor in [joined] if isinstance(joined, Tensor) else _parameters(joined):
@@ -88,8 +93,12 @@ def assert_wired(
         # Not trivially: what attention adds is seen.
         out.square().mean().backward()
         expected.square().mean().backward()
-    theirs = dict(original.named_parameters())
+    theirs = {n: p.grad for n, p in original.named_parameters() if p.grad is not None}
     for name, parameter in model.named_parameters():
-        if name in theirs and theirs[name].grad is not None:
-            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-4)
+        if name not in theirs:
+            continue
+        # What acted on queries and on keys acts once on the rows that they share.
+        key = theirs.get(name.replace("q_norm", "k_norm")) if "q_norm" in name else None
+        gradient = theirs[name] if key is None else theirs[name] + key
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
     return report
