@@ -10,8 +10,6 @@ import time
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import IO, Any
 from urllib.error import URLError
 from urllib.parse import urlsplit
@@ -22,6 +20,7 @@ import torch
 from ecoformer.checkpoint.files import parse_checkpoint
 from ecoformer.errors import InputError, suggest
 from ecoformer.files import open_atomic, open_regular, remove_stale
+from ecoformer.threads import call_within
 
 _RELEASE = "https://github.com/ziplab/EcoFormer/releases/download/v1.0"
 _CHUNK_BYTES = 1 << 20
@@ -214,23 +213,9 @@ def _download(url: str, path: Path, file: IO[bytes]) -> int | None:
 
 
 def _open_url(url: str) -> Any:
-    """Ask for a URL, in a thread that is left alone where the answer comes drop by drop."""
-    answers: SimpleQueue[Any] = SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(build_opener(_Redirects).open(url, timeout=_TIMEOUT_S))
-        except Exception as error:
-            answers.put(error)
-
-    Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=_PATIENCE_S)
-    except Empty:
-        raise TimeoutError(f"no answer in {_PATIENCE_S:.0f} s") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    """Ask for a URL; the answer may come drop by drop."""
+    opener = build_opener(_Redirects)
+    return call_within(_PATIENCE_S, lambda: opener.open(url, timeout=_TIMEOUT_S))
 
 
 class _Redirects(HTTPRedirectHandler):
