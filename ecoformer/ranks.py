@@ -6,19 +6,22 @@ Without torchrun there is no process group, and every helper gives the answer of
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ecoformer.errors import InputError
+from ecoformer.threads import call_within
 
 T = TypeVar("T")
 
-# How long it waits for a download, which no collective is to limit.
-_DOWNLOAD_TIMEOUT = timedelta(days=1)
+# Beyond the group's own limit, which what a dead link hides does not obey.
+_GRACE_S = 5.0
+# In one limit of a group.
+_SIGNS_OF_LIFE = 4
 # Counts this process's downloads, alike on all ranks: a name in the store serves once.
 _downloads = itertools.count()
 
@@ -107,19 +110,47 @@ def run_on_main(action: Callable[[], object]) -> None:
 
 
 def download_on_main(action: Callable[[], object]) -> None:
-    """As ``run_on_main``, for what may take hours."""
-    key = f"ecoformer/download{next(_downloads)}"
+    """As ``run_on_main``, for what may take hours; rank 0 shows meanwhile that it is there.
+
+    Raises:
+        DistError: nothing came from rank 0 for as long as a collective may take.
+    """
+    if not dist.is_initialized():
+        action()
+        return
+    store, name = default_store(), f"ecoformer/download{next(_downloads)}"
+    limit_s: float = store.timeout.total_seconds()  # type: ignore[attr-defined]  # it is there
+    is_done = threading.Event()
+
+    def show_life() -> None:
+        for number in itertools.count():
+            is_done.wait(limit_s / _SIGNS_OF_LIFE)
+            store.set(f"{name}/{number}", "done" if is_done.is_set() else "going on")
+            if is_done.is_set():
+                return
 
     def download() -> None:
+        thread = threading.Thread(target=show_life, daemon=True)
+        thread.start()
         try:
             action()
         finally:
-            if dist.is_initialized():
-                default_store().set(key, "done")
+            is_done.set()
+            thread.join(limit_s)
 
     if not is_main():
-        default_store().wait([key], _DOWNLOAD_TIMEOUT)
+        for number in itertools.count():
+            if _ask(store, f"{name}/{number}", limit_s) == b"done":
+                break
     run_on_main(download)
+
+
+def _ask(store: dist.Store, key: str, limit_s: float) -> bytes:
+    """Wait for a value, also from a store whose host has fallen silent."""
+    try:
+        return call_within(limit_s + _GRACE_S, lambda: store.get(key))
+    except TimeoutError as error:
+        raise dist.DistError(f"rank 0 is silent: {error}") from None
 
 
 def default_store() -> dist.Store:

@@ -49,6 +49,7 @@ def run_command(argv: Sequence[str] | None = None, family: ModelFamily | None = 
 
 def _run(config: Config, family: ModelFamily | None) -> int:
     from ecoformer.engine.launch import (
+        NoMeetingError,
         claim_error,
         has_failed_elsewhere,
         is_lost_rank,
@@ -71,6 +72,9 @@ def _run(config: Config, family: ModelFamily | None) -> int:
         return EXIT_INTERRUPTED
     except (MemoryError, OverflowError) as error:
         return _tell_memory(error)
+    except NoMeetingError as error:
+        print_error(error)
+        return EXIT_FAILED
     except RuntimeError as error:
         if is_out_of_memory(error):
             return _tell_memory(error)

@@ -24,11 +24,14 @@ from ecoformer.errors import (
     suggest,
 )
 from ecoformer.ranks import AgreedError, default_store
+from ecoformer.threads import call_within
 
 # How long it looks for a store at a port.
 _PATIENCE = timedelta(seconds=5)
 # How often a rank looks whether its torchrun is there.
 _SECONDS_BETWEEN_LOOKS = 0.5
+# Beyond the group's own limit, for what does not obey it.
+_GRACE_S = 15.0
 # How long the store has to say who has failed.
 _SECONDS_FOR_AN_ANSWER = 3.0
 _PORT_KEY = "ecoformer/port"
@@ -80,6 +83,7 @@ def process_group(
 
     Raises:
         InputError: there is no such device, or the group that is there cannot reach the CPU.
+        NoMeetingError: not all ranks came in time.
     """
     device = choose_device(device_name)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -95,18 +99,8 @@ def process_group(
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             yield device
             return
-        timeout = timedelta(minutes=timeout_minutes)
         _end_with_launcher()
-        store, number, size = _meet(timeout)
-        dist.init_process_group(
-            store=dist.PrefixStore(str(next(_numbers)), store),
-            rank=number,
-            world_size=size,
-            # gloo also beside NCCL: what processors agree on need not wait for devices.
-            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        _join(device, timedelta(minutes=timeout_minutes))
         try:
             yield device
         # All ranks raise these at one place. After another error the others may be inside a
@@ -137,6 +131,37 @@ def _end_with_launcher() -> None:
         os._exit(EXIT_FAILED)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+class NoMeetingError(RuntimeError):
+    """The ranks did not find each other, so that each has to say so."""
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
+    def join() -> None:
+        store, number, size = _meet(timeout)
+        # A thread has a current device of its own.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            dist.init_process_group(
+                store=dist.PrefixStore(str(next(_numbers)), store),
+                rank=number,
+                world_size=size,
+                # gloo also beside NCCL: what processors agree on need not wait for devices.
+                backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+
+    try:
+        # Where the link breaks meanwhile, the store's client waits without end.
+        call_within(timeout.total_seconds() + _GRACE_S, join)
+    except (dist.DistError, TimeoutError) as error:
+        raise NoMeetingError(
+            f"rank {os.environ['RANK']} did not meet the others at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} in time "
+            f"(--dist-timeout {timeout.total_seconds() / 60:g}): check that all are started and "
+            f"can reach that host. {error}"
+        ) from error
 
 
 @cache
@@ -215,15 +240,9 @@ def has_failed_elsewhere() -> bool:
 
 def _ask_store(question: Callable[[dist.Store], bool], *, if_silent: bool) -> bool:
     """True where the store is gone; one whose host is silent would be waited for without end."""
-    answers = [if_silent]
-
-    def ask() -> None:
-        try:
-            answers.append(question(default_store()))
-        except RuntimeError:
-            answers.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_SECONDS_FOR_AN_ANSWER)
-    return answers[-1]
+    try:
+        return call_within(_SECONDS_FOR_AN_ANSWER, lambda: question(default_store()))
+    except TimeoutError:
+        return if_silent
+    except RuntimeError:
+        return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import Any
 
@@ -17,6 +19,7 @@ from ecoformer.hashing import fit_hash_functions, hash_layers
 from ecoformer.ranks import (
     broadcast_object,
     download_on_main,
+    gather_objects,
     is_main,
     max_over_ranks,
     rank,
@@ -101,6 +104,26 @@ def _download(seconds: float) -> str:
 def test_a_download_may_last_longer_than_a_collective() -> None:
     said = run_ranks(_download, 2, 7.0)
     assert said == [f"{done} after that: only rank 0 saw it" for done in ([0], [])]
+
+
+def _fall_silent() -> str:
+    try:
+        with process_group("cpu", timeout_minutes=2 / 60):
+            main, _ = gather_objects(os.getpid())
+            try:
+                # Rank 0 keeps the store, which answers no more either.
+                download_on_main(lambda: os.kill(main, signal.SIGSTOP))
+            finally:
+                os.kill(main, signal.SIGCONT)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_rank_that_falls_silent_in_a_download_is_not_waited_for() -> None:
+    first, second = run_ranks(_fall_silent, 2)
+    assert "gloo" in first
+    assert second == "rank 0 is silent: no answer in 7 s"
 
 
 def _fit_and_share() -> tuple[dict[str, torch.Tensor], bool]:

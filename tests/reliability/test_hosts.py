@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import signal
 from collections.abc import Sequence
@@ -85,3 +86,22 @@ def test_other_data_are_refused(pair_flags: list[str], image_folder: Path, tmp_p
     own_flags = [["--data-path", str(path)] for path in (image_folder, other)]
     found = start(pair_flags, tmp_path / "run", world_size=2, own_flags=own_flags)
     assert_refused(found, "holds other data on rank 1")
+
+
+def leave(rank: int, *, missing: int) -> None:
+    if rank == missing:
+        raise SystemExit(0)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_rank_that_never_comes_is_not_waited_for(
+    missing: int, pair_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*pair_flags, "--dist-timeout", "0.05"]
+    hook = functools.partial(leave, missing=missing)
+    found = start(flags, tmp_path, world_size=2, hook=hook)
+    assert found.wait(63)[1 - missing] == 1, found.said()
+    [line] = [line for line in found.said().splitlines() if "error: " in line]
+    assert f"rank {1 - missing} did not meet the others at 127.0.0.1:" in line
+    assert "--dist-timeout 0.05" in line
+    assert "Traceback" not in found.said()
