@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -23,6 +24,8 @@ LOCK = "run.lock"
 _HALF = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 # A run that was killed a moment ago may still be on its way out.
 _PATIENCE_S = 5.0
+
+_logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -96,9 +99,13 @@ class RunFolder:
         except (BlockingIOError, PermissionError):
             os.close(descriptor)
             return False
-        except OSError:
+        except OSError as error:
             # Some network disks have no locks: better a run than none.
             os.close(descriptor)
+            _logger.warning(
+                "%s: its disk has no locks (%s), so nothing keeps a second run out",
+                *(self.path, error.strerror or error),
+            )
             return True
         # Its owner may have removed it between the two calls.
         if not self._is_there(descriptor):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import functools
 import os
 import shutil
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ecoformer.engine.folder import LOCK
-from tests.reliability.runs import Run, Strike, assert_same_run, start
+from tests.reliability.runs import Run, Strike, assert_same_run, run, start
 
 
 def wait_for(text: str, found: Run) -> None:
@@ -52,6 +54,23 @@ def test_a_second_run_is_refused_and_the_first_unharmed(
     assert first.wait() == [0] * world_size, first.said()
     assert_same_run(first, expected)
     assert not (tmp_path / LOCK).exists()
+
+
+def lose_locks(rank: int) -> None:
+    """As a network disk whose server keeps none."""
+
+    def lock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.lockf = lock
+
+
+def test_a_disk_without_locks_is_said_to_have_none(
+    flags: list[str], whole: Run, tmp_path: Path
+) -> None:
+    found = run(flags, tmp_path, hook=lose_locks)
+    assert "has no locks (No locks available), so nothing keeps a second run out" in found.said()
+    assert_same_run(found, whole)
 
 
 def remove(folder: Path) -> None:
