@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor, nn
 
 from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
-from ecoformer.ops import encode, kernelized_hash_attention, normalize_rows
+from ecoformer.ops import as_full_precision, encode, kernelized_hash_attention, normalize_rows
+from ecoformer.ops.precision import compute_dtype
 
+_FUNCTIONS = ("weight", "kernel_mean", "anchors")
 # Anchors are unit rows, and a mean of different ones is shorter: by more than this in a file, where
 # they may have been rounded to half precision, and in memory.
 _MAX_SHORTFALL_IN_FILE = 0.05
@@ -31,6 +35,9 @@ class KernelHash(nn.Module):
     copy, and mixes the buffers of the two in place. A mixture of two hash functions is none, so the
     copy takes those of its original whole.
 
+    Hash functions stay float32 in a model of half precision, where rounding would flip codes, and
+    become float64 with a model that does.
+
     Source: EcoFormer, arXiv 2209.09004.
     """
 
@@ -39,24 +46,32 @@ class KernelHash(nn.Module):
     anchors: Tensor  # [H, M, D], float32, unit rows
     is_fitted: Tensor  # [], bool
 
-    # Of a deep copy alone: what it was copied from, and its flag as last seen, with the count of
-    # what was written into it.
+    # Of a deep copy alone: what it was copied from.
     _original: weakref.ref[KernelHash] | None = None
-    _seen: tuple[Tensor, int] | None = None
+    # The flag as last read, with the count of what was written into it; tensors of inference mode
+    # count nothing.
+    _seen: tuple[Tensor, int | None] | None = None
 
     def __init__(self, num_heads: int, head_dim: int, config: HashConfig) -> None:
         super().__init__()
         self.config = config
         num_bits, num_anchors = config.num_bits, config.num_anchors
-        self.register_buffer("weight", torch.zeros(num_heads, num_bits, num_anchors))
-        self.register_buffer("kernel_mean", torch.zeros(num_heads, num_anchors))
-        self.register_buffer("anchors", torch.zeros(num_heads, num_anchors, head_dim))
+        for name, shape in {
+            "weight": (num_heads, num_bits, num_anchors),
+            "kernel_mean": (num_heads, num_anchors),
+            "anchors": (num_heads, num_anchors, head_dim),
+        }.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
         self.register_buffer("is_fitted", torch.tensor(False))
         # What forward tests: reading the buffer would wait for the device and break graphs.
         self._is_fitted = False
+        self._look()
 
     def refresh_fitted(self) -> None:
-        """Follow the buffer ``is_fitted``, after a broadcast, say."""
+        """Follow the buffer ``is_fitted``; forward does so where it was written or replaced.
+
+        Compiled code does not look: call this after a broadcast, say.
+        """
         if not self.is_fitted.is_meta:
             self._is_fitted = bool(self.is_fitted)
         self._look()
@@ -101,6 +116,7 @@ class KernelHash(nn.Module):
     def _require_fitted(self) -> None:
         if not torch.compiler.is_compiling():
             self._follow_original()
+            self._follow_flag()
         if not self._is_fitted:
             raise InputError(
                 "the hash functions are not fitted: load an EcoFormer checkpoint, or call "
@@ -119,6 +135,10 @@ class KernelHash(nn.Module):
         if name in state_dict:
             anchors = state_dict.get(f"{prefix}anchors")
             state_dict[name] = read_flag(state_dict[name], anchors, prefix.rstrip("."))
+        for name in _FUNCTIONS:
+            # Assigned, a file's rounded functions would set the type of later fits.
+            if isinstance(tensor := state_dict.get(f"{prefix}{name}"), Tensor):
+                state_dict[f"{prefix}{name}"] = as_full_precision(tensor)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.refresh_fitted()
 
@@ -126,6 +146,17 @@ class KernelHash(nn.Module):
         # By way of its state dict a moving average is written, and saved.
         self._follow_original()
         super()._save_to_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelHash:
+        def apply_in_full(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            is_flag = tensor.dtype == torch.bool
+            dtype = torch.bool if is_flag else compute_dtype(result)
+            # From what was there, not from what is rounded already.
+            return result if result.dtype == dtype else tensor.to(result.device, dtype)
+
+        super()._apply(apply_in_full, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in ("_original", "_seen")}
@@ -139,36 +170,46 @@ class KernelHash(nn.Module):
         return twin
 
     def _look(self) -> None:
-        """Remember the flag of a copy as it is now. Tensors of inference mode count no writes."""
-        if self._original is not None:
-            is_counted = not self.is_fitted.is_inference()
-            self._seen = (self.is_fitted, self.is_fitted._version) if is_counted else None
+        """Remember the flag as it is now."""
+        self._seen = self.is_fitted, _count_writes(self.is_fitted)
+
+    def _follow_flag(self) -> None:
+        """Read the flag where it was written, or another one is in its place.
+
+        As ``copy_`` and ``torch.func.functional_call`` do. Nothing waits for the device otherwise.
+        """
+        seen, num_writes = self._seen or (None, None)
+        if self.is_fitted is seen and _count_writes(seen) == num_writes:
+            return
+        # One of many models, or of a shape without data, cannot be read.
+        with suppress(RuntimeError):
+            self.refresh_fitted()
 
     @torch.no_grad()
     def _follow_original(self) -> None:
         """Take the functions of the original whole where others have mixed them with older ones.
 
-        Nothing waits for the device once the copy is fitted.
+        Nothing waits for the device.
         """
         original = None if self._original is None else self._original()
-        if original is None or not original._is_fitted:
-            return
+        seen, num_writes = self._seen or (None, None)
         # A tensor that was put in place of the flag, by a move to a device, say, is no mixture.
-        is_written = (
-            self._seen is not None
-            and self.is_fitted is self._seen[0]
-            and self.is_fitted._version != self._seen[1]
-        )
-        if is_written:
-            # Whole functions of another fit were put there on purpose, as by a broadcast.
-            distance = (original.anchors.to(self.anchors) - self.anchors).abs().amax()
-            is_own = (find_shortfall(self.anchors) < _MAX_SHORTFALL) & (distance > _MAX_DRIFT)
-            for name in ("weight", "kernel_mean", "anchors"):
-                buffer = getattr(self, name)
-                buffer.copy_(torch.where(is_own, buffer, getattr(original, name).to(buffer)))
-            if not self._is_fitted:
-                self.refresh_fitted()
+        is_written = self.is_fitted is seen and _count_writes(seen) != num_writes
+        if original is None or not original._is_fitted or not is_written:
+            return
+        # Whole functions of another fit were put there on purpose, as by a broadcast.
+        distance = (original.anchors.to(self.anchors) - self.anchors).abs().amax()
+        is_own = (find_shortfall(self.anchors) < _MAX_SHORTFALL) & (distance > _MAX_DRIFT)
+        for name in _FUNCTIONS:
+            buffer = getattr(self, name)
+            buffer.copy_(torch.where(is_own, buffer, getattr(original, name).to(buffer)))
+        self.is_fitted.fill_(True)
+        self._is_fitted = True
         self._look()
+
+
+def _count_writes(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def find_shortfall(anchors: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call
 
 from ecoformer import HashConfig, InputError, ops
 from ecoformer.hashing import KernelHash
@@ -129,3 +131,86 @@ def test_attending_changes_no_buffer() -> None:
 def test_settings_are_checked(bad: dict) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         HashConfig(**bad)
+
+
+def refuses(module: KernelHash) -> bool:
+    """Whether it says that it is not fitted."""
+    try:
+        module(PROBLEM.q, PROBLEM.v)
+    except InputError:
+        return True
+    return False
+
+
+def test_the_mirror_follows_what_is_copied_into_the_buffers() -> None:
+    module, fitted, unfitted = build(None), build(), build(None)
+    for source, is_refused in ((fitted, False), (unfitted, True), (fitted, False)):
+        for name, buffer in source.named_buffers():
+            getattr(module, name).copy_(buffer)
+        assert refuses(module) is is_refused
+    twin = copy.deepcopy(module)
+    twin.is_fitted.fill_(False)
+    del module
+    assert refuses(twin)
+
+
+def test_the_mirror_follows_a_functional_call() -> None:
+    for module in (build(None), build(), copy.deepcopy(build())):
+        is_refused = refuses(module)
+        with pytest.raises(InputError, match="not fitted"):
+            functional_call(module, dict(build(None).named_buffers()), (PROBLEM.q, PROBLEM.v))
+        out = functional_call(module, dict(build().named_buffers()), (PROBLEM.q, PROBLEM.v))
+        assert torch.equal(out, build()(PROBLEM.q, PROBLEM.v))
+        assert refuses(module) is is_refused
+
+
+def test_the_flag_is_read_only_where_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build()
+    module(PROBLEM.q, PROBLEM.v)
+    # Reading waits for a GPU.
+    monkeypatch.setattr(KernelHash, "refresh_fitted", lambda self: pytest.fail("read"))
+    for _ in range(2):
+        module(PROBLEM.q, PROBLEM.v)
+        module.weight.mul_(1.0)
+
+
+HALVES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.to(torch.bfloat16),
+    "type": lambda module: module.type(torch.float16),
+    "twice": lambda module: module.half().bfloat16(),
+}
+
+
+@pytest.mark.parametrize("convert", HALVES.values(), ids=HALVES)
+def test_hash_functions_stay_whole_in_a_model_of_half_precision(
+    convert: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = nn.ModuleList([build(), nn.Linear(8, 8)])
+    before = copy.deepcopy(model[0].state_dict())
+    convert(model)
+    assert next(model[1].parameters()).dtype in (torch.bfloat16, torch.float16)
+    for name, tensor in model[0].state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+    model.double()
+    assert model[0].weight.dtype == torch.float64
+
+
+def test_a_default_type_and_an_assigned_file_of_half_precision_round_nothing_more() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        module = build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(module.anchors, PROBLEM.functions["anchors"])
+    state = {
+        name: t.half() if t.is_floating_point() else t for name, t in build().state_dict().items()
+    }
+    module.load_state_dict(state, assign=True)
+    assert {module.weight.dtype, module.kernel_mean.dtype, module.anchors.dtype} == {torch.float32}
+
+
+def test_codes_of_a_half_precision_model_flip_with_its_rows_alone() -> None:
+    problem = draw_problem(tokens=400, dtype=torch.bfloat16)
+    module = build(problem).to(torch.bfloat16)
+    assert torch.equal(module.encode(problem.q), build(problem).encode(problem.q.float()))
