@@ -16,7 +16,7 @@ from ecoformer.errors import InputError, suggest
 from ecoformer.hash_config import HashConfig
 from ecoformer.models.conversion.forms import Form, find_form, find_kept
 from ecoformer.models.conversion.layer import ConvertedAttention, find_obstacle
-from ecoformer.models.conversion.report import ConversionReport, describe
+from ecoformer.models.conversion.report import ConversionReport, advise, describe
 
 Select: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -72,6 +72,7 @@ def convert(
     return ConversionReport(
         converted={name: describe(plan[name].layer, layer) for name, layer in made.items()},
         kept=kept,
+        advice=advise(model, made.values()),
     )
 
 
