@@ -23,8 +23,6 @@ from ecoformer.checkpoint.zoo import resolve_source
 from ecoformer.errors import InputError
 from ecoformer.hashing.kernel_hash import read_flag
 
-_HEAD = ("head.weight", "head.bias")
-
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -117,8 +115,9 @@ def load_checkpoint(
     dropped = [name for name in raw if owner_of(name, PROJECTION) is not None and name not in state]
     # Two projections made of one entry leave out the same.
     dropped += dict.fromkeys(left for entry in entries.values() for left in entry.leftovers)
+    head = _name_head(model)
     if not strict:
-        for name in _HEAD:
+        for name in head:
             if name in taken and _has_other_classes(taken[name], target[name]):
                 note = f"The head is fresh: {_tell_classes(taken[name], target[name])}"
                 notes += [note] if note not in notes else []
@@ -128,6 +127,7 @@ def load_checkpoint(
     used = {source for name in taken for source in sources[name]}
     match = _Match(
         origin=origin,
+        head=head,
         target=target,
         taken=taken,
         missing=[
@@ -164,6 +164,7 @@ class _Match:
     """What a file has for a model, entry by entry."""
 
     origin: str
+    head: Sequence[str]
     target: Mapping[str, Tensor]
     taken: Mapping[str, Tensor]
     missing: Sequence[str]
@@ -176,7 +177,7 @@ class _Match:
         if not strict:
             # Some entry has to fit, even where all may be missing.
             is_enough = allow_missing and taken
-            missing = [] if is_enough else [name for name in missing if name not in _HEAD]
+            missing = [] if is_enough else [name for name in missing if name not in self.head]
         mismatched = [name for name in taken if taken[name].shape != target[name].shape]
         if mismatched and not missing:
             self._refuse_other_head(mismatched)
@@ -213,7 +214,7 @@ class _Match:
 
     def _refuse_other_head(self, mismatched: Sequence[str]) -> None:
         theirs, ours = self.taken[mismatched[0]], self.target[mismatched[0]]
-        if all(name in _HEAD for name in mismatched) and _has_other_classes(theirs, ours):
+        if all(name in self.head for name in mismatched) and _has_other_classes(theirs, ours):
             raise InputError(
                 f"{self.origin}: {_tell_classes(theirs, ours)}; take data with as many classes, or "
                 "start from it with --finetune, which makes a new head."
@@ -230,6 +231,15 @@ class _Match:
                 f"{self.origin}: hash functions of {bits} bits and {anchors} anchors, the model's "
                 f"have {our_bits} and {our_anchors}; pass --nbits {bits} --anchor {anchors}."
             )
+
+
+def _name_head(model: nn.Module) -> list[str]:
+    """Entries of the classifier: of ours, or of what timm says of a model of its own."""
+    config = getattr(model, "pretrained_cfg", None)
+    names = config.get("classifier") if isinstance(config, Mapping) else None
+    names = names or "head"
+    modules = [names] if isinstance(names, str) else names
+    return [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
 
 
 def _has_other_classes(theirs: Tensor, ours: Tensor) -> bool:

@@ -7,8 +7,10 @@ in configuration files, in a run's ``config.yaml`` and in its checkpoints.
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, get_type_hints
@@ -16,6 +18,19 @@ from typing import Any, Literal, get_type_hints
 from ecoformer.config.types import fits, spell
 from ecoformer.errors import InputError, suggest
 from ecoformer.hash_config import HashConfig
+
+# Keywords of models -> what decides them.
+_SET_ELSEWHERE = {
+    "attention": "--attn_type does",
+    "checkpoint_path": "--finetune does",
+    "drop_path_rate": "--drop-path does",
+    "hashing": "the flags of hash functions do",
+    "img_size": "--input-size does",
+    "in_chans": "the data do",
+    "num_classes": "the data do",
+    "pretrained": "--finetune does",
+    "proj_drop_rate": "--drop does",
+}
 
 
 @dataclass(frozen=True)
@@ -32,12 +47,32 @@ class ModelConfig:
     """Drop path rate of the last block; earlier ones rise linearly to it."""
     input_size: int = 224
     """Image side, pixels."""
+    model_kwargs: tuple[str, ...] = ()
+    """Further keywords of the model, as key=value; as timm's scripts take them."""
     train_msa: bool = False
     """Fine-tune original Twins weights into softmax attention."""
 
     def __post_init__(self) -> None:
         _require(self, lambda x: 0 <= x < 1, "in [0, 1)", "drop", "drop_path")
         _require(self, lambda x: x >= 32, "at least 32 pixels", "input_size")
+        for name in self.keywords:
+            if name in _SET_ELSEWHERE:
+                raise InputError(f"model_kwargs sets {name}, which {_SET_ELSEWHERE[name]}.")
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """``model_kwargs`` by name, numbers and other literals as such."""
+        found: dict[str, Any] = {}
+        for word in self.model_kwargs:
+            name, equals, value = word.partition("=")
+            if not (name.isidentifier() and equals) or name in found:
+                raise InputError(
+                    f"model_kwargs has {word!r}; expected key=value, each key once, as depth=6."
+                )
+            found[name] = value
+            with suppress(ValueError, SyntaxError):
+                found[name] = ast.literal_eval(value)
+        return found
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecoformer.attention import MultiHeadAttention
+from ecoformer.attention import MultiHeadAttention, SoftmaxAttention
 from ecoformer.cost.prices import PAPER_PRICES
-from ecoformer.cost.traffic import AttentionMaps, count_values, count_weights, find_input
+from ecoformer.cost.traffic import (
+    ProductCounter,
+    count_attention_values,
+    count_values,
+    count_weights,
+    find_input,
+)
 from ecoformer.errors import InputError
 from ecoformer.hashing import hash_layers
 
@@ -30,7 +36,8 @@ ADD_AREA_UM2 = 4184
 class LayerCost:
     """Operations of one layer for one image, and the values that it moves.
 
-    ``kind`` is ``"convolution"``, ``"linear"``, ``"normalisation"`` or as ``"msa attention"``.
+    ``kind`` is ``"convolution"``, ``"linear"``, ``"normalisation"``, ``"products"`` of activations,
+    or as ``"msa attention"``.
 
     Args:
         num_weights: that it holds, and reads once a batch.
@@ -107,8 +114,10 @@ class Cost:
 def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cost:
     """Count the operations of one image of ``input_size`` pixels, a side or (height, width).
 
-    Any model works whose attention layers are ``MultiHeadAttention``, of kinds that may be its
-    own, on any device and in any mode. It needs no fit, is not touched, and computes nothing.
+    Any model works, on any device and in any mode. ``MultiHeadAttention`` tells its own cost; of
+    other classes the products of queries, keys and values are counted as they are computed, as
+    ``"msa attention"`` where there is a softmax. It needs no fit, is not touched, and computes
+    nothing.
 
     Raises:
         InputError: the model does not take images of this size.
@@ -117,7 +126,7 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
     """
     shadow, image = without_data(model, input_size)
     layers: list[LayerCost] = []
-    maps, written = AttentionMaps(), dict[int, int]()
+    products, written = ProductCounter(), dict[int, int]()
 
     def watch(name: str, kind: str, count: _Count) -> Callable[..., None]:
         def hook(
@@ -125,21 +134,38 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
         ) -> None:
             mul, add = count(module, args, keywords, output)
             num_values = count_values(module, find_input(args, keywords), output, written)
-            num_maps = maps.take() if isinstance(module, MultiHeadAttention) else 0
+            is_attention = isinstance(module, MultiHeadAttention)
+            num_maps = products.take().num_map_values if is_attention else 0
             layers.append(
                 LayerCost(name, kind, mul, add, count_weights(module), num_values, num_maps)
             )
 
         return hook
 
+    def watch_products(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen = products.take()
+            if seen.mul:
+                kind = f"{SoftmaxAttention.kind} attention" if seen.num_map_values else "products"
+                num_values = count_attention_values(module, written)
+                maps = seen.num_map_values
+                layers.append(LayerCost(name, kind, seen.mul, seen.add, 0, num_values, maps))
+
+        return hook
+
+    told = tuple(f"{n}." for n, m in shadow.named_modules() if isinstance(m, MultiHeadAttention))
     for name, module in shadow.named_modules():
         for kind, (counted, count) in _COUNTERS.items():
             if isinstance(module, counted):
                 if isinstance(module, MultiHeadAttention):
                     kind = f"{module.kind} attention"
                 module.register_forward_hook(watch(name, kind, count), with_kwargs=True)
+        # Whatever multiplies activations by activations, and does not tell its cost itself; not a
+        # part of it, such as its softmax.
+        if any(module.children()) and not f"{name}.".startswith(told):
+            module.register_forward_hook(watch_products(name))
     try:
-        with maps:
+        with products:
             shadow(image)
     except RuntimeError as error:
         shape, reason = list(image.shape), str(error).partition("\n")[0]

@@ -84,10 +84,12 @@ def create_model(config: Config, task: Task, family: ModelFamily | None = None) 
         return known.create_model(
             settings.model,
             attention,
+            input_size=settings.input_size,
             hashing=config.hashing,
             drop_path_rate=settings.drop_path,
             # As released: of the backbone. timm's drop_rate is that of the head.
             **dict.fromkeys(known.drop_rates, settings.drop),
+            **settings.keywords,
             **options,
         )
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Modules with a FAMILY each; a package of one's own can be appended.
-FAMILIES = ["pvt.family", "twins.family"]
+FAMILIES = ["pvt.family", "twins.family", "ecoformer.models.timm_family"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,30 @@ class ModelFamily:
     foreign_prefixes: Mapping[str, str] = field(default_factory=dict)
 
     def create_model(
-        self, variant: str, attention: str | None = None, **keywords: Any
+        self,
+        variant: str,
+        attention: str | None = None,
+        *,
+        input_size: int | None = None,
+        **keywords: Any,
     ) -> nn.Module:
         """Build a model with fresh weights, by the package's function of this name.
 
-        The variant's default attention where None. What the family lacks is an InputError.
+        Args:
+            attention: the variant's default where None.
+            input_size: image side, pixels, of families whose models are made for one size.
+
+        Raises:
+            InputError: the family lacks the model or the attention, or the model a keyword.
         """
         attention = attention or self.kinds(variant)[0]
-        model: nn.Module = import_module(self.name).create_model(variant, attention, **keywords)
+        build = import_module(self.name).create_model
+        try:
+            model: nn.Module = build(variant, attention, **keywords)
+        except TypeError as error:
+            if not any(f"'{name}'" in str(error) for name in keywords):
+                raise
+            raise InputError(f"{variant} cannot be built so: {error}.") from error
         return model
 
     def create_empty(
@@ -109,6 +125,10 @@ class ModelFamily:
         self.check(variant, attention or implied)
         return variant, attention or implied
 
+    def describe_names(self) -> str:
+        """List the names that a command line may give, in a few words where they are many."""
+        return ", ".join(dict.fromkeys((*self.variants, *self.released_names)))
+
     def _require_name(self, name: str, names: Collection[str]) -> None:
         if name in names:
             return
@@ -119,7 +139,8 @@ class ModelFamily:
                     f"python -m {package}.main, or import {package}."
                 )
         raise InputError(
-            f"unknown {self.name} model {name!r}{suggest(name, names)} It has: {', '.join(names)}."
+            f"unknown {self.name} model {name!r}{suggest(name, names)} It has: "
+            f"{self.describe_names()}."
         )
 
 
@@ -130,10 +151,8 @@ def find_family(model: str) -> ModelFamily:
         if model in family.variants or model in family.released_names:
             return family
     names = [name for family in families for name in (*family.variants, *family.released_names)]
-    names = list(dict.fromkeys(names))
-    raise InputError(
-        f"unknown model {model!r}{suggest(model, names)} There are: {', '.join(names)}."
-    )
+    known = ", ".join(family.describe_names() for family in families)
+    raise InputError(f"unknown model {model!r}{suggest(model, names)} There are: {known}.")
 
 
 def list_variants() -> list[str]:

@@ -106,6 +106,7 @@ def changed() -> dict[str, Any]:
         "checkpoint_every": 15.0,
         "allow_resume_change": ["world-size", "config"],
         "dist_timeout": 20.0,
+        "model_kwargs": ["head_drop=0.5"],
         "distill": "both",
         "distill_weight": 10.0,
         "teacher": "softmax.pth",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
-from ecoformer import EcoFormerAttention, InputError, count_cost, fit_hash_functions
+from ecoformer import EcoFormerAttention, InputError, convert, count_cost, fit_hash_functions
 from ecoformer.attention import SpatialReductionAttention
 from ecoformer.cost import Cost
 from pvt import FAMILY
@@ -147,3 +148,48 @@ def test_a_model_of_tokens_is_told_what_a_cost_is_of() -> None:
 def test_one_image_is_enough_in_training_mode() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, kernel_size=8), nn.BatchNorm2d(4)).train()
     assert count_cost(model, 8).mul == 4 * (8 * 8 * 3 + 1)
+
+
+def create_vit(*, is_fused: bool = True) -> nn.Module:
+    model: nn.Module = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_classes=5
+    )
+    for block in model.get_submodule("blocks").children():
+        block.attn.fused_attn = is_fused
+    return model
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_softmax_of_somebody_elses_class(is_fused: bool) -> None:
+    tokens, dim, heads = 2 * 2 + 1, 24, 3
+    cost = count_cost(create_vit(is_fused=is_fused), 32)
+    products = 2 * tokens**2 * dim
+    attention = [layer for layer in cost.layers if layer.kind == "msa attention"]
+    assert [layer.name for layer in attention] == ["blocks.0.attn", "blocks.1.attn"]
+    for layer in attention:
+        assert (layer.mul, layer.add) == (products + heads * tokens**2, products)
+        assert layer.num_map_values == heads * tokens**2
+        assert layer.num_values == 3 * tokens * dim + tokens * dim
+    linear = tokens * 2 * (3 * dim**2 + dim**2 + 2 * 4 * dim**2) + dim * 5
+    assert cost.by_kind()["linear"] == (linear, linear)
+    # The scale, biases and positions are no products.
+    assert set(cost.by_kind()) == {"convolution", "normalisation", "linear", "msa attention"}
+
+
+def test_what_is_converted_tells_its_own_cost() -> None:
+    model = create_vit()
+    convert(model, TINY_HASH)
+    layer = EcoFormerAttention(24, 3, hashing=TINY_HASH)
+    mul, add = layer.count_attention(5)
+    assert count_cost(model, 32).by_kind()["ecoformer attention"] == (2 * mul, 2 * add)
+
+
+def test_softmax_in_windows_counts_the_pairs_that_it_sees() -> None:
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1,), num_heads=(2,)
+    )
+    # Four windows of 4 x 4 tokens of 96 channels.
+    products = 4 * 2 * 16**2 * 96
+    kinds = count_cost(model, 32).by_kind()
+    assert kinds["msa attention"] == (products + 4 * 2 * 16**2, products)
+    assert "products" not in kinds

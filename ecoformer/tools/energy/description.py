@@ -39,7 +39,13 @@ def count(config: Config, family: ModelFamily) -> Cost:
         InputError: the family has no such model, or it takes no images of that size.
     """
     settings = config.model
-    model = family.create_empty(settings.model, settings.attn_type, hashing=config.hashing)
+    model = family.create_empty(
+        settings.model,
+        settings.attn_type,
+        input_size=settings.input_size,
+        hashing=config.hashing,
+        **settings.keywords,
+    )
     return count_cost(model, settings.input_size)
 
 

@@ -184,7 +184,11 @@ def _measure_speeds(arms: Sequence[Arm], recipe: Recipe, num_classes: int) -> di
     create_model = find_family(recipe.variant).create_model
     models = {
         arm.name: create_model(
-            recipe.variant, arm.attention, num_classes=num_classes, hashing=arm.config
+            recipe.variant,
+            arm.attention,
+            input_size=side,
+            num_classes=num_classes,
+            hashing=arm.config,
         ).to(device)
         for arm in arms
     }

@@ -67,7 +67,7 @@ def describe_cost(
         InputError: no such backbone, or it has no such attention.
     """
     model = find_family(variant).create_empty(
-        variant, attention, num_classes=num_classes, hashing=hashing
+        variant, attention, input_size=input_size, num_classes=num_classes, hashing=hashing
     )
     cost = count_cost(model, input_size)
     row: dict[str, Value] = {

@@ -163,7 +163,7 @@ def add_joules(
     baselines: dict[tuple[Value, Value], dict[str, Value]] = {}
     for row in rows:
         variant, side = str(row["model"]), int(_number(row, "input_size"))
-        model = find_family(variant).create_model(variant, str(row["name"]))
+        model = find_family(variant).create_model(variant, str(row["name"]), input_size=side)
         model = with_random_hash_functions(model).eval().to(device)
         images = torch.randn(batch_size, 3, side, side, device=device)
         with torch.inference_mode():

@@ -122,12 +122,13 @@ def _share_budget(
 
 def _count_work(name: str, side: int) -> int:
     variant, attention = name.split("/")
-    return count_executed(find_family(variant).create_empty(variant, attention), side)
+    model = find_family(variant).create_empty(variant, attention, input_size=side)
+    return count_executed(model, side)
 
 
 def _build(name: str, side: int, how: Timed) -> Call:
     variant, attention = name.split("/")
-    model = find_family(variant).create_model(variant, attention)
+    model = find_family(variant).create_model(variant, attention, input_size=side)
     model = with_random_hash_functions(model).eval().to(how.device)
     images = torch.randn(how.batch_size, 3, side, side, device=how.device)
     return torch.inference_mode()(partial(model, images))
