@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": ("write weights in another format or layout", "tools.convert:main"),
     "tables": ("make the paper's tables, and our own", "tools.tables.command:main"),
     "plots": ("draw runs, tables, codes, the method", "tools.plots.command:main"),
+    "report": ("write runs as one offline page", "tools.report.command:main"),
     "benchmark": ("time EcoFormer beside its peers", "tools.benchmark.command:main"),
     "doctor": ("check machine, data and one training step", "tools.doctor.command:main"),
     "demo": ("the whole story on handwritten digits", "tools.demo:main"),

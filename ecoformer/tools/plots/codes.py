@@ -5,22 +5,25 @@ Shapes: B batch, H heads, N tokens, D head dim.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ecoformer.attention import EcoFormerAttention, SoftmaxAttention
-from ecoformer.data.datasets import open_dataset
-from ecoformer.engine.run import load_run
+from ecoformer.data.datasets import LabelledImages, open_dataset
+from ecoformer.engine.run import Run
 from ecoformer.errors import InputError
 from ecoformer.ops import hash_attention_weights
 from ecoformer.tools.figures import make_figure
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
     from PIL import Image
 
 
@@ -33,11 +36,13 @@ class TokenView:
         codes: weights that EcoFormer attention gives to them, negative ones among them under the
             released bias.
         equal_bits: share of the bits of its code that another token's has too.
+        bits: codes of all tokens in the first head, [K, height, width], of -1 and +1.
     """
 
     softmax: Tensor
     codes: Tensor
     equal_bits: Tensor
+    bits: Tensor
 
 
 @torch.inference_mode()
@@ -72,6 +77,7 @@ def view_token(
         softmax=peers[0, :, 0].mean(0).view(size),
         codes=weights[0, :, 0].mean(0).view(size),
         equal_bits=equal_bits[0].mean(0).view(size),
+        bits=rearrange(codes[0, 0], "(h w) k -> k h w", h=size[0]),
     )
 
 
@@ -93,71 +99,105 @@ def _capture(
     return modules[layer], *seen[0]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The same network with softmax and with EcoFormer attention, and the images of its runs."""
+
+    softmax: nn.Module
+    ecoformer: nn.Module
+    images: LabelledImages
+    input_size: int
+
+    @classmethod
+    def of(cls, softmax: Run, ecoformer: Run) -> Pair:
+        """Take two runs on the same images.
+
+        Raises:
+            InputError: one has another attention, or lacks its data or checkpoint.
+        """
+        config = ecoformer.config
+        side = config.model.input_size
+        images = open_dataset(config.data.data_set, config.data.data_path, "val", input_size=side)
+        pair = cls(softmax.model, ecoformer.model, images, side)
+        if not pair.layers:
+            raise InputError(f"{ecoformer.folder} is no run with EcoFormer attention.")
+        if not isinstance(dict(pair.softmax.named_modules()).get(pair.layers[0]), SoftmaxAttention):
+            raise InputError(
+                f"{softmax.folder} is no run of the same model with softmax attention."
+            )
+        return pair
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers with codes."""
+        modules = self.ecoformer.named_modules()
+        return [name for name, module in modules if isinstance(module, EcoFormerAttention)]
+
+
 def draw_codes(
-    softmax_run: Path,
-    ecoformer_run: Path,
-    *,
-    index: int = 0,
-    layer: str | None = None,
-    token: tuple[int, int] | None = None,
+    pair: Pair, *, index: int = 0, layer: str | None = None, token: tuple[int, int] | None = None
 ) -> Figure:
-    """Draw an image, both attentions of one token, and the equal bits of its code.
+    """Draw an image, its codes, their similarity to one token's, and both attentions of that.
 
     Args:
-        softmax_run: folder of a run with softmax attention.
-        ecoformer_run: folder of a run with EcoFormer attention on the same images.
         index: of the validation image.
         layer: the first with codes unless given.
         token: row and column on the layer's map; its middle unless given.
 
     Raises:
-        InputError: a run, the image, the layer or the token is not there.
+        InputError: the image, the layer or the token is not there.
     """
     from ecoformer.data.transforms import build_eval_transform
 
-    run = load_run(ecoformer_run)
-    softmax, ecoformer, config = load_run(softmax_run).model, run.model, run.config
-    side = config.model.input_size
-    images = open_dataset(config.data.data_set, config.data.data_path, "val", input_size=side)
-    if not 0 <= index < len(images):
-        raise InputError(f"--image {index}: there are {len(images)} validation images.")
-    picture, label = images.read(index)
-    pixels = build_eval_transform(side)(picture).unsqueeze(0)
-    layers = [n for n, m in ecoformer.named_modules() if isinstance(m, EcoFormerAttention)]
-    if not layers:
-        raise InputError(f"{ecoformer_run} is no run with EcoFormer attention.")
-    if not isinstance(dict(softmax.named_modules()).get(layers[0]), SoftmaxAttention):
-        raise InputError(f"{softmax_run} is no run of the same model with softmax attention.")
-    layer = layer or layers[0]
+    if not 0 <= index < len(pair.images):
+        raise InputError(f"--image {index}: there are {len(pair.images)} validation images.")
+    picture, label = pair.images.read(index)
+    pixels = build_eval_transform(pair.input_size)(picture).unsqueeze(0)
+    layer = layer or pair.layers[0]
     if token is None:
-        _, _, (height, width) = _capture(ecoformer, layer, pixels, EcoFormerAttention)
+        _, _, (height, width) = _capture(pair.ecoformer, layer, pixels, EcoFormerAttention)
         token = height // 2, width // 2
-    view = view_token(softmax, ecoformer, pixels, layer, token)
-    name = images.class_names[label]
+    view = view_token(pair.softmax, pair.ecoformer, pixels, layer, token)
+    name = pair.images.class_names[label]
     return _draw(picture, f"{name}, layer {layer}", view, token)
 
 
 def _draw(picture: Image.Image, title: str, view: TokenView, token: tuple[int, int]) -> Figure:
     from matplotlib.patches import Rectangle
 
-    figure, (image, *maps) = make_figure(4, width=3.1, height=2.7)
+    figure, (image, codes, *maps) = make_figure(5, width=3.0, height=2.7)
     height, width = view.softmax.shape
     # In units of tokens, so that the same square marks the token everywhere.
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     image.imshow(picture, extent=extent)
     image.set_title(title)
+    codes.imshow(_tile(view.bits), cmap="cividis", interpolation="none")
+    codes.set_title(f"{len(view.bits)} bits of the first head")
     for axes, values, name in zip(
         maps,
-        (view.softmax, view.codes, view.equal_bits),
-        ("softmax attention", "attention through codes", "Hamming similarity of codes"),
+        (view.equal_bits, view.codes, view.softmax),
+        ("Hamming similarity of codes", "attention through codes", "softmax attention"),
         strict=True,
     ):
-        shown = axes.imshow(values.numpy(), extent=extent, cmap="viridis")
+        shown = axes.imshow(values.numpy(), extent=extent, cmap="viridis", interpolation="none")
         axes.set_title(name)
         figure.colorbar(shown, ax=axes, shrink=0.75)
     row, column = token
-    for axes in (image, *maps):
+    for axes in (image, codes, *maps):
         axes.set(xticks=[], yticks=[])
+    for axes in (image, *maps):
         square = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", lw=2)
         axes.add_patch(square)
     return figure
+
+
+def _tile(bits: Tensor) -> NDArray[np.float32]:
+    """Lay K maps out in a square, with gaps between: [K, height, width] to two axes."""
+    columns = math.ceil(math.sqrt(len(bits)))
+    rows = -(-len(bits) // columns)
+    padded = torch.full((rows * columns, bits.shape[1] + 1, bits.shape[2] + 1), math.nan)
+    padded[: len(bits), 1:, 1:] = bits
+    tiles: NDArray[np.float32] = rearrange(
+        padded, "(r c) h w -> (r h) (c w)", r=rows, c=columns
+    ).numpy()
+    return tiles

@@ -102,11 +102,11 @@ def _draw(options: argparse.Namespace) -> Figure:
         _check_sides(options.resolutions, "--resolutions")
         return curves.draw_cost(options.model, options.resolutions)
     if options.plot == "codes":
-        from ecoformer.tools.plots.codes import draw_codes
+        from ecoformer.engine.run import load_run
+        from ecoformer.tools.plots.codes import Pair, draw_codes
 
         return draw_codes(
-            options.softmax,
-            options.ecoformer,
+            Pair.of(load_run(options.softmax), load_run(options.ecoformer)),
             index=options.image,
             layer=options.layer,
             token=options.token,

@@ -11,6 +11,7 @@ from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
 from ecoformer.models.registry import find_family
 from ecoformer.tools.figures import make_figure
+from ecoformer.tools.table import Row
 from ecoformer.tools.tables.costs import describe_cost
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def draw_curves(runs: Sequence[Path]) -> Figure:
         records = read_log(run)
         if not records:
             raise InputError(f"{run} has finished no epoch yet; give a run that has.")
+        if "test_acc1" not in records[0]:
+            raise InputError(f"{run} classifies no images: its log has no test_acc1.")
         epochs = [record["epoch"] + 1 for record in records]
         # Seeds of a table's runs lie in folders above them.
         label = "/".join(run.resolve().parts[-2:]) if is_ambiguous else run.resolve().name
@@ -52,19 +55,23 @@ def draw_tradeoff(tables: Sequence[Path]) -> Figure:
     Raises:
         InputError: one is no such file, or holds no accuracy.
     """
+    return draw_points([row for table in tables for row in _read_rows(table)])
+
+
+def draw_points(rows: Sequence[Row]) -> Figure:
+    """Draw accuracy against energy of rows with ``name, energy_pj, top1`` and maybe an interval."""
     figure, (axes,) = make_figure(width=6.0)
-    for table in tables:
-        for row in _read_rows(table):
-            energy_mj = row["energy_pj"] / 1e9
-            interval = row.get("top1_ci95")
-            axes.errorbar(energy_mj, row["top1"], interval, fmt="o", capsize=3, label=row["name"])
+    for row in rows:
+        energy_mj = float(row["energy_pj"] or 0) / 1e9
+        interval = row.get("top1_ci95")
+        axes.errorbar(energy_mj, row["top1"], interval, fmt="o", capsize=3, label=row["name"])  # type: ignore[arg-type]
     axes.set(xlabel="energy an image, mJ (45 nm model)", ylabel="top-1 %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure
 
 
-def _read_rows(table: Path) -> list[dict]:
+def _read_rows(table: Path) -> list[Row]:
     try:
         rows = [row for row in json.loads(table.read_text())["rows"] if "top1" in row]
     except OSError as error:

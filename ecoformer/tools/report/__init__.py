@@ -1,0 +1,3 @@
+"""One page about runs that opens anywhere."""
+
+from __future__ import annotations
