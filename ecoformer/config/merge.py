@@ -13,7 +13,7 @@ from ecoformer.config.released import ATTENTION
 from ecoformer.config.schema import Config, DistillationConfig
 from ecoformer.errors import InputError, is_main_process
 from ecoformer.hash_config import HashConfig
-from ecoformer.models.registry import ModelFamily, find_family
+from ecoformer.models.registry import ModelFamily, find_default_family, find_family
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +43,10 @@ def merge(values: Mapping[str, object], family: ModelFamily | None = None) -> Co
     """Lay values over the file that they name, that over the family's recipe and the defaults."""
     path = values.get("config")
     in_file = read_fields(str(path)) if path else {}
-    family = family or _find_family(values.get("model") or in_file.get("model"))
+    given = {**in_file, **{name: value for name, value in values.items() if value}}
+    if family is None:
+        model, task = given.get("model"), given.get("task", Config().run.task)
+        family = find_family(str(model)) if model else find_default_family(str(task))
     config = Config.from_flat({"model": family.default_model, **family.recipe})
     if path:
         with blame_file(str(path)):
@@ -57,12 +60,6 @@ def merge(values: Mapping[str, object], family: ModelFamily | None = None) -> Co
         # A released name that spells its attention out beats the file's attn_type.
         config = replace(config, model=replace(config.model, attn_type=None))
     return _complete(config, family)
-
-
-def _find_family(model: object) -> ModelFamily:
-    if not model:
-        raise InputError("name a model, for example --model pvt_v2_b0.")
-    return find_family(str(model))
 
 
 def _complete(config: Config, family: ModelFamily) -> Config:

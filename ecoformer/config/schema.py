@@ -27,7 +27,9 @@ _SET_ELSEWHERE = {
     "hashing": "the flags of hash functions do",
     "img_size": "--input-size does",
     "in_chans": "the data do",
+    "max_tokens": "--max-tokens does",
     "num_classes": "the data do",
+    "num_words": "the data do",
     "pretrained": "--finetune does",
     "proj_drop_rate": "--drop does",
 }
@@ -47,6 +49,8 @@ class ModelConfig:
     """Drop path rate of the last block; earlier ones rise linearly to it."""
     input_size: int = 224
     """Image side, pixels."""
+    max_tokens: int = 2000
+    """Positions of a sequence encoder; the longest sequences of LISTOPS."""
     model_kwargs: tuple[str, ...] = ()
     """Further keywords of the model, as key=value; as timm's scripts take them."""
     train_msa: bool = False
@@ -55,6 +59,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require(self, lambda x: 0 <= x < 1, "in [0, 1)", "drop", "drop_path")
         _require(self, lambda x: x >= 32, "at least 32 pixels", "input_size")
+        _require(self, lambda x: 20 <= x <= 2**20, "from 20 to 2^20 tokens", "max_tokens")
         for name in self.keywords:
             if name in _SET_ELSEWHERE:
                 raise InputError(f"model_kwargs sets {name}, which {_SET_ELSEWHERE[name]}.")
@@ -82,7 +87,17 @@ class DataConfig:
     data_path: str | None = None
     """Data folder; with train/ and val/ for IMNET. DIGITS and PAIRS need none."""
     data_set: Literal[
-        "IMNET", "CIFAR", "FMNIST", "DIGITS", "PAIRS", "INAT", "INAT19", "IMNET100"
+        "IMNET",
+        "CIFAR",
+        "FMNIST",
+        "DIGITS",
+        "PAIRS",
+        "INAT",
+        "INAT19",
+        "IMNET100",
+        "LISTOPS",
+        "PATHFINDER",
+        "PIXELS",
     ] = "IMNET"
     """IMNET is any folder of class folders; PAIRS draws canvases, of digits unless given FMNIST."""
     batch_size: int = 32
@@ -91,13 +106,15 @@ class DataConfig:
     """Loader processes a rank, at most one a core."""
     pin_mem: bool = True
     """Page-lock batches, which speeds up their way to a GPU."""
+    epoch_samples: int | None = None
+    """Training samples of an epoch, drawn anew each time; None: all."""
     repeated_aug: bool = True
     """An epoch is a third of the training images, three times each, augmented differently."""
     max_bad_images: int = 0
     """Unreadable training images that a rank skips before the run stops."""
 
     def __post_init__(self) -> None:
-        _require(self, lambda x: x >= 1, "at least 1", "batch_size")
+        _require(self, lambda x: x >= 1, "at least 1", "batch_size", "epoch_samples")
         _require(self, lambda x: x >= 0, "at least 0", "num_workers", "max_bad_images")
 
 

@@ -1,8 +1,8 @@
-"""Images for training and evaluation, in an order and with noise that a run can repeat."""
+"""Samples to train and to evaluate on, in an order and with noise that a run can repeat."""
 
 from __future__ import annotations
 
 from ecoformer.data.digits import write_digits_folder
-from ecoformer.data.loaders import Loader, Loaders, build_loaders
+from ecoformer.data.loaders import Loader, Loaders, build_loaders, load_splits
 
-__all__ = ["Loader", "Loaders", "build_loaders", "write_digits_folder"]
+__all__ = ["Loader", "Loaders", "build_loaders", "load_splits", "write_digits_folder"]

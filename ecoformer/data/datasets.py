@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -42,21 +42,28 @@ class Fingerprint(TypedDict):
     digest: str
 
 
-class LabelledImages(Protocol):
-    """Images with one label each, read by index."""
+class LabelledSamples(Protocol):
+    """Samples with one label each, read by index."""
 
     class_names: Sequence[str]
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Decode an image, RGB, and give its label, an index of ``class_names``."""
+    def read(self, index: int) -> tuple[Any, int]:
+        """Give a sample and its label, an index of ``class_names``."""
 
     def describe(self, index: int) -> str:
-        """Name the file, or the set and the image's number, so that a user finds it."""
+        """Name the file, or the set and the sample's number, so that a user finds it."""
 
     def fingerprint(self) -> Fingerprint:
         """Tell this set from others."""
+
+
+class LabelledImages(LabelledSamples, Protocol):
+    """Images with one label each."""
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Decode an image, RGB, and give its label, an index of ``class_names``."""
 
 
 class ImageFolder:

@@ -7,12 +7,14 @@ Source: ListOps, arXiv 1804.06028; in its long form, Long Range Arena, arXiv 201
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
+from ecoformer.data.datasets import Fingerprint
 from ecoformer.seeding import derive_seed
 
 MAX_ARGUMENTS = 10
@@ -51,7 +53,7 @@ class ListOps:
         max_tokens: of a sequence; the shortest ones have a quarter of it.
     """
 
-    class_names = WORDS[:10]
+    class_names: Sequence[str] = WORDS[:10]
     num_words = len(WORDS)
 
     def __init__(self, split: str, *, max_tokens: int = 2000) -> None:
@@ -75,6 +77,15 @@ class ListOps:
 
     def describe(self, index: int) -> str:
         return f"LISTOPS {self.split} sequence {index}"
+
+    def fingerprint(self) -> Fingerprint:
+        """Hash the first sequence, which tells generators and lengths apart."""
+        tokens, _ = self.read(0)
+        return {
+            "num_classes": len(self.class_names),
+            "num_images": len(self),
+            "digest": hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest(),
+        }
 
 
 def _grow(generator: random.Random, num_tokens: int) -> _Shape:

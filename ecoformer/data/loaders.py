@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import UnidentifiedImageError
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ecoformer.data.datasets import FORMATS, Fingerprint, LabelledImages, open_dataset
+from ecoformer.data.datasets import FORMATS, Fingerprint, LabelledSamples, open_dataset
 from ecoformer.data.digits import SPLITS
 from ecoformer.data.transforms import (
     Transform,
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from ecoformer.config.schema import AugmentConfig, DataConfig
     from ecoformer.data.samplers import Draw, DrawBatches
 
-Batch = tuple[Tensor, Tensor]
+# What a network takes, in an order of its own, and the labels [B], int64, last.
+Batch = tuple[Any, ...]
+# Makes a batch of samples, each what the transform gave, and its label.
+Collate = Callable[[list[tuple[Any, int]]], Batch]
 
 _logger = logging.getLogger(__name__)
 
@@ -42,9 +45,9 @@ BadImage = tuple[int, str]
 
 
 class _Sample(NamedTuple):
-    """An image and its label, None after too many bad ones; and the bad ones before it."""
+    """What was read, and its label, None after too many bad ones; and the bad ones before it."""
 
-    content: tuple[Tensor, int] | None
+    content: tuple[Any, int] | None
     bad: list[BadImage]
 
 
@@ -55,7 +58,7 @@ class SampleReader(Dataset[_Sample]):
     """
 
     def __init__(
-        self, images: LabelledImages, transform: Transform, *, max_bad_images: int
+        self, images: LabelledSamples, transform: Transform, *, max_bad_images: int
     ) -> None:
         self.images = images
         self.transform = transform
@@ -84,6 +87,7 @@ class Loader:
 
     Args:
         batches: which images, when, and their seeds.
+        collate: that of PyTorch stacks images [B, 3, height, width], float32.
         num_workers: processes that read; 0 reads in this one.
         pin_memory: page-lock batches, for a faster way to a GPU.
         max_bad_images: different images that may be replaced by the next one before the run stops.
@@ -91,13 +95,14 @@ class Loader:
 
     def __init__(
         self,
-        images: LabelledImages,
+        images: LabelledSamples,
         transform: Transform,
         batches: DrawBatches,
         *,
         num_workers: int,
         pin_memory: bool = False,
         max_bad_images: int = 0,
+        collate: Collate = default_collate,
     ) -> None:
         self.images = images
         self.batches = batches
@@ -111,7 +116,7 @@ class Loader:
             SampleReader(images, transform, max_bad_images=self.max_bad_images),
             batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=partial(_join, collate),
             pin_memory=pin_memory,
             worker_init_fn=prepare_worker,
             multiprocessing_context=context,
@@ -129,7 +134,7 @@ class Loader:
         self.batches.set_epoch(epoch, start_step)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield images [B, 3, height, width], float32, and labels [B], int64.
+        """Yield batches, a tuple each.
 
         Raises:
             InputError: more images than allowed cannot be read, or a worker was killed.
@@ -138,8 +143,7 @@ class Loader:
             for index, reason in bad:
                 self._count(index, reason)
             assert batch is not None
-            images, labels = batch
-            yield images, labels
+            yield tuple(batch)
 
     def _count(self, index: int, reason: str) -> None:
         if index in self.bad_images:
@@ -199,54 +203,18 @@ def build_loaders(
     Raises:
         InputError: the data are not there, or not as they should be.
     """
-    # Imports timm, which takes a second and which nothing of a run needs before.
-    from ecoformer.data.samplers import (
-        DrawBatches,
-        EvaluationSampler,
-        Order,
-        RepeatedAugmentationSampler,
-        ShuffledSampler,
-    )
-
-    ranks = {"rank": rank, "world_size": world_size}
+    splits = SPLITS if train else ("val",)
     images = {
         split: open_dataset(data.data_set, data.data_path, split, input_size=input_size)
-        for split in (SPLITS if train else ("val",))
+        for split in splits
     }
-    class_names = images["val"].class_names
-
-    def load(split: str, order: Order, transform: Transform) -> Loader:
-        is_train = split == "train"
-        batches = DrawBatches(
-            order, batch_size=data.batch_size, seed=seed, drop_last=is_train, **ranks
-        )
-        return Loader(
-            images[split],
-            transform,
-            batches,
-            num_workers=min(data.num_workers, num_cores()),
-            pin_memory=data.pin_mem and pin_memory,
-            max_bad_images=data.max_bad_images if is_train else 0,
-        )
-
     is_canvas = data.data_set == "PAIRS"
-    order = EvaluationSampler(num_images=len(images["val"]), **ranks)
-    eval_loader = load(
-        "val", order, build_plain_transform() if is_canvas else build_eval_transform(input_size)
-    )
-    if not train:
-        return Loaders(None, eval_loader, class_names, None)
-
-    require_equal_classes(images["train"].class_names, class_names)
-    sampler = RepeatedAugmentationSampler if data.repeated_aug else ShuffledSampler
-    train_loader = load(
-        "train",
-        sampler(images["train"], seed=seed, **ranks),
-        build_plain_transform()
-        if is_canvas
-        else build_train_transform(augment, input_size=input_size),
-    )
-    mixup = build_mixup(augment, num_classes=len(class_names))
+    transforms = dict.fromkeys(splits, build_plain_transform())
+    if not is_canvas:
+        transforms["val"] = build_eval_transform(input_size)
+    if train and not is_canvas:
+        transforms["train"] = build_train_transform(augment, input_size=input_size)
+    mixup = build_mixup(augment, num_classes=len(images["val"].class_names)) if train else None
     if mixup and is_canvas:
         raise InputError(
             "the label of a canvas of PAIRS is that of all its items together, so that none can be "
@@ -257,12 +225,78 @@ def build_loaders(
             f"--batch-size {data.batch_size} is odd, and Mixup pairs images; make it even, or give "
             "--mixup 0 --cutmix 0."
         )
+    loaders = load_splits(
+        images,
+        transforms,
+        data,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        pin_memory=pin_memory,
+    )
+    return replace(loaders, mixup=mixup)
+
+
+def load_splits(
+    samples: Mapping[str, LabelledSamples],
+    transforms: Mapping[str, Transform],
+    data: DataConfig,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    pin_memory: bool,
+    collate: Collate = default_collate,
+) -> Loaders:
+    """Build this rank's loaders of the splits that are there, without mixup.
+
+    Args:
+        samples: ``"val"``, and ``"train"`` unless it is to evaluate alone.
+        seed, pin_memory: as for ``build_loaders``.
+
+    Raises:
+        InputError: the splits have different classes, or too few samples for a batch.
+    """
+    # Imports timm, which takes a second and which nothing of a run needs before.
+    from ecoformer.data.samplers import (
+        DrawBatches,
+        EvaluationSampler,
+        Order,
+        RepeatedAugmentationSampler,
+        ShuffledSampler,
+    )
+
+    ranks = {"rank": rank, "world_size": world_size}
+    class_names = samples["val"].class_names
+
+    def load(split: str, order: Order) -> Loader:
+        is_train = split == "train"
+        return Loader(
+            samples[split],
+            transforms[split],
+            DrawBatches(order, batch_size=data.batch_size, seed=seed, drop_last=is_train, **ranks),
+            num_workers=min(data.num_workers, num_cores()),
+            pin_memory=data.pin_mem and pin_memory,
+            max_bad_images=data.max_bad_images if is_train else 0,
+            collate=collate,
+        )
+
+    eval_loader = load("val", EvaluationSampler(num_images=len(samples["val"]), **ranks))
+    if "train" not in samples:
+        return Loaders(None, eval_loader, class_names, None)
+    require_equal_classes(samples["train"].class_names, class_names)
+    order: Order
+    if data.repeated_aug:
+        order = RepeatedAugmentationSampler(samples["train"], seed=seed, **ranks)
+    else:
+        order = ShuffledSampler(samples["train"], seed=seed, num_drawn=data.epoch_samples, **ranks)
+    train_loader = load("train", order)
     if not len(train_loader):
         raise InputError(
-            f"an epoch has {len(train_loader.batches.order)} training images a rank, too few for "
-            f"one batch; lower --batch-size {data.batch_size} to that or less."
+            f"an epoch has {len(order)} training images a rank, too few for one batch; lower "
+            f"--batch-size {data.batch_size} to that or less."
         )
-    return Loaders(train_loader, eval_loader, class_names, mixup)
+    return Loaders(train_loader, eval_loader, class_names, None)
 
 
 def num_cores() -> int:
@@ -294,10 +328,7 @@ def describe_failure(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def _collate(samples: list[_Sample]) -> tuple[Batch | None, list[BadImage]]:
+def _join(collate: Collate, samples: list[_Sample]) -> tuple[Batch | None, list[BadImage]]:
     bad = [image for sample in samples for image in sample.bad]
     contents = [sample.content for sample in samples if sample.content is not None]
-    if len(contents) < len(samples):
-        return None, bad
-    images, labels = default_collate(contents)
-    return (images, labels), bad
+    return (collate(contents) if len(contents) == len(samples) else None), bad

@@ -8,13 +8,16 @@ Source: arXiv 1805.08315; as a sequence of pixels, Long Range Arena, arXiv 2011.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ecoformer.data.datasets import Fingerprint
 from ecoformer.seeding import derive_seed
 
 SIDE = 32
@@ -53,7 +56,7 @@ class Pathfinder:
     Image i depends on the split and i alone, and its dots are connected where i is odd.
     """
 
-    class_names = ("apart", "connected")
+    class_names: Sequence[str] = ("apart", "connected")
     num_words = 256
     max_tokens = SIDE**2
 
@@ -79,6 +82,15 @@ class Pathfinder:
 
     def describe(self, index: int) -> str:
         return f"PATHFINDER {self.split} image {index}"
+
+    def fingerprint(self) -> Fingerprint:
+        """Hash the first sequence, which tells generators and lengths apart."""
+        tokens, _ = self.read(0)
+        return {
+            "num_classes": len(self.class_names),
+            "num_images": len(self),
+            "digest": hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest(),
+        }
 
 
 def _draw_contours(generator: random.Random) -> list[list[Dash]] | None:

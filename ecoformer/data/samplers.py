@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, cast
 
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -42,10 +43,30 @@ class EvaluationSampler(Sampler[int]):
 
 
 class ShuffledSampler(DistributedSampler[int]):
-    """Share out a new permutation each epoch; its first images fill up the last round."""
+    """Share out a new permutation each epoch; its first images fill up the last round.
 
-    def __init__(self, images: Sized, *, seed: int, rank: int, world_size: int) -> None:
+    Args:
+        num_drawn: how many of its images an epoch has, over all ranks; all where None.
+    """
+
+    def __init__(
+        self,
+        images: Sized,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        num_drawn: int | None = None,
+    ) -> None:
         super().__init__(cast(Dataset[Any], images), world_size, rank, seed=seed)
+        share = self.num_samples if num_drawn is None else -(-num_drawn // world_size)
+        self.num_drawn = min(self.num_samples, share)
+
+    def __len__(self) -> int:
+        return self.num_drawn
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.num_drawn)
 
 
 class RepeatedAugmentationSampler(RepeatAugSampler):

@@ -55,7 +55,7 @@ class Distillation(Task):
                 f"--distill {settings.distill} compares logits, and --task "
                 f"{task.config.run.task} has none; use --distill output."
             )
-        self.samples, self.has_logits = task.samples, task.has_logits
+        self.samples, self.inputs, self.has_logits = task.samples, task.inputs, task.has_logits
         self._digest = ""
 
     def open_data(self, device: torch.device, *, is_train: bool) -> Data:

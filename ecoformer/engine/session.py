@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ecoformer.config import Config
 from ecoformer.engine.distillation import Distillation
 from ecoformer.engine.precision import autocast, choose_amp_dtype
+from ecoformer.errors import InputError
 from ecoformer.models.registry import ModelFamily, find_family
 from ecoformer.seeding import derive_seed, seeded
 from ecoformer.tasks import find_task
@@ -81,6 +82,11 @@ def create_model(config: Config, task: Task, family: ModelFamily | None = None) 
 
     def create(attention: str | None = settings.attn_type, **options: Any) -> nn.Module:
         known = family or find_family(settings.model)
+        if task.inputs not in (None, known.inputs):
+            raise InputError(
+                f"{settings.model} takes {known.inputs}, and --task {config.run.task} gives "
+                f"{task.inputs}; name another --model."
+            )
         return known.create_model(
             settings.model,
             attention,

@@ -172,7 +172,7 @@ class Backbone(nn.Module):
         self.head: nn.Module = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(self.num_features, num_classes)
-            _init_layer(self.head)
+            init_layer(self.head)
             self.head.to(like).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -199,11 +199,12 @@ class Backbone(nn.Module):
         return set()
 
     def init_weights(self) -> None:
-        """Draw all weights: truncated normal for linear, by fan-out for convolution."""
-        self.apply(_init_layer)
+        """Draw all weights by ``init_layer``."""
+        self.apply(init_layer)
 
 
-def _init_layer(layer: nn.Module) -> None:
+def init_layer(layer: nn.Module) -> None:
+    """Draw weights: truncated normal for linear, by fan-out for convolution."""
     if isinstance(layer, nn.Linear):
         nn.init.trunc_normal_(layer.weight, std=0.02)
     elif isinstance(layer, nn.Conv2d):

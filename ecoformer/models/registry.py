@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Modules with a FAMILY each; a package of one's own can be appended.
-FAMILIES = ["pvt.family", "twins.family", "ecoformer.models.timm_family"]
+FAMILIES = [
+    "pvt.family",
+    "twins.family",
+    "ecoformer.models.encoder_family",
+    # The last: to look a name up there takes seconds.
+    "ecoformer.models.timm_family",
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class ModelFamily:
         name: of the package, whose ``create_model`` builds the models.
         variants: name to the kinds and layouts that it was published with, its default first.
         default_model: variant or released model name that a command takes when none is named.
+        inputs: what a model is called with: ``"images"`` [B, C, height, width], or ``"tokens"``
+            [B, N] and their key mask.
+        task: the one whose runs take ``default_model`` where they name none.
         recipe: configuration fields whose default differs from the shared one.
         released_names: released model name to (variant, kind or layout).
         timm_names: name in timm's registry to variant.
@@ -44,6 +53,8 @@ class ModelFamily:
     name: str
     variants: Mapping[str, tuple[str, ...]]
     default_model: str
+    inputs: str = "images"
+    task: str | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     recipe: Mapping[str, object] = field(default_factory=dict)
     released_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -144,9 +155,21 @@ class ModelFamily:
         )
 
 
+def _list_families() -> list[ModelFamily]:
+    return [import_module(module).FAMILY for module in FAMILIES]
+
+
+def find_default_family(task: str) -> ModelFamily:
+    """Find the family that a task takes where no model is named; an InputError where none is."""
+    for family in _list_families():
+        if family.task == task:
+            return family
+    raise InputError("name a model, for example --model pvt_v2_b0.")
+
+
 def find_family(model: str) -> ModelFamily:
     """Find the family of a variant or released model name; an InputError where none has it."""
-    families: list[ModelFamily] = [import_module(module).FAMILY for module in FAMILIES]
+    families = _list_families()
     for family in families:
         if model in family.variants or model in family.released_names:
             return family
@@ -157,7 +180,7 @@ def find_family(model: str) -> ModelFamily:
 
 def list_variants() -> list[str]:
     """Names of all variants of all families."""
-    return [name for module in FAMILIES for name in import_module(module).FAMILY.variants]
+    return [name for family in _list_families() for name in family.variants]
 
 
 def _list_added() -> list[str]:

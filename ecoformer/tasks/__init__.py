@@ -16,6 +16,7 @@ T = TypeVar("T", bound="type[Task]")
 # Where the class is, or the class itself.
 TASKS: dict[str, str | type[Task]] = {
     "classification": "ecoformer.tasks.classification:Classification",
+    "sequence": "ecoformer.tasks.sequence:SequenceClassification",
 }
 
 

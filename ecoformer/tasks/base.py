@@ -100,6 +100,8 @@ class Task(ABC):
     samples = "samples"
     # Whether the network gives logits, [..., classes], which those of a teacher can replace labels.
     has_logits = False
+    # What its models take, in a word of ``ModelFamily.inputs``; None: anything.
+    inputs: str | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config

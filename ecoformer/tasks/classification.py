@@ -73,8 +73,8 @@ class AccuracyMeter(Meter):
         self._loss = ExactMean(device)
 
     def add(self, network: Network, batch: Any) -> None:
-        images, labels = batch
-        logits = as_full_precision(network(images))
+        *inputs, labels = batch
+        logits = as_full_precision(network(*inputs))
         guesses = logits.topk(min(5, logits.shape[-1])).indices  # [B, 5]
         hits = guesses == labels.unsqueeze(-1)
         self._counts[0] += len(labels)
@@ -102,29 +102,36 @@ class Classification(Task):
 
     samples = "images"
     has_logits = True
+    inputs: str | None = "images"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._loaders: Loaders | None = None
 
     def open_data(self, device: torch.device, *, is_train: bool) -> Data:
-        self._loaders = loaders = build_loaders(
-            self.config.data,
-            self.config.augment,
-            input_size=self.config.model.input_size,
-            seed=self.config.run.seed,
-            rank=rank(),
-            world_size=world_size(),
-            pin_memory=device.type == "cuda",
-            train=is_train,
+        self._loaders = loaders = self.open_loaders(
+            is_train=is_train, pin_memory=device.type == "cuda"
         )
         num_train = len(loaders.train.images) if loaders.train is not None else 0
         return Data(
             loaders.train,
             loaders.eval,
             f"{self.config.data.data_set}: {num_train} training and {len(loaders.eval.images)} "
-            f"validation images of {loaders.num_classes} classes",
+            f"validation {self.samples} of {loaders.num_classes} classes",
             loaders.fingerprint(),
+        )
+
+    def open_loaders(self, *, is_train: bool, pin_memory: bool) -> Loaders:
+        """Open the splits; of a batch, the labels are the last."""
+        return build_loaders(
+            self.config.data,
+            self.config.augment,
+            input_size=self.config.model.input_size,
+            seed=self.config.run.seed,
+            rank=rank(),
+            world_size=world_size(),
+            pin_memory=pin_memory,
+            train=is_train,
         )
 
     def create_model(self, create: Callable[..., nn.Module]) -> nn.Module:
@@ -134,12 +141,12 @@ class Classification(Task):
         mixup = self._loaders.mixup if self._loaders else None
         return batch if mixup is None else mixup(*batch)
 
-    def fit_inputs(self, batch: Any) -> Tensor:
+    def fit_inputs(self, batch: Any) -> Any:
         return batch[0]
 
     def loss(self, network: Network, batch: Any) -> Tensor:
-        images, targets = batch
-        logits = as_full_precision(network(images))
+        *inputs, targets = batch
+        logits = as_full_precision(network(*inputs))
         is_mixed = targets.is_floating_point()
         smoothing = 0.0 if is_mixed else self.config.augment.smoothing
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)

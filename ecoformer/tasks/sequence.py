@@ -1,0 +1,81 @@
+"""Classification of sequences, padded to the longest of a batch and masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ecoformer.data import Loaders, load_splits
+from ecoformer.data.sequences import Sequences, open_sequences, pad_sequences
+from ecoformer.errors import InputError
+from ecoformer.models.encoder_family import WITHOUT_MEANING
+from ecoformer.ranks import rank, world_size
+from ecoformer.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from ecoformer.config import Config
+
+# Of a model that is timed without data.
+_NUM_CLASSES, _NUM_WORDS = 10, 256
+
+
+class SequenceClassification(Classification):
+    """Batches are tokens [B, N], int64, a key mask [B, N] or None, and labels [B], int64.
+
+    Raises:
+        InputError: a setting that has a meaning for images alone.
+    """
+
+    samples = "sequences"
+    inputs = "tokens"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        settings = config.to_flat()
+        for name, off in WITHOUT_MEANING.items():
+            if settings[name] != off:
+                raise InputError(
+                    f"{name} {settings[name]} is for images, and this task has sequences; leave "
+                    "it out."
+                )
+
+    def open_loaders(self, *, is_train: bool, pin_memory: bool) -> Loaders:
+        data, max_tokens = self.config.data, self.config.model.max_tokens
+        splits = {
+            split: open_sequences(data.data_set, data.data_path, split, max_tokens=max_tokens)
+            for split in (("train", "val") if is_train else ("val",))
+        }
+        return load_splits(
+            splits,
+            dict.fromkeys(splits, _keep),
+            data,
+            seed=self.config.run.seed,
+            rank=rank(),
+            world_size=world_size(),
+            pin_memory=pin_memory,
+            collate=pad_sequences,
+        )
+
+    def create_model(self, create: Callable[..., nn.Module]) -> nn.Module:
+        sizes = {"num_classes": _NUM_CLASSES, "num_words": _NUM_WORDS}
+        if self._loaders is not None:
+            sequences = cast(Sequences, self._loaders.eval.images)
+            sizes = {"num_classes": self._loaders.num_classes, "num_words": sequences.num_words}
+        return create(max_tokens=self.config.model.max_tokens, **sizes)
+
+    def fit_inputs(self, batch: Any) -> Any:
+        return tuple(batch[:-1])
+
+    def draw_inputs(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor]:
+        shape = (batch_size, self.config.model.max_tokens)
+        return (torch.randint(_NUM_WORDS, shape, generator=generator),)
+
+    def describe_inputs(self) -> str:
+        return f"{self.config.model.max_tokens} tokens"
+
+
+def _keep(sample: Any) -> Any:
+    return sample
