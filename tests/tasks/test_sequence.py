@@ -1,7 +1,8 @@
-"""Sequences are a task like any other: padding counts nowhere, and a stopped run goes on exactly."""
+"""Sequences are a task like any other: padding counts nowhere, and a stopped run goes on."""
 
 from __future__ import annotations
 
+import ast
 import os
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import pytest
 import torch
 
 import ecoformer
-from ecoformer.config import Config, make_config
+from ecoformer.config import Config, make_config, parse_config
 from ecoformer.data.sequences import open_sequences, pad_sequences
 from ecoformer.engine.run import evaluate, load_run, time_model, train
+from ecoformer.engine.session import create_task
 from ecoformer.errors import InputError, Preempted
 from ecoformer.models.encoder import create_model
 from tests.engine.ranks import run_ranks
 from tests.engine.training import assert_same_state
 from tests.tasks.toy import stop_at
 
+ROOT = Path(__file__).parents[2]
 KINDS = ("ecoformer", "msa", "msa_share_qk", "performer")
 TOY_SIZES = {"num_classes": 10, "num_words": 15, "max_tokens": 48}
 
@@ -108,6 +111,20 @@ def test_two_ranks_stop_and_go_on_together(tmp_path: Path) -> None:
     assert run_ranks(_train_pair, 2, stopped, 4) == ["75", "75"]
     assert run_ranks(_train_pair, 2, stopped, None) == ["done", "done"]
     assert_same_state(stopped / "last_checkpoint.pth", whole / "last_checkpoint.pth")
+
+
+@pytest.mark.parametrize("name", ["listops", "pathfinder"])
+def test_a_full_protocol_has_50000_steps(name: str) -> None:
+    path = ROOT / "configs" / "sequence" / f"{name}.py"
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert doc is not None
+    command = doc[doc.index("ecoformer train") :].replace("\\\n", " ").split()
+    config = parse_config([*command[2:], "--config", str(path)])
+    steps_an_epoch = (config.data.epoch_samples or 0) // config.data.batch_size
+    assert steps_an_epoch * config.optim.epochs == 50000
+    task = create_task(config)
+    data = task.open_data(torch.device("cpu"), is_train=True)
+    assert data.train is not None and len(data.train) == steps_an_epoch
 
 
 @pytest.mark.parametrize(
