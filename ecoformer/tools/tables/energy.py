@@ -77,11 +77,16 @@ def describe_energy(
                 elif kind == _BASELINE:
                     baseline = row
                 rows.append(row)
-    area = "" if prices.is_papers else "; area was published for 45nm float32 alone"
+    limits = ""
+    if not prices.is_papers:
+        limits = (
+            "; the paper's area is that of 45nm float32 alone. Whether accuracy survives another "
+            "precision it does not tell, and codes are computed in float32 whatever the rest is"
+        )
     return rows, [
         "One image; savings are against softmax attention of the same model and size.",
         EXECUTED_NOTE,
-        f"A model by published figures, {prices}{area}.",
+        f"A model by published figures, {prices}{limits}.",
         "Of it realised: the energy of the multiply-adds that are executed, each a multiplication "
         "and an addition, is saved in this share of the energy saved.",
         f"Moved: each layer reads its weights once a batch of {batch_size} and its inputs once, "

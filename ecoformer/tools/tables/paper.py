@@ -121,7 +121,7 @@ def _list_models(results: Results) -> Iterator[dict[str, Value]]:
         yield from _list_costs(start, row, "ecoformer tables main", entry)
         found = results.find("main", name=row["name"])
         yield start | _describe_throughput(found, entry)
-        published = _publish(entry and entry.top1)
+        published = _publish(entry.top1 if entry else None)
         yield start | published | _describe_imagenet(found, f"{variant}/{kind}")
 
 
@@ -150,9 +150,9 @@ def _publish(value: float | None) -> dict[str, Value]:
 def _describe_throughput(
     found: tuple[Row, Mapping[str, str], str] | None, entry: ZooEntry | None
 ) -> dict[str, Value]:
-    cells = {
+    cells: dict[str, Value] = {
         "quantity": "images/s, RTX 3090, batches of 32",
-        **_publish(entry and entry.throughput_img_s),
+        **_publish(entry.throughput_img_s if entry else None),
         "command": "ecoformer tables main --throughput",
     }
     if found is None or not found[0].get("images_per_s"):
@@ -175,7 +175,7 @@ def _describe_throughput(
 def _describe_imagenet(
     found: tuple[Row, Mapping[str, str], str] | None, name: str
 ) -> dict[str, Value]:
-    cells = {"quantity": "top-1, ImageNet-1k, %"}
+    cells: dict[str, Value] = {"quantity": "top-1, ImageNet-1k, %"}
     if name.endswith("/ecoformer"):
         cells["command"] = "ecoformer tables main --data-path IMAGENET"
         weights = "of the release"
@@ -195,7 +195,11 @@ def _list_kinds(results: Results) -> Iterator[dict[str, Value]]:
         for kind in family.kinds("pvt_v2_b0")
     }
     ours, theirs = (float(costs[kind]["energy_pj"] or 0) for kind in ("ecoformer", "msa"))
-    abstract = {"table": table, "row": "PVTv2-B0, EcoFormer against softmax", "source": _ABSTRACT}
+    abstract: dict[str, Value] = {
+        "table": table,
+        "row": "PVTv2-B0, EcoFormer against softmax",
+        "source": _ABSTRACT,
+    }
     yield abstract | {
         "quantity": "energy saved, %",
         "published": 73,
