@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import torch
 
 import pvt
 from ecoformer import count_cost
 from ecoformer.errors import InputError
-from ecoformer.hashing import with_random_hash_functions
 from ecoformer.tools.report import command, content
 from ecoformer.tools.report.content import read_groups, write_sections
 from ecoformer.tools.report.page import Section, format_page
 from ecoformer.tools.table import Column
 from tests.tools.report.browser import Page, find_browser, open_browser
+from tests.tools.report.runs import write_run
 
 HTML = "{http://www.w3.org/1999/xhtml}"
 # Curves, trade-off, cost, and codes of two images.
 NUM_FIGURES = 5
-
-
-@cache
-def make_state(kind: str) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    model = pvt.create_model("pvt_v2_b0", kind, num_classes=10)
-    return with_random_hash_functions(model).state_dict()
-
-
-def write_run(folder: Path, kind: str, seed: int = 0, last: float = 80.0, **log: float) -> Path:
-    """A finished run on digits, but for the training."""
-    folder.mkdir(parents=True)
-    torch.save(make_state(kind), folder / "last_checkpoint.pth")
-    settings = {"model": "pvt_v2_b0", "attn_type": kind, "data_set": "DIGITS", "seed": seed}
-    lines = [f"{name}: {value}" for name, value in settings.items()]
-    (folder / "config.yaml").write_text("\n".join([*lines, "input_size: 32"]))
-    records = [
-        {"epoch": epoch, **(log or {"train_loss": 2.0 - epoch, "test_acc1": last - 1 + epoch})}
-        for epoch in range(2)
-    ]
-    (folder / "log.txt").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
 
 
 @pytest.fixture(autouse=True)
