@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": ("measure the accuracy of weights", "engine.command:run_command"),
     "cost": ("count operations, energy and area of a model", "tools.energy.command:run_get_energy"),
     "convert": ("write weights in another format or layout", "tools.convert:main"),
+    "export": ("write a model for ONNX Runtime, PyTorch or AOTInductor", "tools.export:main"),
     "tables": ("make the paper's tables, and our own", "tools.tables.command:main"),
     "plots": ("draw runs, tables, codes, the method", "tools.plots.command:main"),
     "report": ("write runs as one offline page", "tools.report.command:main"),

@@ -6,6 +6,7 @@ from ecoformer.attention import EcoFormerAttention
 from ecoformer.checkpoint import LoadReport, export_released, load_checkpoint
 from ecoformer.config import make_config
 from ecoformer.cost import count_cost
+from ecoformer.deploy import export
 from ecoformer.engine.run import evaluate, load_run, train
 from ecoformer.errors import InputError, NonFiniteError
 from ecoformer.hash_config import HashConfig
@@ -31,6 +32,7 @@ __all__ = [
     "count_cost",
     "encode",
     "evaluate",
+    "export",
     "export_released",
     "fit_hash",
     "fit_hash_functions",

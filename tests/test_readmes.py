@@ -36,6 +36,7 @@ from ecoformer.data.digits import load_digits
 from ecoformer.hashing import with_random_hash_functions
 from ecoformer.models.registry import ModelFamily
 from ecoformer.models.sizes import PyramidSizes
+from ecoformer.tools.export import parse as parse_export
 from tests.tools.report.runs import write_run
 from tests.twins.tiny import TINY_SVT
 
@@ -225,6 +226,8 @@ def parse(module: str, words: Sequence[str]) -> None:
             find_main(module)(words)
     elif module == "ecoformer" and words[0] in ("train", "eval"):
         parse_config(words[1:])
+    elif module == "ecoformer" and words[0] == "export":
+        parse_export(words[1:])
     elif module in ("pvt.main", "twins.main"):
         parse_config(words, FAMILIES[module])
     elif module == "pytest":

@@ -14,6 +14,9 @@ from ecoformer.attention.base import Size
 _MAX_WHOLE_MAP = 2**21
 # Values of a block for each thread: a megabyte stays in the cache of a core.
 _BLOCK_VALUES_PER_THREAD = 2**18
+# Hidden channels of a part in a graph, for each of the MLP's own. A compiler gives a part the
+# memory of the last one, and would not split the whole.
+_NUM_PART_CHANNELS = 2
 # Channels of a block are a multiple of this, which vectors take.
 _CHANNEL_STEP = 32
 
@@ -69,7 +72,10 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
-        if self._pays_in_blocks(x):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            if self._pays_in_parts(x):
+                return self._sum_parts(x, size, _NUM_PART_CHANNELS * self.fc2.out_features)
+        elif self._pays_in_blocks(x):
             return self._forward_in_blocks(x, size)
         x = self.relu(self.fc1(x))
         if self.dwconv is not None:
@@ -78,13 +84,22 @@ class Mlp(nn.Module):
 
     def _pays_in_blocks(self, x: Tensor) -> bool:
         """Whether blocks are faster, and nothing needs the layers to be called as modules."""
-        is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if x.device.type != "cpu" or torch.is_grad_enabled() or is_recorded:
+        if x.device.type != "cpu" or torch.is_grad_enabled():
             return False
-        return (
-            x.shape[:-1].numel() * self.fc1.out_features > _MAX_WHOLE_MAP
-            and not (self.training and self.drop.p)
-            and all(_is_plain(layer) for child in self.children() for layer in child.modules())
+        is_large = x.shape[:-1].numel() * self.fc1.out_features > _MAX_WHOLE_MAP
+        return is_large and self._is_plain()
+
+    def _pays_in_parts(self, x: Tensor) -> bool:
+        """The same in a graph, by nothing that depends on the size of the map."""
+        is_graph = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if x.device.type != "cpu" or (torch.is_grad_enabled() and not is_graph):
+            return False
+        return self._is_plain()
+
+    def _is_plain(self) -> bool:
+        drops = self.training and self.drop.p
+        return not drops and all(
+            _is_plain(layer) for child in self.children() for layer in child.modules()
         )
 
     def _forward_in_blocks(self, x: Tensor, size: Size) -> Tensor:
@@ -97,13 +112,15 @@ class Mlp(nn.Module):
         num_values = _BLOCK_VALUES_PER_THREAD * torch.get_num_threads()
         num_images = max(1, num_values // (num_tokens * num_hidden))
         num_channels = max(1, num_values // (num_tokens * _CHANNEL_STEP)) * _CHANNEL_STEP
-        parts = [slice(i, i + num_channels) for i in range(0, num_hidden, num_channels)]
-        blocks = []
-        for images in x.split(num_images):
-            # Hidden channels meet in fc2 alone, as terms of its sum.
-            out = reduce(torch.add, (self._mix_part(images, size, part) for part in parts))
-            blocks.append(out.add_(self.fc2.bias.to(out.dtype)))
+        blocks = [self._sum_parts(images, size, num_channels) for images in x.split(num_images)]
         return torch.cat(blocks)
+
+    def _sum_parts(self, x: Tensor, size: Size, num_channels: int) -> Tensor:
+        """[B, N, C]: hidden channels meet in fc2 alone, as terms of its sum."""
+        num_hidden = self.fc1.out_features
+        parts = [slice(i, i + num_channels) for i in range(0, num_hidden, num_channels)]
+        out = reduce(torch.add, (self._mix_part(x, size, part) for part in parts))
+        return out.add_(self.fc2.bias.to(out.dtype))
 
     def _mix_part(self, x: Tensor, size: Size, part: slice) -> Tensor:
         """[B, N, C]: what some hidden channels add to the output."""
