@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ecoformer.ops import reference
+from ecoformer.ops.backends import HashFunctions, find_backend
 
 # Sizes at which an implementation slips: keywords of ``draw_problem``.
 SIZES: dict[str, dict[str, Any]] = {
@@ -141,6 +143,13 @@ def solve_unpadded(
             for result, part in zip(results, solve(attend, alone, **options), strict=True):
                 result[image, :, mask] = part[0]
     return results
+
+
+def skip_what_cannot_run(backend: str, problem: Problem) -> None:
+    """Skip a test whose backend needs a compiler that is not here, or another dtype."""
+    functions = HashFunctions(**problem.functions)
+    if not find_backend(backend).can_run(problem.q, problem.v, functions):
+        pytest.skip(f"backend {backend!r} cannot run on {problem.q.dtype} here")
 
 
 class LargestTensor(TorchDispatchMode):

@@ -13,13 +13,21 @@ from torch.testing import assert_close
 from ecoformer import ops
 from ecoformer.ops import kernelized_hash_attention, reference, use_backend
 from ecoformer.ops.backends import blocked
-from tests.problems import Problem, draw, draw_alike_problem, draw_problem, draw_unit_rows, solve
+from tests.problems import (
+    Problem,
+    draw,
+    draw_alike_problem,
+    draw_problem,
+    draw_unit_rows,
+    skip_what_cannot_run,
+    solve,
+)
 
 # Of unit rows: from where nothing cancels to a few bits of float32, and to less than one.
 SPREADS = [0.3, 0.05, 5e-4, 1e-5, 1e-6, 1e-7, 1e-9, 0.0]
 DTYPES = [torch.float64, torch.float32]
 VALUE_BIASES = ["released", "normalized"]
-FAST = ["eager", "blocked"]
+FAST = ["eager", "blocked", "native"]
 
 
 def solve_reference(problem: Problem, value_bias: str = "released") -> tuple[Tensor, ...]:
@@ -50,6 +58,7 @@ def test_output_and_gradients_equal_the_literal_form(
     spread: float, name: str, value_bias: str, dtype: torch.dtype
 ) -> None:
     problem = draw_alike_problem(spread, dtype=dtype)
+    skip_what_cannot_run(name, problem)
     expected = solve_reference(problem, value_bias)
     with use_backend(name):
         found = solve(kernelized_hash_attention, problem, value_bias=value_bias)
@@ -60,14 +69,15 @@ def test_output_and_gradients_equal_the_literal_form(
         assert (tensor.to(truth.dtype) - truth).norm() <= 200 * eps * truth.norm()
 
 
-def test_float32_is_no_farther_from_the_truth_than_the_literal_form() -> None:
+@pytest.mark.parametrize("name", FAST)
+def test_float32_is_no_farther_from_the_truth_than_the_literal_form(name: str) -> None:
     problem = draw_alike_problem(5e-4, dtype=torch.float32)
+    skip_what_cannot_run(name, problem)
     truth = solve(reference.kernelized_hash_attention, problem.upcast())
-    for name in FAST:
-        with use_backend(name):
-            found = solve(kernelized_hash_attention, problem)
-        for tensor, exact in zip(found, truth, strict=True):
-            assert (tensor.double() - exact).norm() <= 1e-4 * exact.norm()
+    with use_backend(name):
+        found = solve(kernelized_hash_attention, problem)
+    for tensor, exact in zip(found, truth, strict=True):
+        assert (tensor.double() - exact).norm() <= 1e-4 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,6 +93,7 @@ def test_equal_rows_have_features_of_one_and_no_gradient(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("name", [*FAST, "reference"])
 def test_zero_rows_at_zero_anchors_are_finite(name: str) -> None:
     problem = draw_problem(dtype=torch.float32)
+    skip_what_cannot_run(name, problem)
     problem.q.zero_()
     problem.functions["anchors"].zero_()
     with use_backend(name):
@@ -97,6 +108,7 @@ def test_one_alike_image_beside_others(name: str) -> None:
         draw_problem(tokens=40, dtype=torch.float32),
         draw_alike_problem(5e-4, dtype=torch.float32),
     )
+    skip_what_cannot_run(name, problem)
     problem.q[1] = alike.q[0]
     mixed = Problem(problem.q, problem.v, alike.functions, problem.grad)
     expected = solve_reference(mixed)
@@ -144,9 +156,10 @@ def test_parts_and_chunks_of_near_rows_do_not_show(
     assert_close(solve(kernelized_hash_attention, one_head), expected)
 
 
-def test_what_is_not_a_number_stays_none() -> None:
+@pytest.mark.parametrize("name", FAST)
+def test_what_is_not_a_number_stays_none(name: str) -> None:
     problem = draw_alike_problem(5e-4, dtype=torch.float32)
+    skip_what_cannot_run(name, problem)
     problem.q[0, 0, 3, 2] = float("nan")
-    for name in FAST:
-        with use_backend(name):
-            assert solve(kernelized_hash_attention, problem)[1][0, 0].isnan().any()
+    with use_backend(name):
+        assert solve(kernelized_hash_attention, problem)[1][0, 0].isnan().any()

@@ -11,6 +11,7 @@ from ecoformer.errors import InputError, suggest
 from ecoformer.ops.backends.base import Backend, ComposedBackend, FusedBackend, HashFunctions
 from ecoformer.ops.backends.blocked import BlockedBackend
 from ecoformer.ops.backends.composed import EagerBackend, ReferenceBackend
+from ecoformer.ops.backends.native import NativeBackend
 from ecoformer.ops.backends.triton import TritonBackend
 
 __all__ = [
@@ -26,7 +27,13 @@ __all__ = [
 ]
 
 # In order of preference.
-BACKENDS: list[Backend] = [TritonBackend(), BlockedBackend(), EagerBackend(), ReferenceBackend()]
+BACKENDS: list[Backend] = [
+    TritonBackend(),
+    NativeBackend(),
+    BlockedBackend(),
+    EagerBackend(),
+    ReferenceBackend(),
+]
 
 # A plain global: compiled code has a guard on it, and compiles again where it changed.
 _forced: Backend | None = None
