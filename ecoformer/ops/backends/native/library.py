@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -119,7 +119,11 @@ def _build(path: Path, *, is_replaced: bool = False) -> None:
     asked = time.time()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _held(path.with_suffix(".lock")):
+        with _held(path.with_suffix(".lock")) as is_alone:
+            if is_alone:
+                # Of those that were killed.
+                for begun in path.parent.glob("building-*"):
+                    shutil.rmtree(begun, ignore_errors=True)
             is_there = path.exists() and not is_replaced
             # Who waited need not repeat what failed meanwhile.
             failure = path.with_suffix(".failed")
@@ -140,15 +144,21 @@ def _build(path: Path, *, is_replaced: bool = False) -> None:
 
 
 @contextmanager
-def _held(lock: Path) -> Iterator[None]:
-    """Hold a lock file for a block; it falls with the process that holds it."""
+def _held(lock: Path) -> Iterator[bool]:
+    """Hold a lock file for a block; it falls with the process that holds it.
+
+    Yields:
+        False where the file system has no locks: some may do the same work twice.
+    """
     import fcntl
 
     with lock.open("a") as file:
-        # Some shared folders have no locks. Two that compile then do the same work twice.
-        with suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def _compile(path: Path) -> None:

@@ -872,7 +872,7 @@ static void find_share(const Problem& p, const Layout& s, Group& g) {
   double scale_grad = 0;
   for (int64_t chunk = 0; chunk < g.num_chunks(); ++chunk) scale_grad += g.partial[chunk];
   const double scale = p.scale[g.number];
-  g.share = float(2 * scale * scale * scale_grad / (double(g.num_tokens) * s.M));
+  g.share = float(2 * scale * scale * scale_grad / (double(std::max<int64_t>(1, g.num_tokens)) * s.M));
 }
 
 static void add_share_chunk(const Problem& p, const Layout& s, const Group& g, int64_t chunk,
@@ -910,7 +910,8 @@ static const Step kForward[] = {
     {false,
      [](const Problem& p, const Layout& s, Group& g, int64_t, Workspace&) {
        g.digits = Array<uint8_t>(s.digits.count() * g.padded_tokens());
-       g.partial = Array<float>(g.num_chunks() * std::max(s.DP + 1, partial_size(s)) + 1, true);
+       const int64_t size = std::max(s.DP + 1, partial_size(s));
+       g.partial = Array<float>(std::max<int64_t>(1, g.num_chunks()) * size, true);
      }},
     {true, [](const Problem& p, const Layout& s, Group& g, int64_t chunk,
               Workspace& w) { measure_chunk(p, s, g, chunk, w); }},
@@ -919,7 +920,7 @@ static const Step kForward[] = {
        const float scale = p.scale[g.number] = find_scale(s, g);
        g.scale = scale * 1.4426950408889634f;
        g.is_skipped = scale < kNarrowScale && !p.norms;
-       std::memset(g.partial, 0, (partial_size(s) + 1) * sizeof(float));
+       std::memset(g.partial, 0, partial_size(s) * sizeof(float));
      }},
     {true, [](const Problem& p, const Layout& s, Group& g, int64_t chunk,
               Workspace& w) { sum_chunk(p, s, g, chunk, w); }},
@@ -939,7 +940,7 @@ static const Step kBackward[] = {
        g.scale = p.scale[g.number] * 1.4426950408889634f;
        const int64_t num_blocks = g.padded_tokens() / TB;
        g.digits = Array<uint8_t>(s.digits.count() * g.padded_tokens());
-       g.partial = Array<float>(g.num_chunks() * partial_size(s) + 1, true);
+       g.partial = Array<float>(std::max<int64_t>(1, g.num_chunks()) * partial_size(s), true);
        g.features = Array<float>(num_blocks * (s.M + kSpareRows) * TB);
        g.passes = Array<uint32_t>(num_blocks * num_words(s) * TB);
        g.by_token = Array<float>(4 * g.padded_tokens());

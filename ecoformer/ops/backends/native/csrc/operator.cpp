@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdlib>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -35,6 +36,16 @@ Run* choose_run() {
   if (has_avx2 && is_allowed("avx2", "avx512")) return avx2::run;
 #endif
   return baseline::run;
+}
+
+// The name that ATEN_CPU_CAPABILITY has for them.
+std::string vectors() {
+  Run* const run = choose_run();
+#if ECOFORMER_X86
+  if (run == avx512::run) return "avx512";
+  if (run == avx2::run) return "avx2";
+#endif
+  return run == baseline::run ? "default" : "";
 }
 
 struct Queue {
@@ -210,6 +221,7 @@ int64_t num_threads() { return torch::stable::get_num_threads(); }
 }  // namespace ecoformer
 
 STABLE_TORCH_LIBRARY(ecoformer_native, m) {
+  m.def("vectors() -> str");
   m.def(
       "forward(Tensor q, Tensor v, Tensor anchors, Tensor weight, Tensor kernel_mean, "
       "Tensor? key_mask, bool is_normalized) -> (Tensor, Tensor, Tensor)");
@@ -217,6 +229,10 @@ STABLE_TORCH_LIBRARY(ecoformer_native, m) {
       "backward(Tensor grad, Tensor q, Tensor v, Tensor anchors, Tensor weight, "
       "Tensor kernel_mean, Tensor? key_mask, Tensor sums, Tensor scale, bool is_normalized) "
       "-> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ecoformer_native, CompositeExplicitAutograd, m) {
+  m.impl("vectors", TORCH_BOX(&ecoformer::vectors));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ecoformer_native, CPU, m) {
