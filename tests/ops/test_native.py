@@ -82,9 +82,7 @@ def test_narrower_vectors_equal_the_reference(capability: str) -> None:
         "        check_against_reference(draw_problem(**shape, dtype=dtype), 'released')\n"
     )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120
-    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)
 
 
 @needs_library
@@ -101,7 +99,8 @@ def test_rows_may_have_any_strides_and_types() -> None:
         assert torch.equal(found, truth)
     mixed = Problem(problem.q, problem.v.bfloat16(), problem.functions, problem.grad.bfloat16())
     out, grad_q, grad_v = attend(mixed)
-    assert (out.dtype, grad_q.dtype, grad_v.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    dtypes = (out.dtype, grad_q.dtype, grad_v.dtype)
+    assert dtypes == (torch.bfloat16, torch.float32, torch.bfloat16)
     assert relative_error(grad_q, expected[1].double()) < 1e-2
     constant = Problem(problem.q, problem.v, problem.functions, torch.ones(()).expand_as(problem.v))
     check_against_reference(constant, "released")
