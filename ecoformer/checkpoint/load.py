@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def load_checkpoint(
         if owner is not None:
             state[name] = read_flag(flag, state.get(owner + HASH_ANCHORS), f"{origin}: {owner}hash")
     target = model.state_dict()
+    if not strict:
+        notes += _resample_positions(model, state)
 
     conversion = Conversion(model, state)
     found = {name: conversion.find(name, may_derive=not strict) for name in target}
@@ -231,6 +234,25 @@ class _Match:
                 f"{self.origin}: hash functions of {bits} bits and {anchors} anchors, the model's "
                 f"have {our_bits} and {our_anchors}; pass --nbits {bits} --anchor {anchors}."
             )
+
+
+def _resample_positions(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Fit positions [1, tokens, C] of one of timm's models to its images; say so in a note."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    ours, theirs = getattr(model, "pos_embed", None), state.get("pos_embed")
+    if not (isinstance(grid, tuple) and isinstance(ours, Tensor) and isinstance(theirs, Tensor)):
+        return []
+    if ours.ndim != 3 or theirs.ndim != 3 or ours.shape[1] == theirs.shape[1]:
+        return []
+    # Of class tokens and the like, which may have positions of their own.
+    num_prefix = ours.shape[1] - math.prod(grid)
+    side = math.isqrt(max(theirs.shape[1] - num_prefix, 0))
+    if num_prefix < 0 or side**2 + num_prefix != theirs.shape[1]:
+        return []
+    from timm.layers import resample_abs_pos_embed
+
+    state["pos_embed"] = resample_abs_pos_embed(theirs, list(grid), num_prefix_tokens=num_prefix)
+    return [f"Positions are resampled from {side} x {side} to {grid[0]} x {grid[1]} patches"]
 
 
 def _name_head(model: nn.Module) -> list[str]:

@@ -13,14 +13,10 @@ from ecoformer.errors import InputError, suggest
 if TYPE_CHECKING:
     from torch import nn
 
-_BACKBONES = ["pvt.family", "twins.family"]
-# Modules with a FAMILY each; a package of one's own can be appended.
-FAMILIES = [
-    *_BACKBONES,
-    "ecoformer.models.encoder_family",
-    # The last: to look a name up there takes seconds.
-    "ecoformer.models.timm_family",
-]
+_BACKBONES = ["twins.family", "pvt.family"]
+# Modules with a FAMILY each; a package of one's own can be appended. Of two with one name the later
+# is taken: timm, which has names of its own for all of ours, is asked last.
+FAMILIES = ["ecoformer.models.timm_family", "ecoformer.models.encoder_family", *_BACKBONES]
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,8 @@ class ModelFamily:
 
 
 def _list_families() -> list[ModelFamily]:
-    return [import_module(module).FAMILY for module in FAMILIES]
+    """In the order in which they are asked."""
+    return [import_module(module).FAMILY for module in reversed(FAMILIES)]
 
 
 def find_default_family(task: str) -> ModelFamily:
@@ -180,7 +177,7 @@ def find_family(model: str) -> ModelFamily:
 
 def list_variants() -> list[str]:
     """Names of the variants of the backbones that come along."""
-    return [name for module in _BACKBONES for name in import_module(module).FAMILY.variants]
+    return [name for module in reversed(_BACKBONES) for name in import_module(module).FAMILY.variants]
 
 
 def _list_added() -> list[str]:

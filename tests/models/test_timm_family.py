@@ -22,6 +22,8 @@ from ecoformer.hashing import hash_layers
 from ecoformer.models.registry import find_family
 from ecoformer.models.timm_family import FAMILY
 from ecoformer.tools.energy.command import run_get_energy
+from ecoformer.tools.tables.ablations import list_arms
+from ecoformer.tools.tables.costs import describe_cost
 from tests.engine.training import assert_same_state
 from tests.tasks.toy import stop_at
 from tests.tiny import TINY_HASH
@@ -71,6 +73,18 @@ def test_weights_of_timm_become_those_of_the_converted_model(num_classes: int) -
     assert all(torch.equal(state[name], source[name]) for name in same)
 
 
+def test_positions_follow_the_size_of_the_images() -> None:
+    source = timm.create_model(VIT, num_classes=10, img_size=64, **KEYWORDS).state_dict()
+    model = build("ecoformer")
+    report = load_checkpoint(model, source)
+    assert "Positions are resampled from 4 x 4 to 2 x 2 patches" in str(report)
+    ours, theirs = model.get_parameter("pos_embed"), source["pos_embed"]
+    assert torch.equal(ours[:, 0], theirs[:, 0])
+    assert ours[:, 1:].mean().item() == pytest.approx(theirs[:, 1:].mean().item(), abs=1e-2)
+    with pytest.raises(InputError, match="pos_embed"):
+        load_checkpoint(build("msa"), source, strict=True)
+
+
 def test_a_classifier_of_another_name_may_be_fresh() -> None:
     name, keywords = "deit_tiny_distilled_patch16_224", {"input_size": 32, **KEYWORDS}
     source = FAMILY.create_model(name, "msa", num_classes=3, **keywords).state_dict()
@@ -110,7 +124,6 @@ def test_both_stages_by_the_command(
     # The same command goes on; weights alone serve evaluation.
     assert run_command(second) == 0
     assert "nothing is left to do" in capsys.readouterr().out
-    assert run_command([*FLAGS, "--attn_type", "ecoformer", "--eval"]) == 2
     weights = ["--resume", str(folder / "best_checkpoint.pth"), "--eval"]
     assert run_command([*FLAGS, "--attn_type", "ecoformer", *weights]) == 0
     assert f"top-1 {record['test_acc1']:.2f} %" in capsys.readouterr().out
@@ -149,6 +162,17 @@ def test_its_cost_and_speed_need_no_weights(
         assert f"| {attention} attention" in capsys.readouterr().out
     throughput = time_model(configure(tmp_path, batch_size=1))
     assert throughput.median > 0
+
+
+def test_tables_take_it() -> None:
+    arms = list_arms("kinds", VIT)
+    assert [arm.name for arm in arms] == ["softmax", "EcoFormer", "EcoFormer, normalized bias"]
+    softmax, hashed, _ = (
+        {name: value for name, value in row.items() if isinstance(value, int)}
+        for row in (describe_cost(VIT, arm.attention, input_size=64) for arm in arms)
+    )
+    assert softmax["parameters"] == hashed["parameters"] + 12 * (192**2 + 192)
+    assert softmax["executed"] > hashed["executed"]
 
 
 def test_a_name_is_timms_where_no_family_of_ours_has_it() -> None:
