@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -164,6 +164,14 @@ class MultiHeadAttention(nn.Module, ABC):
         default: real tokens then see each other alone. Rows of masked tokens are 0 in ``x``; those
         of the result are finite, and do not count.
         """
+
+    def count_call(
+        self, args: Sequence[Any], keywords: Mapping[str, Any], out: Any
+    ) -> tuple[int, int]:
+        """The same of a call, whose result ``out`` is known: rows folded into the batch count."""
+        size = args[1] if len(args) > 1 else keywords.get("size")
+        mul, add = self.count_attention(out.shape[1], size)
+        return out.shape[0] * mul, out.shape[0] * add
 
     @abstractmethod
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ecoformer.errors import InputError
+from ecoformer.models.conversion import ConvertedAttention
 
 
 class _Row(NamedTuple):
@@ -108,8 +109,14 @@ def export_released(model: nn.Module) -> dict[str, Tensor]:
     The released model loads them strictly.
 
     Raises:
-        InputError: a hash function is not fitted.
+        InputError: a hash function is not fitted, or the model was converted: the released code
+            has no such model.
     """
+    if any(isinstance(module, ConvertedAttention) for module in model.modules()):
+        raise InputError(
+            "the released layout is that of PVTv2 and Twins, and this model was converted from "
+            "another; save model.state_dict(), and load it into one converted alike."
+        )
     return to_released(
         {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     )

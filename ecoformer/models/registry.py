@@ -177,7 +177,9 @@ def find_family(model: str) -> ModelFamily:
 
 def list_variants() -> list[str]:
     """Names of the variants of the backbones that come along."""
-    return [name for module in reversed(_BACKBONES) for name in import_module(module).FAMILY.variants]
+    return [
+        name for module in reversed(_BACKBONES) for name in import_module(module).FAMILY.variants
+    ]
 
 
 def _list_added() -> list[str]:

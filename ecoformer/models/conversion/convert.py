@@ -65,15 +65,16 @@ def convert(
         for name, found in plan.items()
         if found.form is not None
     }
-    for name, layer in made.items():
-        *_, holder = plan[name].holders
-        setattr(holder, name.rpartition(".")[2], layer)
-        layer.form.settle(plan[name].holders)
-    return ConversionReport(
+    report = ConversionReport(
         converted={name: describe(plan[name].layer, layer) for name, layer in made.items()},
         kept=kept,
         advice=advise(model, made.values()),
     )
+    for name, layer in made.items():
+        holders = plan[name].holders
+        setattr(holders[-1], name.rpartition(".")[2], layer)
+        layer.form.settle(holders)
+    return report
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _refuse_sharing(model: nn.Module, plan: dict[str, _Found]) -> None:
         other = places.setdefault(id(found.layer), name)
         if other != name:
             raise InputError(
-                f"{name} and {other} are one and the same module, and hash functions of one place "
+                f"{other} and {name} are one and the same module, and hash functions of one place "
                 "do not fit another; give each its own copy (copy.deepcopy) first."
             )
     owners: dict[int, set[int]] = defaultdict(set)

@@ -5,7 +5,7 @@ Letters: B batch, H heads, N tokens, D head dim, C channels of a token, A = H * 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,11 @@ class ConvertedAttention(EcoFormerAttention):
         heads = self.attend(call.x, None, call.key_mask, call.position)
         return self.proj_drop(self.form.project(self, heads, call))
 
+    def count_call(
+        self, args: Sequence[Any], keywords: Mapping[str, Any], out: Any
+    ) -> tuple[int, int]:
+        return count_call(self, self.form, self.count_attention, args, keywords)
+
     def attend(
         self, x: Tensor, size: Size | None, key_mask: Tensor | None = None, position: Any = None
     ) -> Tensor:
@@ -99,6 +104,19 @@ class ConvertedAttention(EcoFormerAttention):
 
 # Tables call it what it computes.
 ConvertedAttention.kind = EcoFormerAttention.kind
+
+
+def count_call(
+    layer: nn.Module,
+    form: Form,
+    count: Callable[[int], tuple[int, int]],
+    args: Sequence[Any],
+    keywords: Mapping[str, Any],
+) -> tuple[int, int]:
+    """Count by tokens what a layer does for all rows of a batch that it is called with."""
+    num_rows, num_tokens, _ = form.read(layer, *args, **keywords).x.shape
+    mul, add = count(num_tokens)
+    return num_rows * mul, num_rows * add
 
 
 def find_obstacle(form: Form, layer: nn.Module) -> str | None:

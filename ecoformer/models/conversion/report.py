@@ -57,7 +57,9 @@ def advise(model: nn.Module, layers: Iterable[ConvertedAttention]) -> str:
     The number is estimated: operations as the cost model counts them, times what one takes.
     """
     num_needed = max(map(_find_crossover, layers))
-    text = f"EcoFormer attention saves time from about {num_needed} tokens on (an estimate for a CPU)"
+    text = (
+        f"EcoFormer attention saves time from about {num_needed} tokens on (an estimate for a CPU)"
+    )
     num_tokens = _count_tokens(model)
     if num_tokens is None:
         return f"{text}; with fewer the conversion will not pay."

@@ -271,7 +271,7 @@ class TimmMap(Form):
     layout = "b h w c"
 
     def find_obstacle(self, layer: Any, holders: Any) -> str | None:
-        if getattr(holders[-1], "is_windowed", False):
+        if any(getattr(block, "is_windowed", False) for block in holders[-1:]):
             return _WINDOWS
         return _POOLED_QUERIES if getattr(layer, "q_pool", None) is not None else None
 

@@ -32,7 +32,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         # Rows about as long as tokens see more than themselves with.
-        scale = 0.7 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
+        scale = 0.7 * max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim > 1 else 0.2
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         if parameter.ndim == 1:
             parameter.add_(0.5)
