@@ -43,7 +43,10 @@ from tests.twins.tiny import TINY_SVT
 ROOT = Path(__file__).parents[1]
 READMES = sorted(
     path.relative_to(ROOT)
-    for pattern in ("README.md", "[!.]*/README.md", ".github/*/README.md", "tests/*/README.md")
+    for pattern in (
+        *("README.md", "[!.]*/README.md", "ecoformer/*/README.md"),
+        *(".github/*/README.md", "tests/*/README.md"),
+    )
     for path in ROOT.glob(pattern)
 )
 MAX_LINES = {"README.md": 150, "ecoformer/README.md": 120}

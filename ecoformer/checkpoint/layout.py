@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ecoformer.errors import InputError
-from ecoformer.models.conversion import ConvertedAttention
 
 
 class _Row(NamedTuple):
@@ -112,6 +111,9 @@ def export_released(model: nn.Module) -> dict[str, Tensor]:
         InputError: a hash function is not fitted, or the model was converted: the released code
             has no such model.
     """
+    # Not above: it imports timm, which asks for our models, and they for this module.
+    from ecoformer.models.conversion import ConvertedAttention
+
     if any(isinstance(module, ConvertedAttention) for module in model.modules()):
         raise InputError(
             "the released layout is that of PVTv2 and Twins, and this model was converted from "
