@@ -88,25 +88,47 @@ def binarize(y: Tensor, *, out: Tensor | None = None) -> Tensor:
     return torch.add(out.new_full((), -1), out, alpha=2, out=out)
 
 
+def find_nan(scale: Tensor, weight: Tensor, kernel_mean: Tensor) -> Tensor:
+    """0 [B, H], but NaN where rows or anchors, by their scale [B, H], or functions are not finite.
+
+    A sign says nothing of NaN: what is summed over codes adds this.
+    """
+    return (scale + (weight @ kernel_mean.unsqueeze(-1)).sum((-2, -1))) * 0
+
+
 class _SignStraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor) -> Tensor:
-        # One byte a value is kept for the backward pass, not y itself.
-        ctx.save_for_backward(y.abs() < 1)
-        return binarize(y)
+    def forward(y: Tensor) -> tuple[Tensor, Tensor]:
+        # NaN stays NaN. One byte a value is kept for the backward pass, not y itself.
+        return binarize(y).add_(y, alpha=0), y.abs() < 1
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def setup_context(
+        ctx: FunctionCtx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]
+    ) -> None:
+        passes = output[1]
+        ctx.mark_non_differentiable(passes)
+        ctx.save_for_backward(passes)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> Tensor:
         (passes,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad * passes
 
+    @staticmethod
+    def vmap(
+        info: object, in_dims: tuple[int], y: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        (dim,) = in_dims
+        return _SignStraightThrough.apply(y), (dim, dim)
+
 
 def sign_straight_through(y: Tensor) -> Tensor:
-    """``binarize`` whose gradient passes where -1 < y < 1 and is 0 elsewhere.
+    """``binarize`` whose gradient passes where -1 < y < 1 and is 0 elsewhere; NaN stays NaN.
 
     Source: clipped straight-through estimator, Hubara et al., arXiv 1602.02830.
     """
-    return _SignStraightThrough.apply(y)
+    return _SignStraightThrough.apply(y)[0]
 
 
 def encode(
@@ -128,7 +150,8 @@ def encode(
 
     Returns:
         [B, H, N, K] in {-1, +1}, float32, or float64 where ``x`` is. A transposed view of memory
-        that runs along the tokens. Codes of masked tokens mean nothing.
+        that runs along the tokens. Codes of masked tokens mean nothing. NaN of rows or functions
+        is NaN in the codes that it reaches.
 
     Raises:
         InputError: a ``key_mask`` of another shape or dtype.

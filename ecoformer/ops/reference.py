@@ -37,12 +37,19 @@ def kernel_features(x: Tensor, anchors: Tensor, key_mask: Tensor | None = None) 
 
 
 class _ClippedSign(torch.autograd.Function):
-    """+1 where positive, else -1; the gradient passes where -1 < y < 1."""
+    """+1 where positive, else -1, NaN where it is NaN; the gradient passes where -1 < y < 1."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, y: Tensor) -> Tensor:
-        ctx.save_for_backward(y)
-        return torch.where(y > 0, torch.ones_like(y), -torch.ones_like(y))
+    def forward(y: Tensor) -> Tensor:
+        return torch.where(y > 0, torch.ones_like(y), -torch.ones_like(y)) + 0 * y
+
+    @staticmethod
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:

@@ -51,6 +51,15 @@ def test_sizes_are_a_config_and_nothing_else() -> None:
         EcoFormerAttention(12, 3, hashing={"num_bits": 8})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "where", ["to_qk.weight", "hash.weight", "hash.anchors", "hash.kernel_mean"]
+)
+def test_nan_is_not_hidden_by_codes(where: str) -> None:
+    layer = build()
+    layer.state_dict()[where].view(-1)[2] = torch.nan
+    assert layer(draw(2, 15, 12)).isnan().all()
+
+
 def test_an_unfitted_layer_refuses() -> None:
     with pytest.raises(InputError, match="fit_hash_functions"):
         EcoFormerAttention(12, 3)(draw(1, 4, 12).float())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from ecoformer import InputError
 from ecoformer.ops import backends, kernelized_hash_attention, reference, use_backend
-from ecoformer.ops.backends import BACKENDS, ComposedBackend, FusedBackend, HashFunctions
+from ecoformer.ops.backends import (
+    BACKENDS,
+    ComposedBackend,
+    FusedBackend,
+    HashFunctions,
+    blocked,
+)
 from ecoformer.ops.backends.blocked import BlockedBackend
 from ecoformer.ops.backends.native import library
 from tests.problems import SIZES, Problem, draw_problem, skip_what_cannot_run, solve
@@ -287,3 +294,62 @@ def test_problems_are_not_changed(problem: Problem) -> None:
         with use_backend(name):
             solve(kernelized_hash_attention, problem)
     assert torch.equal(before.q, problem.q) and torch.equal(before.v, problem.v)
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("where", ["q", "anchors", "weight", "kernel_mean"])
+def test_nan_gives_nan_where_it_belongs(name: str, where: str) -> None:
+    problem = draw_problem(images=3, heads=1, dtype=torch.float32)
+    rows = problem.q[1, 0] if where == "q" else problem.functions[where][0]
+    rows.view(-1)[3] = torch.nan
+    with use_backend(name):
+        results = solve(kernelized_hash_attention, problem)
+    is_broken = torch.tensor([where != "q", True, where != "q"])
+    # Of each token: no mean over tokens is finite.
+    assert torch.equal(results[0].isnan().all(-1).all(-1)[:, 0], is_broken)
+    assert all(tensor[~is_broken].isfinite().all() for tensor in results)
+
+
+def test_chunks_do_not_lose_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "_ROWS_PER_THREAD", 7)
+    problem = draw_problem(dtype=torch.float32)
+    problem.q[1, 1, 19, 2] = torch.nan
+    out = kernelized_hash_attention(problem.q, problem.v, **problem.functions)
+    is_nan = out.isnan()
+    assert is_nan[1, 1].all() and is_nan.sum() == is_nan[1, 1].numel()
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_no_gradient_reaches_hash_functions(name: str, problem: Problem) -> None:
+    functions = {name: x.clone().requires_grad_() for name, x in problem.functions.items()}
+    with use_backend(name):
+        out = kernelized_hash_attention(problem.q, problem.v, **functions)
+        assert not out.requires_grad
+        trained = replace(problem, functions=functions)
+        found = solve(kernelized_hash_attention, trained)
+        assert_close(found, solve(kernelized_hash_attention, problem))
+    assert all(function.grad is None for function in functions.values())
+
+
+def test_products_of_the_operator_are_counted() -> None:
+    images, heads, tokens, dim, bits, anchors = 3, 2, 17, 8, 6, 5
+    problem = draw_problem(
+        images=images, heads=heads, tokens=tokens, dim=dim, bits=bits, anchors=anchors
+    )
+
+    def count(compute: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            compute()
+        return counter.get_total_flops()
+
+    with use_backend("eager"):
+        backward = count(lambda: solve(kernelized_hash_attention, problem))
+        forward = count(
+            lambda: kernelized_hash_attention(problem.q, problem.v, **problem.functions)
+        )
+        backward -= forward
+    # PyTorch does not count the product with the anchors, which is made in place.
+    forward += 2 * images * heads * tokens * dim * anchors
+    found = count(lambda: kernelized_hash_attention(problem.q, problem.v, **problem.functions))
+    assert found == forward
+    assert count(lambda: solve(kernelized_hash_attention, problem)) == forward + backward

@@ -220,6 +220,18 @@ def test_interpreted_row_of_infinite_norm_harms_no_other() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("where", ["q", "anchors", "weight", "kernel_mean"])
+def test_interpreted_nan_gives_nan(where: str) -> None:
+    problem = draw_problem(dtype=torch.float32)
+    rows = problem.q[1, 1] if where == "q" else problem.functions[where][1]
+    rows.view(-1)[3] = torch.nan
+    out, *_ = solve(kernelized_hash_attention, problem)
+    is_nan = out.isnan().all(-1).all(-1)
+    assert is_nan.tolist() == [[False, where != "q"], [False, True]]
+    assert out.isnan().any(-1).any(-1).equal(is_nan)
+
+
+@interpreted
 @pytest.mark.parametrize("spread", [0.3, 0.05, 5e-4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_interpreted_kernels_equal_the_reference_on_near_rows(

@@ -103,6 +103,8 @@ class FusedBackend(Backend):
             The output [B, H, N, D] in the dtype of ``v``; with codes h, the sums
             ``sum_j [h_j, 1]^T [v_j, 1]`` [B, H, K + 1, D + 1], that of ``v_j`` only where it is
             the bias, the corner 0; and ``kernel_scale`` [B, H]. These have the computing dtype.
+            Where rows of an image or the functions of a head are not finite, so are its sums and
+            its output: ``find_nan`` of ``ecoformer.ops.codes`` is added to the sums of ``h_j``.
         """
 
     @abstractmethod
@@ -137,10 +139,10 @@ class FusedBackend(Backend):
         is_normalized: bool,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        # Registered in ``ecoformer.ops.operator``, which looks backends up.
-        operator = torch.ops.ecoformer.kernelized_hash_attention.default
-        out, _, _ = operator(q, v, *functions, is_normalized, self.name, key_mask)
-        return out
+        # Which looks backends up.
+        from ecoformer.ops.operator import run
+
+        return run(q, v, *functions, is_normalized, self.name, key_mask)
 
 
 class ComposedBackend(Backend):

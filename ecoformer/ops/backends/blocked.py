@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ecoformer.ops.backends.base import FusedBackend, HashFunctions, empty_rows
-from ecoformer.ops.codes import MIN_NORM, anchor_center, binarize, kernel_scale
+from ecoformer.ops.codes import MIN_NORM, anchor_center, binarize, find_nan, kernel_scale
 from ecoformer.ops.masks import count_real
 
 # Of a block, over all images and heads. A row becomes a few hundred bytes, which together should
@@ -98,6 +98,7 @@ def _forward_block(
     encoder = _Encoder.of(functions, scale, num_parts)
     totals = _split_sums(sums)
     context, code_sum, value_sum = totals
+    code_sum += find_nan(scale, functions.weight, functions.kernel_mean).view(-1, 1, 1)
     codes = []
     for rows_chunk, v_chunk in zip(rows.split(chunk), _split(values, chunk, -2), strict=True):
         h = encoder.encode(rows_chunk)  # [G, K, chunk]

@@ -402,10 +402,10 @@ def sum_values_kernel(
         code_sums += tl.where(is_real[:, None], h, 0.0)
         if IS_NORMALIZED:
             value_sums += v_tile
+    # As ``find_nan`` of the other backends: signs say nothing of NaN.
+    code_sum = tl.sum(code_sums, 0) + (scale + tl.sum(weight_tile) + tl.sum(mean_tile)) * 0
     sums += (group * num_ranges + part).to(tl.int64) * (K + 1) * (D + 1)
-    _store_sums(
-        sums, context, tl.sum(code_sums, 0), tl.sum(value_sums, 0), 0.0, D, K, BLOCK_D, BLOCK_K
-    )
+    _store_sums(sums, context, code_sum, tl.sum(value_sums, 0), 0.0, D, K, BLOCK_D, BLOCK_K)
 
 
 @triton.jit
