@@ -23,6 +23,7 @@ from ecoformer.errors import (
     print_error,
     suggest,
 )
+from ecoformer.ops.backends.native import library
 from ecoformer.ranks import AgreedError, default_store
 from ecoformer.threads import call_within
 
@@ -94,6 +95,8 @@ def process_group(
                     "agree on their CPUs; start it with "
                     "init_process_group('cpu:gloo,cuda:nccl')."
                 )
+            if device.type == "cpu":
+                library.agree()
             yield device
             return
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -101,6 +104,8 @@ def process_group(
             return
         _end_with_launcher()
         _join(device, timedelta(minutes=timeout_minutes))
+        if device.type == "cpu":
+            library.agree()
         try:
             yield device
         # All ranks raise these at one place. After another error the others may be inside a

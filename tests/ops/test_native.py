@@ -98,10 +98,9 @@ def test_rows_may_have_any_strides_and_types() -> None:
     for found, truth in zip(attend(turned), expected, strict=True):
         assert torch.equal(found, truth)
     mixed = Problem(problem.q, problem.v.bfloat16(), problem.functions, problem.grad.bfloat16())
-    out, grad_q, grad_v = attend(mixed)
-    dtypes = (out.dtype, grad_q.dtype, grad_v.dtype)
-    assert dtypes == (torch.bfloat16, torch.float32, torch.bfloat16)
-    assert relative_error(grad_q, expected[1].double()) < 1e-2
+    found = attend(mixed)
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert relative_error(found[1], expected[1].double()) < 1e-2
     constant = Problem(problem.q, problem.v, problem.functions, torch.ones(()).expand_as(problem.v))
     check_against_reference(constant, "released")
 
@@ -125,7 +124,7 @@ def test_codes_are_those_of_float64(bits: int) -> None:
 
 @needs_library
 @pytest.mark.parametrize("images", [1, 3, 4])
-def test_threads_change_no_bit(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_change_no_bit(images: int) -> None:
     problem = draw_problem(images=images, heads=1, tokens=2500, dim=32, dtype=torch.float32)
     mask = draw(images, 2500) > 0
     before = torch.get_num_threads()
@@ -231,7 +230,7 @@ def test_a_package_runs_where_only_the_library_is(tmp_path: Path) -> None:
         "import sys, torch\n"
         f"torch.ops.load_library({str(BUILT)!r})\n"
         f"layer = torch._inductor.aoti_load_package({package!r})\n"
-        f"inputs, expected = torch.load({str(tmp_path / 'data.pt')!r})\n"
+        f"inputs, expected = torch.load({str(tmp_path / 'data.pt')!r}, weights_only=True)\n"
         "torch.testing.assert_close(layer(*inputs), expected)\n"
         "assert 'ecoformer' not in sys.modules\n"
     )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from ecoformer.ops.backends.native import library
 from ecoformer.tools.doctor import checks
 from ecoformer.tools.doctor.checks import Finding
 from ecoformer.tools.doctor.command import main
@@ -66,6 +67,7 @@ def test_all_is_well(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         "train: 40 images of 2 classes; of 40 decoded none bad",
         "val: 6 images of 2 classes",
         f"{output}: ",
+        "attention on cpu runs by the backend ",
         "a training step with a hash fit on cpu",
         "gloo works",
     ):
@@ -275,6 +277,21 @@ def test_device_that_is_not_there(
     check: Callable[[argparse.Namespace], Iterator[Finding]],
 ) -> None:
     assert examine(check, device="cuda")[-1].startswith("problem: CUDA device 0 was asked for")
+
+
+@pytest.mark.parametrize(
+    ("reason", "name", "end"),
+    [("", "native", str(library.library_path())), ("no g++", "blocked", "C++ kernels: no g++.")],
+)
+def test_the_backend_is_named_and_why_it_is_no_faster_one(
+    reason: str, name: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not reason and library.load():
+        pytest.skip(library.load())
+    monkeypatch.setattr(library, "_reason", reason)
+    (line,) = examine(checks.check_attention, device="cpu")
+    assert line.startswith(f"{'note' if reason else 'ok'}: attention on cpu runs by the backend")
+    assert f"backend {name!r}" in line and line.endswith(end)
 
 
 @pytest.mark.gpu

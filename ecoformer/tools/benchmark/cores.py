@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ecoformer import ops
 from ecoformer.attention.performer import RandomFeatureAttention
 from ecoformer.attention.spatial_reduction import SpatialReductionAttention
-from ecoformer.ops import kernelized_hash_attention, reference
+from ecoformer.ops import kernelized_hash_attention, reference, use_backend
 from ecoformer.ops.backends import HashFunctions, find_fused_backend
 from ecoformer.tools.benchmark.comparison import (
     REFERENCE_FLOATS,
@@ -105,6 +105,12 @@ def _shipped(inputs: CoreInputs) -> Core:
     return (q, v), partial(kernelized_hash_attention, **functions._asdict())
 
 
+def _blocked(inputs: CoreInputs) -> Core:
+    """Take the shipped core by PyTorch's own products, which the C++ backend is there to beat."""
+    rows, attend = _shipped(inputs)
+    return rows, use_backend("blocked")(attend)
+
+
 def _halves(inputs: CoreInputs, operations: ModuleType) -> Core:
     """Codes, then attention, in float32; from raw rows, as the shipped core."""
     q, _, v = inputs.draw_rows()
@@ -149,6 +155,7 @@ def _spatial_reduction(inputs: CoreInputs) -> Core:
 
 _CORES: dict[str, Callable[[CoreInputs], Core]] = {
     "ecoformer": _shipped,
+    "ecoformer, blocked": _blocked,
     "ecoformer, eager halves": partial(_halves, operations=ops),
     "reference": partial(_halves, operations=reference),
     "sdpa": _softmax,

@@ -35,6 +35,8 @@ from ecoformer.files import open_atomic
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash_functions
 from ecoformer.models.registry import find_family
+from ecoformer.ops.backends import HashFunctions, find_fused_backend
+from ecoformer.ops.backends.native import library
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -312,6 +314,22 @@ def check_output(options: argparse.Namespace) -> Iterator[Finding]:
         )
 
 
+def check_attention(options: argparse.Namespace) -> Iterator[Finding]:
+    """Look which backend attends, and on a CPU why it is not the one in C++."""
+    device = choose_device(options.device)
+    row, weight = torch.empty(1, 1, 1, 32, device=device), torch.empty(1, 16, 25)
+    functions = HashFunctions(row[0], weight, weight[:, 0])
+    name = find_fused_backend("", row, row, functions).name
+    where = f"attention on {device} runs by the backend {name!r}"
+    if device.type != "cpu":
+        yield Finding("ok", where)
+    elif reason := library.load():
+        yield Finding("note", f"{where}, at about half the speed of the C++ kernels: {reason}.")
+    else:
+        vectors = torch.ops.ecoformer_native.vectors()
+        yield Finding("ok", f"{where}, {vectors} vectors, compiled into {library.library_path()}")
+
+
 def check_training_step(options: argparse.Namespace) -> Iterator[Finding]:
     """Fit the hash functions of a PVTv2 on small noise and train it for a step."""
     device = choose_device(options.device)
@@ -375,6 +393,7 @@ CHECKS = (
     check_gpu,
     check_data,
     check_output,
+    check_attention,
     check_training_step,
     check_process_groups,
 )
