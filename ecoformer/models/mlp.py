@@ -127,7 +127,7 @@ class Mlp(nn.Module):
         x = self.relu(linear(x, self.fc1.weight[part], self.fc1.bias[part]))
         if self.dwconv is not None:
             weight, bias = (tensor[part] for tensor in self.dwconv.dwconv.parameters())
-            x = conv2d(_as_map(x, size), weight, bias, padding=1, groups=len(weight))
+            x = conv2d(_as_map(x, size), weight, bias, padding=1, groups=weight.shape[0])
             x = _as_tokens(x)
         return linear(self.act(x), self.fc2.weight[:, part])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 from ecoformer.models import mlp as mlp_module
 from ecoformer.models.mlp import Mlp
-from tests.problems import draw
+from tests.problems import LargestTensor, draw
 
 SIZE = (3, 5)
 
@@ -127,3 +129,64 @@ def test_a_single_image_stays_channels_last() -> None:
     image, out = seen
     assert image.is_contiguous(memory_format=torch.channels_last)
     assert out.stride() == image.stride()
+
+
+class OnSize(nn.Module):
+    """An MLP as exporters take it, from one tensor."""
+
+    def __init__(self, mlp: Mlp) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x, SIZE)
+
+
+def run_recorded(way: str, mlp: Mlp, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Record an MLP and run the graph: its output, and the values of its largest tensor."""
+    largest = LargestTensor()
+
+    def run_graph(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        def run(*args: torch.Tensor) -> object:
+            with largest:
+                return graph(*args)
+
+        return run
+
+    if way == "compile":
+        return torch.compile(OnSize(mlp), backend=run_graph, fullgraph=True)(x), largest.numel
+    graph = (
+        torch.jit.trace(OnSize(mlp), x)
+        if way == "trace"
+        else torch.export.export(OnSize(mlp), (x,)).module()
+    )
+    with largest:
+        return graph(x), largest.numel
+
+
+@pytest.mark.parametrize("has_dwconv", [False, True])
+@pytest.mark.parametrize("way", ["compile", "export", "trace"])
+def test_graphs_make_no_whole_hidden_map(way: str, has_dwconv: bool) -> None:
+    mlp, x = Mlp(8, 96, has_dwconv=has_dwconv, has_relu=has_dwconv), draw(5, 15, 8).float()
+    with torch.no_grad():
+        out, numel = run_recorded(way, mlp, x)
+        torch.testing.assert_close(out, mlp(x, SIZE))
+    # A part, here of 16 channels; a convolution may pad it.
+    assert numel <= 2 * 5 * 15 * 16
+
+
+@pytest.mark.parametrize("way", ["compile", "export"])
+def test_graphs_call_replaced_and_watched_layers(way: str) -> None:
+    mlp, x = Mlp(8, 96, has_dwconv=True), draw(5, 15, 8).float()
+    mlp.fc1 = Doubled(8, 96)
+    mlp.get_submodule("fc2").register_forward_hook(lambda *args: 3 * args[2])
+    with torch.no_grad():
+        torch.testing.assert_close(run_recorded(way, mlp, x)[0], mlp(x, SIZE))
+
+
+def test_a_graph_with_gradients_is_whole() -> None:
+    mlp, x = Mlp(8, 96, has_dwconv=True), draw(5, 15, 8).float()
+    out, numel = run_recorded("compile", mlp, x)
+    assert numel >= 5 * 15 * 96
+    torch.testing.assert_close(out, mlp(x, SIZE))
+    assert torch.autograd.grad(out.sum(), mlp.fc1.weight)[0].any()

@@ -7,10 +7,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ecoformer.config.arguments import ArgumentParser
 from ecoformer.errors import EXIT_DONE, EXIT_FAILED, InputError, print_error
 from ecoformer.files import write_text
+
+if TYPE_CHECKING:
+    from ecoformer.tools.table import Table
 
 _PROG = "ecoformer benchmark"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -23,6 +27,7 @@ _PARTS = {
     "train": ("train",),
     "gpu": ("attention", "fit", "model", "train"),
     "threads": (),
+    "deploy": (),
 }
 # Image sides at which it does, in pixels.
 _SIDES = {
@@ -42,6 +47,7 @@ train      training steps of the same
 gpu        all of it at the sizes that fill a GPU, models compiled; what matters most first
 threads    evaluation, training step and fit on one thread and on all, alone and beside a busy
            process on every core
+deploy     evaluation in eager mode, compiled, by AOTInductor and by ONNX Runtime, beside timm's
 
 Each comparison is printed, and --json written, as soon as it is measured. Where attention cores are
 timed, the shipped one is held against the reference first; `pytest -m gpu` tests it further.
@@ -95,6 +101,8 @@ def _run(options: argparse.Namespace, command: str) -> bool:
         raise InputError("--resolutions start at 32 pixels: the model's last stage has 1/32 of it.")
     if options.task == "threads":
         return _run_threads(options, command)
+    if options.task == "deploy":
+        return _run_deploy(options, command)
     # Brings torch along, which --help need not wait for.
     from ecoformer.tools.benchmark.suite import Suite, run_suite
 
@@ -128,6 +136,28 @@ def _run_threads(options: argparse.Namespace, command: str) -> bool:
         num_rounds=options.rounds,
         environment=describe_environment(command, torch.device("cpu")),
     )
+    return _tell(table, options)
+
+
+def _run_deploy(options: argparse.Namespace, command: str) -> bool:
+    import torch
+
+    from ecoformer.tools.benchmark.deploy import measure_deployment
+    from ecoformer.tools.measure import describe_environment, settle_allocator
+
+    (side,) = (options.resolutions or [224])[:1]
+    settle_allocator()
+    table = measure_deployment(
+        options.model,
+        options.batch_size or 8,
+        side,
+        num_rounds=options.rounds,
+        environment=describe_environment(command, torch.device("cpu")),
+    )
+    return _tell(table, options)
+
+
+def _tell(table: Table, options: argparse.Namespace) -> bool:
     print(table.to_markdown())
     if options.json:
         write_text(options.json, table.to_json() + "\n")
