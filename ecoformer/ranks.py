@@ -18,7 +18,7 @@ from ecoformer.threads import call_within
 
 T = TypeVar("T")
 
-# Beyond the group's own limit, which what a dead link hides does not obey.
+# Beyond the group's own limit, which a store does not obey where its host is silent.
 _GRACE_S = 5.0
 # In one limit of a group.
 _SIGNS_OF_LIFE = 4

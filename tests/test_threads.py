@@ -21,7 +21,7 @@ SPINS, POLICY = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, {SPINS: "10000"}),
+        ({}, {SPINS: "3000"}),
         ({SPINS: "7"}, {SPINS: "7"}),
         ({POLICY: "ACTIVE"}, {POLICY: "ACTIVE"}),
     ],

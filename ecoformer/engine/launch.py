@@ -160,7 +160,9 @@ def _join(device: torch.device, timeout: timedelta) -> None:
     try:
         # Where the link breaks meanwhile, the store's client waits without end.
         call_within(timeout.total_seconds() + _GRACE_S, join)
-    except (dist.DistError, TimeoutError) as error:
+    except (RuntimeError, TimeoutError) as error:
+        if not _is_of_collective(error):
+            raise
         raise NoMeetingError(
             f"rank {os.environ['RANK']} did not meet the others at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} in time "
@@ -223,8 +225,11 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
     gloo raises no type of its own, but names its source.
     """
-    is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
-    return is_collective and dist.is_initialized()
+    return _is_of_collective(error) and dist.is_initialized()
+
+
+def _is_of_collective(error: Exception) -> bool:
+    return isinstance(error, (dist.DistError, TimeoutError)) or "gloo" in str(error)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -253,6 +253,7 @@ def _patch_read(strike: Strike) -> None:
 
 _CLASSIFICATION = "ecoformer.tasks.classification"
 _PHASES: dict[str, Callable[[Strike], None]] = {
+    "meeting": lambda strike: patch("torch.distributed", "init_process_group", strike),
     "step": lambda strike: patch("ecoformer.engine.train", "update_weights", strike),
     "fit": lambda strike: patch("ecoformer.hashing.calibration", "fit_hash", strike),
     "evaluation": lambda strike: patch(f"{_CLASSIFICATION}:AccuracyMeter", "add", strike),

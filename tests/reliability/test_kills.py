@@ -9,23 +9,21 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ecoformer.checkpoint import read_checkpoint
-from tests.engine.ranks import torchrun_environments, warm_context
+from tests.engine.ranks import warm_context
 from tests.reliability.runs import (
-    TINY,
     Run,
     Strike,
     assert_same_run,
     draw_strikes,
     find_orphans,
-    lead_session,
     run,
     start,
 )
+from tests.reliability.torchruns import launch, list_sessions, start_nodes, wait_for_strike
 
 STRIKES = draw_strikes(20, seed=6, sent=signal.SIGKILL)
 PAIR_STRIKES = [
@@ -108,10 +106,7 @@ def test_ranks_end_with_their_torchrun(
     flags = [*pair_flags, "--num-workers", "1", "--output_dir", str(tmp_path)]
     torchrun = warm_context().Process(target=launch, args=(flags, tmp_path / "said.0", strike))
     torchrun.start()
-    end = time.monotonic() + 60
-    while "struck at" not in Run(tmp_path, []).said():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for_strike(Run(tmp_path, []))
     torchrun.kill()
     sessions = list_sessions(tmp_path)
     # The one that was stopped cannot look; it goes when it is woken.
@@ -120,35 +115,6 @@ def test_ranks_end_with_their_torchrun(
     assert find_orphans(sessions) == []
     (tmp_path / "sessions").unlink()
     assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
-
-
-def launch(flags: list[str], said: Path, strike: Strike, **options: Any) -> None:
-    """torchrun on two ranks, here or on two nodes, of which the first attempt loses one."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    lead_session(said)
-    settings: dict[str, Any] = {
-        **{"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "monitor_interval": 0.1},
-        **{"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"},
-        # This process has its imports behind it; a forkserver of its own would repeat them.
-        "start_method": "fork",
-    }
-    config = LaunchConfig(**settings | options)
-    elastic_launch(config, work)(flags, said, strike)
-
-
-def work(flags: list[str], said: Path, strike: Strike) -> None:
-    """A rank under torchrun."""
-    from ecoformer.engine.command import run_command
-
-    lead_session(said)
-    with said.with_name("sessions").open("a") as file:
-        print(os.getpid(), file=file)
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        strike(int(os.environ["RANK"]))
-    code = run_command(flags, TINY)
-    if code:
-        raise SystemExit(code)
 
 
 @pytest.mark.parametrize("max_restarts", [0, 1])
@@ -175,29 +141,28 @@ def test_torchrun_restarts_or_fails(
     assert_same_run(found, whole_pair)
 
 
-def start_nodes(
-    flags: list[str], folder: Path, strike: Strike, *, num_local: int = 1, backend: str = "c10d"
-) -> Run:
-    """Two torchruns, as if each were on a node of its own."""
-    [environment, _] = torchrun_environments(2)
-    options = {
-        **{"min_nodes": 2, "max_nodes": 2, "nproc_per_node": num_local, "max_restarts": 2},
-        **{"rdzv_backend": backend, "rdzv_endpoint": f"127.0.0.1:{environment['MASTER_PORT']}"},
-        "run_id": "pair",
-    }
-    flags = [*flags, "--output_dir", str(folder)]
-    nodes = []
-    for node in range(2):
-        node_options = options | {"rdzv_configs": {"rank": node} if backend == "static" else {}}
-        arguments = (flags, folder / f"said.{node}", strike)
-        nodes.append(warm_context().Process(target=launch, args=arguments, kwargs=node_options))
-        nodes[-1].start()
-    return Run(folder, nodes)
-
-
-def list_sessions(folder: Path) -> list[int]:
-    """Those of the ranks that torchruns have started."""
-    return [int(line) for line in (folder / "sessions").read_text().split()]
+@pytest.mark.parametrize("num_signals", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_to_torchrun_saves(
+    num_signals: int, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    strike = Strike("step", 4, signal.SIGSTOP, rank=1)
+    flags = [*pair_flags, "--num-workers", "1", "--output_dir", str(tmp_path)]
+    torchrun = warm_context().Process(target=launch, args=(flags, tmp_path / "said.0", strike))
+    torchrun.start()
+    found = Run(tmp_path, [torchrun])
+    wait_for_strike(found)
+    for _ in range(num_signals):
+        assert torchrun.pid is not None
+        os.kill(torchrun.pid, signal.SIGTERM)
+        time.sleep(0.5)
+    for session in list_sessions(tmp_path):
+        os.kill(session, signal.SIGCONT)
+    assert found.wait() not in ([0], [None])
+    assert find_orphans(list_sessions(tmp_path)) == []
+    # At a second one torchrun kills its ranks, which may not have finished.
+    assert num_signals == 2 or found.said().count("the same command goes on") == 1
+    (tmp_path / "sessions").unlink()
+    assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

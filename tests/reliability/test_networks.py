@@ -11,10 +11,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.reliability.runs import Run, Strike, assert_same_run, find_orphans, run, start
+from tests.engine.ranks import warm_context
+from tests.reliability.runs import LAST, Run, Strike, assert_same_run, find_orphans, run, start
+from tests.reliability.torchruns import launch, list_sessions, wait_for_strike
 
 pytestmark = pytest.mark.slow
 
@@ -65,12 +68,17 @@ def hosts() -> Iterator[Hosts]:
 
 def enter(rank: int, *, names: list[str], strike: Strike) -> None:
     """Move a rank to its host, and have it stop its step for a moment in which the link breaks."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with Path("/run/netns", names[rank]).open() as namespace:
-        assert libc.setns(namespace.fileno(), _NEW_NETWORK) == 0, os.strerror(ctypes.get_errno())
+    move_to(names[rank])
     os.environ["MASTER_ADDR"] = "10.77.0.1"
-    os.environ["GLOO_SOCKET_IFNAME"] = "link0"
     strike(rank)
+
+
+def move_to(name: str) -> None:
+    """Move this process to a host."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/run/netns", name).open() as namespace:
+        assert libc.setns(namespace.fileno(), _NEW_NETWORK) == 0, os.strerror(ctypes.get_errno())
+    os.environ["GLOO_SOCKET_IFNAME"] = "link0"
 
 
 def begin(flags: list[str], folder: Path, hosts: Hosts, strike: Strike) -> Run:
@@ -79,11 +87,9 @@ def begin(flags: list[str], folder: Path, hosts: Hosts, strike: Strike) -> Run:
     return start(flags, folder, world_size=2, hook=hook)
 
 
-def wait_for_strike(found: Run) -> int:
-    end = time.monotonic() + 60
-    while "struck at" not in found.said():
-        assert time.monotonic() < end, found.said()
-        time.sleep(0.02)
+def wait_for_strike_of(found: Run) -> int:
+    """Which rank's process it was."""
+    wait_for_strike(found)
     time.sleep(0.2)
     [pid] = [
         process.pid
@@ -102,7 +108,7 @@ def test_a_link_cut_for_good(
     if phase in ("write", "fit") and rank:
         pytest.skip("rank 0 alone does that")
     found = begin(pair_flags, tmp_path, hosts, Strike(phase, 3, signal.SIGSTOP, rank=rank))
-    pid = wait_for_strike(found)
+    pid = wait_for_strike_of(found)
     hosts.set_link("down")
     os.kill(pid, signal.SIGCONT)
     began = time.monotonic()
@@ -117,11 +123,76 @@ def test_a_link_cut_for_good(
     assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
 
 
+def assert_all_told(found: Run) -> None:
+    assert found.wait(_TIMEOUT_S + 60) == [1, 1], found.said()
+    for number in range(2):
+        said = (found.folder / f"said.{number}").read_text()
+        assert said.count("error: ") == 1
+        assert "--dist-timeout 0.2" in said
+    assert "Traceback" not in found.said()
+    assert found.orphans() == []
+
+
+def test_a_link_that_is_dead_from_the_start(
+    hosts: Hosts, pair_flags: list[str], tmp_path: Path
+) -> None:
+    hosts.set_link("down")
+    assert_all_told(begin(pair_flags, tmp_path, hosts, Strike("step", 0, signal.SIGCONT)))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_link_cut_while_ranks_meet(
+    rank: int, hosts: Hosts, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    found = begin(pair_flags, tmp_path, hosts, Strike("meeting", 0, signal.SIGSTOP, rank=rank))
+    pid = wait_for_strike_of(found)
+    hosts.set_link("down")
+    os.kill(pid, signal.SIGCONT)
+    assert_all_told(found)
+    assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
+
+
+def download_slowly(rank: int, *, names: list[str], strike: Strike) -> None:
+    """Longer than ranks wait for each other."""
+    from ecoformer.engine import sources
+
+    real = sources.resolve_source
+
+    def resolve(source: str) -> Path:
+        if rank == 0:
+            strike.hit(0)
+            time.sleep(1.5 * _TIMEOUT_S)
+        return real(source)
+
+    sources.resolve_source = resolve  # type: ignore[assignment]
+    enter(rank, names=names, strike=Strike("step", 100, signal.SIGCONT))
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_a_link_cut_in_a_download(
+    is_cut: bool, hosts: Hosts, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    strike = Strike("download", 0, signal.SIGCONT)
+    flags = [*pair_flags, "--dist-timeout", str(_TIMEOUT_S / 60)]
+    found = start(
+        [*flags, "--resume", str(whole_pair.folder / LAST)],
+        tmp_path,
+        world_size=2,
+        hook=functools.partial(download_slowly, names=hosts.names, strike=strike),
+    )
+    wait_for_strike(found)
+    if not is_cut:
+        assert found.wait(_TIMEOUT_S + 60) == [0, 0], found.said()
+        return
+    hosts.set_link("down")
+    assert_all_told(found)
+
+
 def test_a_link_cut_for_a_while(
     hosts: Hosts, pair_flags: list[str], whole_pair: Run, tmp_path: Path
 ) -> None:
     found = begin(pair_flags, tmp_path, hosts, Strike("step", 4, signal.SIGSTOP, rank=1))
-    pid = wait_for_strike(found)
+    pid = wait_for_strike_of(found)
     hosts.set_link("down")
     os.kill(pid, signal.SIGCONT)
     time.sleep(3)
@@ -135,6 +206,77 @@ def test_a_link_cut_for_a_while(
     else:
         lines = [(one / "log.txt").read_text() for one in (found.folder, whole_pair.folder)]
         assert lines[0] == lines[1]
+
+
+def launch_on_host(
+    number: int, name: str, flags: list[str], said: Path, strike: Strike, **options: Any
+) -> None:
+    move_to(name)
+    launch(flags, said, strike, local_addr=f"10.77.0.{number + 1}", **options)
+
+
+def start_torchruns(
+    flags: list[str],
+    folder: Path,
+    hosts: Hosts,
+    strike: Strike,
+    *,
+    backend: str,
+    max_restarts: int,
+) -> Run:
+    """One on each host, with a rank each."""
+    flags = [*flags, "--output_dir", str(folder), "--dist-timeout", str(_TIMEOUT_S / 60)]
+    processes = []
+    for number, name in enumerate(hosts.names):
+        options = {
+            **{"min_nodes": 2, "max_nodes": 2, "nproc_per_node": 1, "max_restarts": max_restarts},
+            **{"rdzv_backend": backend, "rdzv_endpoint": "10.77.0.1:29577", "run_id": "hosts"},
+            "rdzv_configs": {"rank": number} if backend == "static" else {"is_host": not number},
+        }
+        arguments = (number, name, flags, folder / f"said.{number}", strike)
+        process = warm_context().Process(target=launch_on_host, args=arguments, kwargs=options)
+        process.start()
+        processes.append(process)
+    return Run(folder, processes)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_torchruns_on_two_hosts_restart(
+    backend: str,
+    killed: int,
+    hosts: Hosts,
+    pair_flags: list[str],
+    whole_pair: Run,
+    tmp_path: Path,
+) -> None:
+    strike = Strike("step", 4, signal.SIGKILL, rank=killed)
+    found = start_torchruns(pair_flags, tmp_path, hosts, strike, backend=backend, max_restarts=3)
+    assert found.wait(120) == [0, 0], found.said()
+    assert len(list_sessions(tmp_path)) == 4
+    assert find_orphans(list_sessions(tmp_path)) == []
+    assert_same_run(found, whole_pair)
+
+
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_ranks_of_torchruns_whose_link_is_cut_end(
+    backend: str, hosts: Hosts, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    """torchruns themselves wait by limits of their own."""
+    strike = Strike("step", 4, signal.SIGSTOP, rank=1)
+    found = start_torchruns(pair_flags, tmp_path, hosts, strike, backend=backend, max_restarts=0)
+    wait_for_strike(found)
+    hosts.set_link("down")
+    began = time.monotonic()
+    sessions = list_sessions(tmp_path)
+    for session in sessions:
+        os.kill(session, signal.SIGCONT)
+    assert find_orphans(sessions, _TIMEOUT_S + 60) == []
+    print(f"{backend}: ranks gone after {time.monotonic() - began:.0f} s")
+    assert found.said().count("error: ") in (1, 2)
+    # With c10d the one that is far from the store is still there after 500 s.
+    found.wait(0)
+    assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

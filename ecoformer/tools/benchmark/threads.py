@@ -13,24 +13,28 @@ from functools import partial
 
 import torch
 
+from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash_functions
-from ecoformer.tools.benchmark.backbones import Workload, build_model, create_model
+from ecoformer.models.registry import find_family
+from ecoformer.tools.benchmark.backbones import Workload, build_model
 from ecoformer.tools.measure import Call
 from ecoformer.tools.table import Column, Row, Table
 
 # The calls of a turn take about this long together.
 _TURN_SECONDS = 1.0
-_FIT_IMAGES, _FIT_SIDE = 8, 64
+_NUM_FIT_IMAGES = 8
+# Side in pixels, and steps a bit. With all its 100 the large one would take minutes.
+_FITS = {"hash fit, small": (64, 100), "hash fit, large": (224, 10)}
 
 # In a process with so many threads: the calls, by name, built once.
 _calls: dict[str, Call] = {}
 
 
 def measure_threads(work: Workload, *, num_rounds: int, environment: dict[str, str]) -> Table:
-    """Time evaluation, a training step and a fit of a PVTv2, all numbers of threads in turns.
+    """Time evaluation, a training step and fits of a PVTv2, all numbers of threads in turns.
 
     Args:
-        work: an evaluation; the training step has its sizes, the fit 8 images of 64 px.
+        work: an evaluation; the training step has its sizes, the fits their own.
         environment: command, date, hardware and versions, by name.
     """
     num_threads = torch.get_num_threads()
@@ -41,7 +45,7 @@ def measure_threads(work: Workload, *, num_rounds: int, environment: dict[str, s
         ProcessPoolExecutor(1, context, torch.set_num_threads, (num_threads,)) as many,
     ):
         for num_jobs in (0, multiprocessing.cpu_count()):
-            for name in ("evaluation", "training step", "hash fit"):
+            for name in ("evaluation", "training step", *_FITS):
                 seconds: list[tuple[float, float]] = []
                 with _busy_cores(num_jobs):
                     for _ in range(num_rounds):
@@ -67,9 +71,10 @@ def measure_threads(work: Workload, *, num_rounds: int, environment: dict[str, s
     )
     notes = [
         f"{work.variant}; evaluation and training step of {work.batch_size} images of "
-        f"{work.resolution} px, fit of all layers on {_FIT_IMAGES} of {_FIT_SIDE} px. Medians of "
-        f"{num_rounds} turns; the ratio is that of turns side by side, above 1 where more threads "
-        "are slower.",
+        f"{work.resolution} px; fits of all layers on {_NUM_FIT_IMAGES} images, "
+        + " and ".join(f"of {side} px with {steps} steps a bit" for side, steps in _FITS.values())
+        + f". Medians of {num_rounds} turns; the ratio is that of turns side by side, above 1 "
+        "where more threads are slower.",
     ]
     return Table("Threads, alone and beside other jobs", columns, rows, notes, environment)
 
@@ -107,11 +112,11 @@ def _take_turn(name: str, work: Workload) -> float:
 
 
 def _build(name: str, work: Workload) -> Call:
-    if name == "hash fit":
-        model = create_model("ecoformer", work.variant).eval()
-        images = torch.randn(
-            _FIT_IMAGES, 3, _FIT_SIDE, _FIT_SIDE, generator=torch.Generator().manual_seed(0)
-        )
-        return partial(fit_hash_functions, model, images)
+    if name in _FITS:
+        side, num_steps = _FITS[name]
+        torch.manual_seed(0)
+        hashing = HashConfig(num_fit_steps=num_steps)
+        model = find_family(work.variant).create_model(work.variant, hashing=hashing).eval()
+        return partial(fit_hash_functions, model, torch.randn(_NUM_FIT_IMAGES, 3, side, side))
     work = replace(work, is_training=name == "training step")
     return build_model("ecoformer", work, torch.device("cpu"), torch.float32)
