@@ -137,5 +137,7 @@ def _is_plain(layer: nn.Module) -> bool:
     return (
         type(layer) in _PLAIN_LAYERS
         and getattr(layer, "bias", True) is not None
+        # Not quantized or sharded ones, which slices take apart.
+        and all(type(p) in (nn.Parameter, Tensor) for p in layer.parameters(recurse=False))
         and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -190,3 +191,43 @@ def test_a_graph_with_gradients_is_whole() -> None:
     assert numel >= 5 * 15 * 96
     torch.testing.assert_close(out, mlp(x, SIZE))
     assert torch.autograd.grad(out.sum(), mlp.fc1.weight)[0].any()
+
+
+class Packed(torch.Tensor):
+    """A weight that is multiplied whole, and cannot be sliced, as packed and quantized ones."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__getitem__:
+            raise NotImplementedError("no part of a block can be taken")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["fc1", "fc2"])
+def test_packed_weights_are_used_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, x = Mlp(8, 96, has_dwconv=True).double(), draw(2, 15, 8)
+    expected = mlp(x, SIZE)
+    layer = mlp.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed))
+    monkeypatch.setattr(mlp_module, "_MAX_WHOLE_MAP", 0)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x, SIZE), expected)
+
+
+def test_weights_that_torchao_quantized_in_blocks_are_used_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    mlp, x = Mlp(64, 192, has_dwconv=True), torch.randn(2, 15, 64)
+    expected = mlp(x, SIZE)
+    blocks = quantization.granularity.PerGroup(64)
+    quantization.quantize_(mlp, quantization.IntxWeightOnlyConfig(torch.int8, blocks))
+    with torch.no_grad():
+        whole = mlp(x, SIZE)
+        assert not torch.equal(whole, expected)
+        monkeypatch.setattr(mlp_module, "_MAX_WHOLE_MAP", 0)
+        monkeypatch.setattr(mlp_module, "_BLOCK_VALUES_PER_THREAD", 15 * 32)
+        torch.testing.assert_close(mlp(x, SIZE), whole)
