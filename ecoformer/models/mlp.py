@@ -6,6 +6,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.functional import conv2d, linear
 
 from ecoformer.attention.base import Size
@@ -132,12 +133,16 @@ class Mlp(nn.Module):
         return linear(self.act(x), self.fc2.weight[:, part])
 
 
+# Exporters put fake ones in the place of parameters.
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
+
+
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer is what it was built as: nothing replaces, wraps or watches it."""
     return (
         type(layer) in _PLAIN_LAYERS
         and getattr(layer, "bias", True) is not None
         # Not quantized or sharded ones, which slices take apart.
-        and all(type(p) in (nn.Parameter, Tensor) for p in layer.parameters(recurse=False))
+        and all(type(p) in _PLAIN_TENSORS for p in layer.parameters(recurse=False))
         and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
     )
