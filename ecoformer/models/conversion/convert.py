@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ecoformer.attention import EcoFormerAttention
 from ecoformer.errors import InputError, suggest
 from ecoformer.hash_config import HashConfig
-from ecoformer.models.conversion.forms import Form, find_form, find_kept
+from ecoformer.models.conversion.forms import Form, find_base, find_form, find_kept, name_class
 from ecoformer.models.conversion.layer import ConvertedAttention, find_obstacle
 from ecoformer.models.conversion.report import ConversionReport, advise, describe
 
@@ -130,8 +130,8 @@ def _find_layers(model: nn.Module) -> dict[str, _Found]:
                 doubt = form.find_doubt(holders)
             found[name] = _Found(module, holders, form, reason, doubt)
             known.append(name)
-        elif _SOUNDS_LIKE_ATTENTION.search(type(module).__name__):
-            reason = f"no adapter knows {type(module).__module__}.{type(module).__qualname__}"
+        elif _may_be_attention(name, module):
+            reason = f"no adapter knows {name_class(module)}: register a Form for it"
             found[name] = _Found(module, (), None, reason)
     # A class of that name that holds attention is not the attention itself.
     names = (*found, *known)
@@ -140,6 +140,14 @@ def _find_layers(model: nn.Module) -> dict[str, _Found]:
         for name, layer in found.items()
         if not any(other.startswith(f"{name}.") for other in names)
     }
+
+
+def _may_be_attention(name: str, module: nn.Module) -> bool:
+    """Whether a class that nobody here has read builds on attention, or is called so."""
+    if find_base(module) or _SOUNDS_LIKE_ATTENTION.search(type(module).__name__):
+        return True
+    has_projections = any(isinstance(child, nn.Linear) for child in module.children())
+    return has_projections and bool(_SOUNDS_LIKE_ATTENTION.search(name.rpartition(".")[2]))
 
 
 def _find_holders(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
@@ -155,6 +163,10 @@ def _choose(
         return set(layers), set()
     if callable(select):
         return {name for name, found in layers.items() if select(name, found.layer)}, set()
+    if not isinstance(select, Iterable):
+        raise InputError(
+            f"select holds names of modules, or is a predicate, not a {type(select).__name__}."
+        )
     names = [select] if isinstance(select, str) else list(select)
     known = dict(model.named_modules(remove_duplicate=False))
     chosen: set[str] = set()

@@ -123,7 +123,8 @@ def register_form(cls: type[Form]) -> type[Form]:
 
 def find_form(layer: nn.Module) -> Form | None:
     """Find how a layer is written, if that is in the table. A subclass may compute otherwise."""
-    name = _name_class(layer)
+    # A forward that was put in its place is another one.
+    name = "" if "forward" in vars(layer) else name_class(layer)
     for form in FORMS.values():
         if name in form.classes and all(getattr(layer, m, None) is not None for m in form.marks):
             return form
@@ -134,13 +135,19 @@ def find_kept(layer: nn.Module) -> str | None:
     """Say why a layer of a known class stays as it is."""
     if isinstance(layer, MultiHeadAttention):
         return "a kind of ours: build the model with attention='ecoformer' instead"
-    return KEPT.get(_name_class(layer))
+    return KEPT.get(name_class(layer))
 
 
-def _name_class(layer: nn.Module) -> str:
-    """Full name of a layer's class; empty where a ``forward`` of its own was put in."""
-    cls = type(layer)
-    return "" if "forward" in vars(layer) else f"{cls.__module__}.{cls.__qualname__}"
+def find_base(layer: nn.Module) -> str | None:
+    """Name the known class that a layer's own builds on."""
+    known = {name for form in FORMS.values() for name in form.classes} | KEPT.keys()
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(layer).__mro__)
+    return next((name for name in names if name in known), None)
+
+
+def name_class(module: nn.Module) -> str:
+    """Full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def find_num_heads(layer: nn.Module) -> int:

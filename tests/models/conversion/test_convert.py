@@ -152,6 +152,10 @@ def test_the_report_is_a_table_and_tells_whether_it_pays() -> None:
 # --------------------------------------------------------------------------------------- refusing
 
 
+class Own(Attention):
+    """May compute anything."""
+
+
 class Twice(nn.Module):
     """Two blocks that share a module, or one of its weights."""
 
@@ -186,6 +190,8 @@ def convert_twice() -> nn.Module:
         (build, {"hashing": 8}, "hashing is an ecoformer.HashConfig"),
         (build, {"select": "blocks.3"}, "the model has no 'blocks.3', did you mean"),
         (build, {"select": [3]}, "the model has no 3"),
+        (build, {"select": 3}, "is a predicate, not a int"),
+        (lambda: nn.Sequential(Own(24, 3)), {}, r"no adapter knows .*\.Own: register a Form"),
         (build, {"select": "patch_embed"}, "patch_embed holds no softmax attention"),
         (build, {"select": []}, "no layer was selected"),
         (build, {"select": lambda name, layer: False}, "no layer was selected"),
@@ -236,7 +242,7 @@ def test_layers_whose_insides_were_changed_are_kept() -> None:
         ecoformer.convert(model)
     hook.remove()
     kept = ecoformer.convert(model).kept
-    assert "not a plain linear layer" in kept["blocks.1.attn"]
+    assert "is no plain linear layer" in kept["blocks.1.attn"]
     assert "no adapter knows" in kept["blocks.2.attn"]
     model = build()
     nn.utils.parametrizations.weight_norm(model.blocks[0].attn.qkv)
