@@ -176,7 +176,8 @@ class KernelHash(nn.Module):
     def _follow_flag(self) -> None:
         """Read the flag where it was written, or another one is in its place.
 
-        As ``copy_`` and ``torch.func.functional_call`` do. Nothing waits for the device otherwise.
+        As ``copy_`` and ``torch.func.functional_call`` do, and DistributedDataParallel in every
+        step unless its ``broadcast_buffers`` is off. Nothing waits for the device otherwise.
         """
         seen, num_writes = self._seen or (None, None)
         if self.is_fitted is seen and _count_writes(seen) == num_writes:

@@ -148,14 +148,10 @@ def _backward_block(
     dtype, c = functions.weight.dtype, num_bits + 1
     mask = _Mask.of(key_mask, q, dtype)
     num_real = q.shape[-2] if mask is None else mask.num_real
-    raw_rows, values, flat_grad = (
-        _Rows.of(_flatten(q, dtype), mask),
-        _flatten(v, dtype),
-        (_flatten(grad, dtype)),
-    )
+    rows = raw_rows = _Rows.of(_flatten(q, dtype), mask)
+    values, out_grad = _flatten(v, dtype), _flatten(grad, dtype)
     if mask is not None:
-        values, flat_grad = mask.hide(values), mask.hide(flat_grad)
-    rows = raw_rows
+        values, out_grad = mask.hide(values), mask.hide(out_grad)
     if _is_narrow(scale):
         rows, functions = _move_to_center(rows, functions)
     encoder = _Encoder.of(functions, scale)
@@ -171,7 +167,7 @@ def _backward_block(
         passes *= mask.real
 
     denominator = torch.bmm(code_sum.mT, h).add_(c * num_real)  # [G, 1, N]
-    g = flat_grad / denominator.mT  # [G, N, D]
+    g = out_grad / denominator.mT  # [G, N, D]
     g_context = torch.bmm(context, g.mT)  # [G, K, N]
     e = (h * g_context).sum(-2, keepdim=True)
     e += c * _row_sums(g * (value_sum if is_normalized else values))
