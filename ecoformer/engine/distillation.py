@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecoformer.attention import MultiHeadAttention
-from ecoformer.checkpoint import load_checkpoint, read_checkpoint
+from ecoformer.checkpoint import LoadReport, load_checkpoint, read_checkpoint
 from ecoformer.engine.digests import digest, require_same_on_all
 from ecoformer.engine.precision import autocast, choose_amp_dtype
 from ecoformer.engine.sources import fetch
@@ -92,7 +92,7 @@ class Distillation(Task):
         teacher = self._task.create_model(partial(create, attention=_SOFTMAX))
         assert name is not None
         file = fetch(name)
-        run_on_all(lambda: self._load(teacher, read_checkpoint(file), name))
+        report = run_on_all(lambda: self._load(teacher, read_checkpoint(file), name))[0]
         require_same_on_all(
             teacher.state_dict(),
             f"--teacher {name} holds other weights",
@@ -106,13 +106,14 @@ class Distillation(Task):
             if self._settings.compares_outputs
         ]
         _logger.info(
-            "teacher %s: %s/%s, compared in the outputs of %d layers%s",
-            *(name, settings.model, _SOFTMAX, len(self._pairs)),
-            " and the logits" if self._settings.compares_logits else "",
+            "teacher %s/%s, compared in the outputs of %d layers%s: %s",
+            *(settings.model, _SOFTMAX, len(self._pairs)),
+            " and in the logits" if self._settings.compares_logits else "",
+            report,
         )
         return model
 
-    def _load(self, teacher: nn.Module, checkpoint: Mapping[str, Any], name: str) -> None:
+    def _load(self, teacher: nn.Module, checkpoint: Mapping[str, Any], name: str) -> LoadReport:
         """Take weights that are whole and of the same names, head included."""
         parent = f"{self.config.model.model}/{_SOFTMAX}"
         wanted = f"--teacher takes the softmax stage of this model, {parent}"
@@ -122,6 +123,7 @@ class Distillation(Task):
             raise InputError(f"{wanted}. {error}") from None
         if report.derived or report.dropped or report.missing or report.unused:
             raise InputError(f"{wanted}, trained on the same classes. {report}")
+        return report
 
     def settings(self) -> Mapping[str, Any]:
         return {**self._task.settings(), "teacher_digest": self._digest}
