@@ -35,9 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--images",
         type=int,
         nargs="+",
-        default=[0, 1, 2],
         metavar="NUMBER",
-        help="validation images whose codes are shown (%(default)s)",
+        help="validation images whose codes are shown (three, spread evenly)",
     )
     options = parser.parse_args(words)
     try:
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _write_page(runs: Sequence[Path], images: Sequence[int], command: str) -> str:
+def _write_page(runs: Sequence[Path], images: Sequence[int] | None, command: str) -> str:
     # These bring torch and matplotlib along, which --help need not wait for.
     import torch
 

@@ -74,11 +74,13 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
     return sorted(groups.values(), key=lambda group: group.attention != _SOFTMAX)
 
 
-def write_sections(folders: Sequence[Path], images: Sequence[int]) -> Iterator[Section]:
+def write_sections(
+    folders: Sequence[Path], images: Sequence[int] | None = None
+) -> Iterator[Section]:
     """Write all parts of the page.
 
     Args:
-        images: numbers of validation images, for codes.
+        images: numbers of validation images, for codes; three, spread evenly, where None.
 
     Raises:
         InputError: a run, its data or an image is not there.
@@ -150,7 +152,7 @@ def _write_table(groups: Sequence[Group], rows: Sequence[dict[str, Value]]) -> S
         f"{EXECUTED_NOTE} Moved: weights, inputs and outputs of each layer, of one image alone, in "
         "float32 and with softmax fused."
     ]
-    if any(len(group.runs) > 1 for group in groups):
+    if any(len(group.runs) > 1 for group in groups) or len(rows) > 1:
         notes.insert(0, SEEDS_NOTE)
     return Section("Runs", table=(columns, rows), notes=notes)
 
@@ -164,7 +166,7 @@ def _draw_costs(groups: Sequence[Group]) -> Iterator[Picture]:
         )
 
 
-def _write_codes(groups: Sequence[Group], images: Sequence[int]) -> Section:
+def _write_codes(groups: Sequence[Group], images: Sequence[int] | None) -> Section:
     title = "Codes, and the attention that they imply"
     pair = _find_pair(groups)
     if pair is None:
@@ -173,6 +175,10 @@ def _write_codes(groups: Sequence[Group], images: Sequence[int]) -> Section:
             "same model, data and image size, are given."
         )
         return Section(title, notes=[needs])
+    if images is None:
+        num_images = len(pair.images)
+        # Neighbours are often of one class.
+        images = sorted({num_images * part // 6 for part in (1, 3, 5)})
     return Section(
         title,
         [

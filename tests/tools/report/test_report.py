@@ -8,10 +8,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 import pvt
 from ecoformer import count_cost
 from ecoformer.errors import InputError
+from ecoformer.tools.figures import make_figure
+from ecoformer.tools.plots.codes import Pair
 from ecoformer.tools.report import command, content
 from ecoformer.tools.report.content import read_groups, write_sections
 from ecoformer.tools.report.page import Section, format_page
@@ -104,6 +107,21 @@ def test_seeds_are_taken_together(tmp_path: Path) -> None:
     assert (softmax["top1"], softmax["num_seeds"]) == (82, 2)
     assert (ours["top1"], ours["difference"]) == (83.5, 1.5)
     assert ours["difference_ci95"] == pytest.approx(12.706204736 * 0.5)
+
+
+def test_images_are_spread_evenly_unless_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def draw(pair: Pair, *, index: int) -> Figure:
+        drawn.append(index)
+        return make_figure()[0]
+
+    monkeypatch.setattr(content, "draw_codes", draw)
+    runs = [write_run(tmp_path / kind, kind) for kind in ("msa", "ecoformer")]
+    assert len(content._write_codes(read_groups(runs), None).pictures) == 3
+    assert drawn == [60, 180, 300]
 
 
 def test_settings_set_runs_apart(tmp_path: Path) -> None:
