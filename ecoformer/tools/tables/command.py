@@ -242,9 +242,9 @@ def _make_main(options: argparse.Namespace, device: torch.device) -> _Content:
         row |= {key: value for key, value in speeds[str(row["name"])].items() if key not in row}
     note = (
         f"images/s: batches of {options.batch_size} on {how.hardware}. Softmax and EcoFormer "
-        "attention of a model take turns, at least five batches each, and the median counts. The "
-        "load is the machine's when a model was done; more than the threads means that others "
-        "were at work."
+        "attention of a model take turns, at least five batches each, or one where it takes more "
+        "than four seconds, and the median counts. The load is the machine's when a model was "
+        "done; more than the threads means that others were at work."
     )
     return published.MAIN_COLUMNS, rows, [*published.MAIN_NOTES, note]
 
