@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecoformer.cost.count import without_data
+from ecoformer.ops.backends.native import library
 
 _Shape = tuple[int, ...]
 
@@ -31,6 +34,34 @@ def count_executed(model: nn.Module, input_size: int | tuple[int, int]) -> int:
         shadow(image)
     # The counter takes a multiply-add for two operations.
     return int(counter.get_total_flops()) // 2
+
+
+@torch.no_grad()
+def count_added_codes(model: nn.Module, input_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Count the products with codes that this CPU executes as additions, for one image.
+
+    Returns:
+        Multiply-adds of ``count_executed`` that the C++ backend spares, and the additions that it
+        executes instead; 0 and 0 where it cannot be compiled.
+    """
+    products = additions = 0
+
+    def count(
+        _: _Shape, v: _Shape, anchors: _Shape, weight: _Shape, *__: object, **___: object
+    ) -> int:
+        nonlocal products, additions
+        if not library.load():
+            num_values = math.prod(v[:3]) * (v[-1] + 1)
+            products += 2 * num_values * weight[1]
+            # A row is added to a bucket for each digit of its code, and one is looked up.
+            additions += 2 * num_values * torch.ops.ecoformer_native.num_digits(weight[1], v[-1])
+        return 0
+
+    shadow, image = without_data(model, input_size)
+    ours = {torch.ops.ecoformer.kernelized_hash_attention: count}
+    with FlopCounterMode(display=False, custom_mapping=ours):
+        shadow(image)
+    return products, additions
 
 
 def _count_hash_attention(

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from ecoformer.attention import EcoFormerAttention, SoftmaxAttention
-from ecoformer.cost.executed import count_executed
+from ecoformer.cost.executed import count_added_codes, count_executed
 from ecoformer.hash_config import HashConfig
+from ecoformer.ops.backends.native import library
 
 
 class Tokens(nn.Module):
@@ -46,3 +47,15 @@ def test_products_with_codes_are_executed_too() -> None:
     through_codes = heads * num_tokens * 2 * bits * (width // heads + 1)
     projections = 3 * num_tokens * width**2
     assert count_executed(layer, 8) == projections + distances + to_bits + through_codes
+
+
+def test_additions_stand_for_products_with_codes_where_there_is_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = Tokens(EcoFormerAttention(12, 2, hashing=HashConfig(num_bits=16, num_anchors=7)))
+    num_values = 2 * (3 * 8 * 8 // 12) * (12 // 2 + 1)
+    if not library.load():
+        # Three digits of 5 or 6 bits make a code.
+        assert count_added_codes(layer, 8) == (2 * num_values * 16, 2 * num_values * 3)
+    monkeypatch.setattr(library, "_reason", "no g++")
+    assert count_added_codes(layer, 8) == (0, 0)

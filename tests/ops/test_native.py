@@ -98,9 +98,9 @@ def test_rows_may_have_any_strides_and_types() -> None:
     for found, truth in zip(attend(turned), expected, strict=True):
         assert torch.equal(found, truth)
     mixed = Problem(problem.q, problem.v.bfloat16(), problem.functions, problem.grad.bfloat16())
-    found = attend(mixed)
-    assert [x.dtype for x in found] == [torch.bfloat16, torch.float32, torch.bfloat16]
-    assert relative_error(found[1], expected[1].double()) < 1e-2
+    results = attend(mixed)
+    assert [x.dtype for x in results] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert relative_error(results[1], expected[1].double()) < 1e-2
     constant = Problem(problem.q, problem.v, problem.functions, torch.ones(()).expand_as(problem.v))
     check_against_reference(constant, "released")
 
@@ -144,11 +144,8 @@ def test_threads_change_no_bit(images: int) -> None:
 def test_masked_tokens_are_as_if_they_were_not_there() -> None:
     problem = draw_problem(images=1, tokens=300, dim=32, dtype=torch.float32)
     real = draw(300, seed=3) > 0.5
-    alone = Problem(
-        *(x[:, :, real] for x in (problem.q, problem.v)),
-        problem.functions,
-        problem.grad[:, :, real],
-    )
+    q, v, grad = (x[:, :, real] for x in (problem.q, problem.v, problem.grad))
+    alone = Problem(q, v, problem.functions, grad)
     for x in (problem.q, problem.v, problem.grad):
         x[:, :, ~real] = float("nan")
     for value_bias in VALUE_BIASES:
@@ -206,13 +203,19 @@ def test_a_package_runs_where_only_the_library_is(tmp_path: Path) -> None:
     """AOTInductor calls the operator without Python: what C++ loads does the same."""
 
     class Layer(torch.nn.Module):
+        anchors: Tensor
+        weight: Tensor
+        kernel_mean: Tensor
+
         def __init__(self, functions: dict[str, Tensor]) -> None:
             super().__init__()
             for name, tensor in functions.items():
                 self.register_buffer(name, tensor)
 
         def forward(self, q: Tensor, v: Tensor) -> Tensor:
-            return 2 * kernelized_hash_attention(q, v, **dict(self.named_buffers()))
+            return 2 * kernelized_hash_attention(
+                q, v, anchors=self.anchors, weight=self.weight, kernel_mean=self.kernel_mean
+            )
 
     problem = draw_problem(tokens=49, dtype=torch.float32)
     layer = Layer(problem.functions)

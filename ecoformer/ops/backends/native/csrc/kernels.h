@@ -107,23 +107,29 @@ struct Matrix {
 // What stands behind the rows of a product, since groups are whole.
 constexpr int64_t kSpareRows = MAX_GROUP;
 
+template <int R>
+struct Products {
+  static constexpr int size = R;
+  F rows[R];
+};
+
 template <int R, class Use>
 static inline void multiply_groups(const Matrix& matrix, const float* x, Use&& use) {
   const float* a = matrix.data.data();
-  for (int row = 0; row < matrix.rows; row += R) {
-    F acc[R][NV] = {};
-    for (int i = 0; i < matrix.inner; ++i, a += R) {
+  const int rows = matrix.rows, inner = matrix.inner;
+  for (int row = 0; row < rows; row += R) {
+    Products<R> acc[NV] = {};
+    for (int i = 0; i < inner; ++i, a += R) {
       F b[NV];
       for (int n = 0; n < NV; ++n) b[n] = load(x + i * TB + n * W);
       for (int r = 0; r < R; ++r)
-        for (int n = 0; n < NV; ++n) acc[r][n] += a[r] * b[n];
+        for (int n = 0; n < NV; ++n) acc[n].rows[r] += a[r] * b[n];
     }
-    for (int r = 0; r < R; ++r)
-      for (int n = 0; n < NV; ++n) use(row + r, n, acc[r][n]);
+    for (int n = 0; n < NV; ++n) use(row, n, acc[n]);
   }
 }
 
-// Hand each vector of the product with x [inner, TB] to ``use(row, n, vector)``.
+// Hand the product with x [inner, TB] to ``use(row, n, products)``, some rows at once.
 template <class Use>
 static inline void multiply(const Matrix& matrix, const float* x, Use&& use) {
   switch (matrix.group) {
@@ -198,8 +204,10 @@ struct Layout {
         M(p.num_anchors),
         DP(round_up(D, W)),
         DvP(round_up(Dv, W)),
-        digits(K, DvP) {}
+        digits(K, Dv) {}
 };
+
+static inline int64_t num_words(const Layout& s) { return (s.K + 31) / 32; }
 
 // Rows of all digits: sums over a digit's bits, each added or subtracted.
 struct Table {
@@ -520,21 +528,36 @@ static void encode_block(const Problem& p, const Layout& s, const Group& g, int6
     factor[n] = (g.is_moved ? fill(1) : load(w.inverse_norms + n * W)) * (-2 * g.scale);
     addend[n] = load(w.squares + n * W) * g.scale;
   }
-  multiply(f.anchors, w.x, [&](int m, int n, F product) {
-    const F feature = exp2(product * factor[n] + (f.squares[m] * g.scale + addend[n]));
-    if (raw_features) store(raw_features + m * TB + n * W, feature);
-    store(w.features + m * TB + n * W, feature - f.means[m]);
+  const float *squares = f.squares.data(), *means = f.means.data();
+  const float scale = g.scale;
+  float* const features = w.features;
+  multiply(f.anchors, w.x, [=](int m, int n, const auto& products) {
+    for (int r = 0; r < products.size; ++r, ++m) {
+      const F exponent = products.rows[r] * factor[n] + (squares[m] * scale + addend[n]);
+      const F feature = exp2(exponent);
+      if (raw_features) store(raw_features + m * TB + n * W, feature);
+      store(features + m * TB + n * W, feature - means[m]);
+    }
   });
-  std::memset(w.words, 0, sizeof w.words);
-  if (raw_features) std::memset(w.passes, 0, sizeof w.passes);
-  multiply(f.weight, w.features, [&](int k, int n, F y) {
-    if (k >= s.K) return;
-    const int32_t bit = int32_t(1u << (k & 31));
-    uint32_t* word = w.words[k >> 5] + n * W;
-    store(word, load(word) | ((y > 0.0f) & bit));
-    if (raw_features) {
-      uint32_t* passes = w.passes[k >> 5] + n * W;
-      store(passes, load(passes) | ((y < 1.0f) & (y > -1.0f) & bit));
+  for (int word = 0; word < num_words(s); ++word)
+    for (int n = 0; n < NV; ++n) {
+      store(w.words[word] + n * W, I{});
+      if (raw_features) store(w.passes[word] + n * W, I{});
+    }
+  multiply(f.weight, features, [&](int k, int n, const auto& products) {
+    // The rows of a group may lie in two words; those behind the last bit are in none.
+    const int end = std::min<int>(s.K, k + products.size);
+    for (int word = k / 32; word * 32 < end; ++word) {
+      I bits = {}, passes = {};
+      for (int r = 0; r < products.size; ++r) {
+        const int place = k + r - word * 32;
+        const int32_t bit = place >= 0 && place < 32 && k + r < end ? int32_t(1u << place) : 0;
+        const F y = products.rows[r];
+        bits |= (y > 0.0f) & bit;
+        if (raw_features) passes |= (y < 1.0f) & (y > -1.0f) & bit;
+      }
+      store(w.words[word] + n * W, load(w.words[word] + n * W) | bits);
+      if (raw_features) store(w.passes[word] + n * W, load(w.passes[word] + n * W) | passes);
     }
   });
   for (int i = 0; i < s.digits.count(); ++i) {
@@ -565,11 +588,13 @@ template <int kVectors>
 static inline void fill_buckets(const Layout& s, const Group& g, int64_t begin, int64_t count,
                                 RowBlock rows, float* buckets) {
   const int64_t dim = kVectors ? kVectors * W : s.DvP, stride = g.padded_tokens();
-  for (int64_t i = 0; i < count; ++i) {
+  const int num_digits = s.digits.count();
+  const int* offset = s.digits.offset.data();
+  const uint8_t* digit = g.digits + begin;
+  for (int64_t i = 0; i < count; ++i, ++digit) {
     const float* row = rows.data + i * rows.stride;
-    const uint8_t* digit = g.digits + begin + i;
-    for (int p = 0; p < s.digits.count(); ++p) {
-      float* bucket = buckets + (s.digits.offset[p] + digit[p * stride]) * dim;
+    for (int p = 0; p < num_digits; ++p) {
+      float* bucket = buckets + (offset[p] + digit[p * stride]) * dim;
       for (int64_t d = 0; d < dim; d += W) store(bucket + d, load(bucket + d) + load(row + d));
     }
   }
@@ -673,8 +698,10 @@ static inline void look_up(const Layout& s, const Group& g, int64_t begin, int64
                            float* out, int64_t out_stride) {
   const int64_t dim = kVectors ? kVectors * W : s.DvP, stride = g.padded_tokens();
   const int num_digits = s.digits.count();
-  for (int64_t i = 0; i < count; ++i) {
-    const uint8_t* digit = g.digits + begin + i;
+  const int* offset = s.digits.offset.data();
+  const float* const table_rows = table.rows;
+  const uint8_t* digit = g.digits + begin;
+  for (int64_t i = 0; i < count; ++i, ++digit) {
     constexpr int kStep = kVectors ? std::min(kVectors, 4) : 1;
     for (int64_t d = 0; d < dim; d += kStep * W) {
       F acc[kStep] = {};
@@ -682,7 +709,7 @@ static inline void look_up(const Layout& s, const Group& g, int64_t begin, int64
         for (int j = 0; j < kStep; ++j)
           acc[j] = c * load(rows->data + i * rows->stride + d + j * W);
       for (int p = 0; p < num_digits; ++p) {
-        const float* row = table.rows + (s.digits.offset[p] + digit[p * stride]) * dim + d;
+        const float* row = table_rows + (offset[p] + digit[p * stride]) * dim + d;
         for (int j = 0; j < kStep; ++j) acc[j] += load(row + j * W);
       }
       for (int j = 0; j < kStep; ++j)
@@ -708,7 +735,6 @@ static void write_chunk(const Problem& p, const Layout& s, const Group& g, int64
   }
 }
 
-static inline int64_t num_words(const Layout& s) { return (s.K + 31) / 32; }
 static inline float* token_values(const Group& g, int which) {
   return g.by_token + which * g.padded_tokens();
 }
@@ -818,17 +844,23 @@ static void write_grads_chunk(const Problem& p, const Layout& s, const Group& g,
     for (int i = 0; i < TB; ++i) w.inner[(2 * s.Dv + 1) * TB + i] = i < count ? 1.0f : 0.0f;
 
     const uint32_t* passes = g.passes + block * num_words(s) * TB;
-    multiply(g.grad_codes, w.inner, [&](int k, int n, F grad_code) {
-      if (k >= s.K) return;
-      const I bit = load(passes + (k >> 5) * TB + n * W) & int32_t(1u << (k & 31));
-      store(w.grad_y + k * TB + n * W, bit != 0 ? grad_code : fill(0));
+    float *const grad_y = w.grad_y, *const grad_exponents = w.grad_exponents, *const aways = w.away;
+    const int K = s.K;
+    multiply(g.grad_codes, w.inner, [=](int k, int n, const auto& products) {
+      for (int r = 0; r < products.size && k < K; ++r, ++k) {
+        const I bit = load(passes + (k >> 5) * TB + n * W) & int32_t(1u << (k & 31));
+        store(grad_y + k * TB + n * W, bit != 0 ? products.rows[r] : fill(0));
+      }
     });
     const float* features = g.features + block * (s.M + kSpareRows) * TB;
-    multiply(f.weight_transposed, w.grad_y, [&](int m, int n, F product) {
-      store(w.grad_exponents + m * TB + n * W, product * load(features + m * TB + n * W));
+    multiply(f.weight_transposed, grad_y, [=](int m, int n, const auto& products) {
+      for (int r = 0; r < products.size; ++r, ++m)
+        store(grad_exponents + m * TB + n * W,
+              products.rows[r] * load(features + m * TB + n * W));
     });
-    multiply(f.away, w.grad_exponents,
-             [&](int d, int n, F product) { store(w.away + d * TB + n * W, product); });
+    multiply(f.away, grad_exponents, [=](int d, int n, const auto& products) {
+      for (int r = 0; r < products.size; ++r, ++d) store(aways + d * TB + n * W, products.rows[r]);
+    });
 
     // Rows once more, as distances take them; their unit rows are x + center.
     transpose_in(read_block(p.q, g, begin, count, w.q_rows), s.DP, w.x);

@@ -48,6 +48,10 @@ std::string vectors() {
   return run == baseline::run ? "default" : "";
 }
 
+int64_t num_digits(int64_t num_bits, int64_t head_dim) {
+  return Digits(num_bits, head_dim).count();
+}
+
 struct Queue {
   std::atomic<int64_t> next;
   int64_t size;
@@ -222,6 +226,7 @@ int64_t num_threads() { return torch::stable::get_num_threads(); }
 
 STABLE_TORCH_LIBRARY(ecoformer_native, m) {
   m.def("vectors() -> str");
+  m.def("num_digits(int num_bits, int head_dim) -> int");
   m.def(
       "forward(Tensor q, Tensor v, Tensor anchors, Tensor weight, Tensor kernel_mean, "
       "Tensor? key_mask, bool is_normalized) -> (Tensor, Tensor, Tensor)");
@@ -233,6 +238,7 @@ STABLE_TORCH_LIBRARY(ecoformer_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ecoformer_native, CompositeExplicitAutograd, m) {
   m.impl("vectors", TORCH_BOX(&ecoformer::vectors));
+  m.impl("num_digits", TORCH_BOX(&ecoformer::num_digits));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ecoformer_native, CPU, m) {
