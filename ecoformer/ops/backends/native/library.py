@@ -215,7 +215,7 @@ def _register() -> None:
     from ecoformer.ops.backends.base import empty_rows
 
     def shape(
-        q: Tensor, v: Tensor, anchors: Tensor, weight: Tensor, *_: object
+        q: Tensor, v: Tensor, anchors: Tensor, weight: Tensor, *rest: object
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_images, num_heads, _, head_dim = v.shape
         sums = v.new_empty(
