@@ -47,9 +47,7 @@ class Onnx(Format):
         libraries = ("onnx", "onnxscript", "onnxruntime")
         missing = [name for name in libraries if importlib.util.find_spec(name) is None]
         if missing:
-            raise InputError(
-                f"ONNX files need {', '.join(missing)}: pip install 'ecoformer[export]'."
-            )
+            raise InputError(f"ONNX files need more libraries: pip install {' '.join(missing)}.")
 
     def write(self, program: ExportedProgram, file: Path, axes: Mapping[int, str]) -> None:
         exported = torch.onnx.export(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ecoformer.deploy.formats import AotInductor, Format, Onnx, trace
 from ecoformer.tools.benchmark.backbones import create_model
 from ecoformer.tools.measure import Call, time_interleaved
-from ecoformer.tools.table import Column, Table
+from ecoformer.tools.table import Column, Row, Table
 
 _MODELS = ("ecoformer", "timm")
 # What ratios are of.
@@ -58,7 +58,7 @@ def measure_deployment(
         Column("high_ms", "", spec=".1f"),
         Column("ratio", f"times as fast as {_BASELINE}"),
     )
-    rows = [
+    rows: list[Row] = [
         {
             "name": name,
             "median_ms": timing.median_ms,
@@ -72,7 +72,7 @@ def measure_deployment(
     return Table("Deployed models", columns, rows, notes, environment)
 
 
-def _run_eager(model: nn.Module, images: Tensor) -> Call:
+def _run_eager(model: Callable[[Tensor], object], images: Tensor) -> Call:
     return torch.inference_mode()(partial(model, images))
 
 
