@@ -102,6 +102,10 @@ def _read(path: Path) -> Tensor:
 
     try:
         images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--input {path}: is no .npy file of images ({error}).") from None
+    except OSError as error:
+        raise InputError(f"--input {path}: cannot be read ({error.strerror}).") from None
+    except (ValueError, EOFError):
+        raise InputError(
+            f"--input {path}: is no array of numbers; write it by numpy.save('NAME.npy', images)."
+        ) from None
     return torch.from_numpy(images)
