@@ -151,6 +151,9 @@ class KernelHash(nn.Module):
         def apply_in_full(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             is_flag = tensor.dtype == torch.bool
+            if is_flag and tensor.is_meta and not result.is_meta:
+                # Memory that nobody has written yet could say anything.
+                return torch.full_like(result, self._is_fitted)
             dtype = torch.bool if is_flag else compute_dtype(result)
             # From what was there, not from what is rounded already.
             return result if result.dtype == dtype else tensor.to(result.device, dtype)

@@ -214,3 +214,10 @@ def test_codes_of_a_half_precision_model_flip_with_its_rows_alone() -> None:
     problem = draw_problem(tokens=400, dtype=torch.bfloat16)
     module = build(problem).to(torch.bfloat16)
     assert torch.equal(module.encode(problem.q), build(problem).encode(problem.q.float()))
+
+
+def test_memory_without_data_is_not_fitted() -> None:
+    with torch.device("meta"):
+        module = build(None)
+    module._apply(lambda tensor: torch.ones_like(tensor, device="cpu"))
+    assert refuses(module)
