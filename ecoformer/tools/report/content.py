@@ -104,7 +104,7 @@ def write_sections(
             )
         ],
     )
-    yield Section("Cost against resolution", list(_draw_costs(groups)))
+    yield _write_costs(groups)
     yield _write_codes(groups, images)
 
 
@@ -157,18 +157,30 @@ def _write_table(groups: Sequence[Group], rows: Sequence[dict[str, Value]]) -> S
     return Section("Runs", table=(columns, rows), notes=notes)
 
 
-def _draw_costs(groups: Sequence[Group]) -> Iterator[Picture]:
+def _write_costs(groups: Sequence[Group]) -> Section:
+    pictures, notes = [], []
     for variant in dict.fromkeys(group.variant for group in groups):
-        yield Picture(
-            to_svg(draw_cost(variant, _RESOLUTIONS), f"cost-{variant}"),
-            f"Arithmetic of one image through {variant} by attention kind, in the paper's 45 nm "
-            "model, with the published hash settings; both axes are logarithmic.",
+        try:
+            figure = draw_cost(variant, _RESOLUTIONS)
+        except InputError as error:  # a model for one size of images
+            notes.append(f"No curve of {variant}: {error}")
+            continue
+        pictures.append(
+            Picture(
+                to_svg(figure, f"cost-{variant}"),
+                f"Arithmetic of one image through {variant} by attention kind, in the paper's 45 "
+                "nm model, with the published hash settings; both axes are logarithmic.",
+            )
         )
+    return Section("Cost against resolution", pictures, notes=notes)
 
 
 def _write_codes(groups: Sequence[Group], images: Sequence[int] | None) -> Section:
     title = "Codes, and the attention that they imply"
-    pair = _find_pair(groups)
+    try:
+        pair = _find_pair(groups)
+    except InputError as error:
+        return Section(title, notes=[f"No codes: {error}"])
     if pair is None:
         needs = (
             "Codes are drawn where a run with softmax and one with EcoFormer attention, of the "

@@ -143,6 +143,16 @@ def test_without_a_softmax_run_codes_are_asked_for(tmp_path: Path) -> None:
     assert "a run with softmax" in codes.notes[0]
 
 
+def test_models_for_one_size_have_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(variant: str, sides: object) -> Figure:
+        raise InputError("images of 224 px alone; give those.")
+
+    monkeypatch.setattr(content, "draw_cost", refuse)
+    section = content._write_costs(read_groups([write_run(tmp_path / "run", "msa")]))
+    assert not section.pictures
+    assert section.notes == ["No curve of pvt_v2_b0: images of 224 px alone; give those."]
+
+
 def refuse(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     capsys.readouterr()
     assert command.main([str(word) for word in words]) == 2
