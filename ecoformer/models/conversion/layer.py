@@ -125,9 +125,7 @@ def find_obstacle(form: Form, layer: nn.Module) -> str | None:
         if module._forward_hooks or module._forward_pre_hooks:
             return "hooks watch it and would be lost: attach them after the conversion"
         if name and (type(module).forward not in _PLAIN_FORWARDS or is_parametrized(module)):
-            return (
-                f"its projection {name} is {name_class(module)}, or changed: no plain linear layer"
-            )
+            return f"its projection {name}, {name_class(module)}, is no plain linear layer"
     shapes = [_derive(form, layer, f"{name}.weight", device="meta") for name in _PROJECTIONS]
     num_channels, num_values = (0 if weight is None else len(weight) for weight in shapes)
     num_heads = find_num_heads(layer)
