@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from threading import Timer
 from typing import IO, Any
 
 from PIL import Image
 
+_MAX_SECONDS = 300
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -119,9 +121,13 @@ def open_browser(binary: str, profile: Path) -> Iterator[Page]:
     )
     os.close(ours[0])
     os.close(theirs[1])
+    # A browser that hangs would have the test wait for its answer for ever.
+    guard = Timer(_MAX_SECONDS, process.kill)
+    guard.start()
     try:
         with open(ours[1], "wb") as commands, open(theirs[0], "rb", buffering=2**16) as answers:
             yield Page(commands, answers)
     finally:
+        guard.cancel()
         process.kill()
         process.wait()
