@@ -999,9 +999,15 @@ template <int kSteps>
 static void run_steps(const Problem& p, const Layout& s, const Step (&steps)[kSteps],
                       std::vector<Group>& groups, bool is_backward) {
   const int64_t threads = num_threads(), size = groups.size();
+  // Of each thread, made where it is first needed.
+  std::vector<std::unique_ptr<Workspace>> spaces(threads);
+  const auto space = [&](int64_t worker) -> Workspace& {
+    if (!spaces[worker]) spaces[worker] = std::make_unique<Workspace>(s, is_backward);
+    return *spaces[worker];
+  };
   if (threads == 1 || size % threads == 0 || size >= 4 * threads) {
-    run_tasks(size, [&](int64_t i) {
-      Workspace w(s, is_backward);
+    run_tasks(size, [&](int64_t worker, int64_t i) {
+      Workspace& w = space(worker);
       Group g = std::move(groups[i]);
       for (const Step& step : steps)
         for (int64_t chunk = 0; chunk < (step.is_by_chunk ? g.num_chunks() : 1); ++chunk)
@@ -1013,11 +1019,10 @@ static void run_steps(const Problem& p, const Layout& s, const Step (&steps)[kSt
   for (Group& g : groups)
     for (int64_t chunk = 0; chunk < g.num_chunks(); ++chunk) chunks.emplace_back(&g, chunk);
   for (const Step& step : steps)
-    run_tasks(step.is_by_chunk ? chunks.size() : size, [&](int64_t i) {
+    run_tasks(step.is_by_chunk ? chunks.size() : size, [&](int64_t worker, int64_t i) {
       Group& g = step.is_by_chunk ? *chunks[i].first : groups[i];
       if (g.is_skipped) return;
-      Workspace w(s, is_backward);
-      step.run(p, s, g, step.is_by_chunk ? chunks[i].second : 0, w);
+      step.run(p, s, g, step.is_by_chunk ? chunks[i].second : 0, space(worker));
     });
 }
 

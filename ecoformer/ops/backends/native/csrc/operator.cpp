@@ -59,10 +59,10 @@ struct Queue {
   void* context;
 };
 
-void work(int64_t, int64_t, void* context) {
+void work(int64_t worker, int64_t, void* context) {
   Queue& queue = *static_cast<Queue*>(context);
   for (int64_t i; (i = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.size;)
-    queue.task(queue.context, i);
+    queue.task(queue.context, worker, i);
 }
 
 Rows rows_of(const Tensor& x) {

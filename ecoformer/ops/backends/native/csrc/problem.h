@@ -70,14 +70,17 @@ Run run;
 #endif
 
 // Runs tasks on PyTorch's threads, each of which takes the next one when it is free.
-using Task = void (*)(void* context, int64_t index);
+// A worker is one of num_threads().
+using Task = void (*)(void* context, int64_t worker, int64_t index);
 void run_tasks(int64_t num_tasks, Task task, void* context);
 int64_t num_threads();
 
 template <class F>
 void run_tasks(int64_t num_tasks, F&& f) {
   run_tasks(
-      num_tasks, [](void* context, int64_t i) { (*static_cast<F*>(context))(i); }, &f);
+      num_tasks,
+      [](void* context, int64_t worker, int64_t i) { (*static_cast<F*>(context))(worker, i); },
+      &f);
 }
 
 // Numbers at the boundary of a line of the cache, not set.
