@@ -161,10 +161,10 @@ class _Replay:
         for handle in self._handles:
             handle.remove()
 
-    def _replace(self, layer: nn.Module, args: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+    def _replace(self, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         assert isinstance(layer, KernelHash)
-        q, v = args
-        features = kernel_features(normalize_rows(q), layer.anchors)
+        q, v, key_mask = (*args, None)[:3]
+        features = kernel_features(normalize_rows(q), layer.anchors, key_mask)
         projected = layer.weight @ (features - layer.kernel_mean.unsqueeze(-1))  # [B, H, K, N]
         # A function that is 0 everywhere ties everywhere.
         scale = layer.weight.abs().sum(-1, keepdim=True)
@@ -178,4 +178,4 @@ class _Replay:
         if flipped.any():
             self.num_flipped += int(flipped.sum())
             self.farthest = max(self.farthest, distance[flipped].max().item())
-        return hash_attention(bits.mT * 2.0 - 1.0, v, layer.config.value_bias)
+        return hash_attention(bits.mT * 2.0 - 1.0, v, layer.config.value_bias, key_mask=key_mask)
