@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ecoformer.data.datasets import Fingerprint, ImageArray
 
 NUM_ITEMS = 8
-NUM_CANVASES = {"train": 16384, "val": 2000}
+NUM_CANVASES = {"train": 4096, "val": 1000}
 # Sides of an item, shares of the canvas: at most half of a canvas is covered.
 _ITEM_SIDES = (3 / 16, 4 / 16)
 # Random places for one item before the canvas begins anew: what is there may leave no room.

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 _BACKBONES = ["twins.family", "pvt.family"]
 # Modules with a FAMILY each; a package of one's own can be appended. Of two with one name the later
 # is taken: timm, which has names of its own for all of ours, is asked last.
-FAMILIES = ["ecoformer.models.timm_family", "ecoformer.models.encoder_family", *_BACKBONES]
+FAMILIES = [
+    "ecoformer.models.timm_family",
+    "ecoformer.models.encoder_family",
+    "ecoformer.models.vit_family",
+    *_BACKBONES,
+]
 
 
 @dataclass(frozen=True)
