@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -37,6 +37,9 @@ _SETTINGS: dict[str, tuple[str, tuple[int, ...] | tuple[str, ...]]] = {
     "similar": ("num_similar", (1, 5, 10, 25)),
     "bias": ("value_bias", ("released", "normalized")),
 }
+_FEW_ANCHORS = ("5", "25", "50")
+# Nothing is learned but the hash functions.
+_FIT_ALONE: dict[str, object] = {"epochs": 1, "lr": 0.0, "warmup_lr": 0.0, "min_lr": 0.0}
 _TIMED_BATCH = 32
 
 
@@ -47,11 +50,13 @@ class Arm:
     Args:
         attention: its kind.
         hashing: settings of ``HashConfig`` that are not the default.
+        fields: other settings of its stage 2.
     """
 
     name: str
     attention: str
     hashing: dict[str, int | str] = field(default_factory=dict)
+    fields: dict[str, object] = field(default_factory=dict)
 
     @property
     def config(self) -> HashConfig:
@@ -63,7 +68,8 @@ def list_arms(ablation: str, variant: str, values: Sequence[str] = ()) -> list[A
     """List the rows of an ablation; the first is what the others are set against.
 
     Args:
-        ablation: ``"kinds"``, ``"bits"``, ``"anchors"``, ``"similar"`` or ``"bias"``.
+        ablation: ``"kinds"``, ``"bits"``, ``"anchors"``, ``"similar"`` or ``"bias"``; ``"pairs"``
+            is the first three in one, and ``"conversion"`` softmax beside what is made of it.
         values: of the setting that is varied, instead of the usual ones.
 
     Raises:
@@ -71,9 +77,25 @@ def list_arms(ablation: str, variant: str, values: Sequence[str] = ()) -> list[A
     """
     family = find_family(variant)
     kinds = family.kinds(variant)
+    if ablation not in _SETTINGS and values:
+        raise InputError(f"{ablation} takes no --values: it compares all that the model has.")
+    if ablation == "conversion":
+        family.check(variant, "ecoformer")
+        return [
+            Arm(family.label("msa"), "msa"),
+            Arm("EcoFormer, fitted alone", "ecoformer", fields=_FIT_ALONE),
+            Arm("EcoFormer", "ecoformer"),
+            Arm("EcoFormer, distilled", "ecoformer", fields={"distill": "output"}),
+        ]
+    if ablation == "pairs":
+        # EcoFormer with nothing set stands in each of these: one row of it is enough.
+        others = [*list_arms("bits", variant), *list_arms("anchors", variant, _FEW_ANCHORS)]
+        return [
+            *list_arms("kinds", variant),
+            *(arm for arm in list_arms("conversion", variant) if arm.fields),
+            *(replace(arm, name=f"EcoFormer, {arm.name}") for arm in others if arm.hashing),
+        ]
     if ablation == "kinds":
-        if values:
-            raise InputError("kinds takes no --values: it compares all that the model has.")
         # Softmax first, which the others are set against, and EcoFormer beside its other bias.
         ordered = sorted(kinds, key=lambda kind: (kind != "msa", kind == "ecoformer"))
         return [
@@ -115,7 +137,7 @@ def run_ablation(
     # The first seed is complete before the second begins.
     for seed in seeds:
         for arm in arms:
-            records = recipe.train(arm.attention, seed, arm.hashing)
+            records = recipe.train(arm.attention, seed, arm.hashing, arm.fields)
             curves[arm.name][seed] = [record["test_acc1"] for record in records]
     speeds = _measure_speeds(arms, recipe, num_classes)
     rows: list[dict[str, Value]] = []
@@ -132,6 +154,8 @@ def run_ablation(
             add_savings(row, rows[0])
         if seeds:
             row |= {"start": recipe.parent(arm.attention), "epochs": sum(recipe.epochs)}
+            if "epochs" in arm.fields:
+                row["epochs"] = recipe.epochs[0] + int(str(arm.fields["epochs"]))
             row |= describe_accuracy(curves[arm.name], curves[arms[0].name] if rows else {})
         rows.append(row)
     return rows

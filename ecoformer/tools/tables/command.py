@@ -48,7 +48,26 @@ _TABLES = {
     "bits": ("Bits of a code", "EcoFormer by bits, under the same recipe"),
     "anchors": ("Anchors", "EcoFormer by anchors, likewise"),
     "similar": ("Similar pairs a token", "EcoFormer by similar pairs a token, likewise"),
+    "pairs": ("PAIRS", "kinds, bits, anchors and distillation, where attention matters"),
+    "conversion": ("A ViT of timm, converted", "before, right after, fine-tuned, distilled"),
     "bias": ("Form of the constant term", "EcoFormer by its constant term, likewise"),
+}
+# Of tables with data and a network of their own.
+_DEFAULTS: dict[str, dict[str, object]] = {
+    "pairs": {
+        "model": "vit_canvas",
+        "data_set": "PAIRS",
+        "input_size": 48,
+        "batch_size": 64,
+        "epochs": [16, 2],
+        "seeds": [0, 1, 2],
+    },
+    "conversion": {
+        "model": "test_vit",
+        "input_size": 96,
+        "epochs": [20, 4],
+        "seeds": [0, 1, 2],
+    },
 }
 _EPILOG = """\
 TABLE --help tells the flags of each. A table is printed, and written as Markdown, CSV and JSON.
@@ -151,6 +170,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         table.add_argument(
             "--no-train", action="store_true", help="costs and speed only, no accuracy"
         )
+        table.set_defaults(**_DEFAULTS.get(name, {}))
     return parser.parse_args(words)
 
 
@@ -178,7 +198,7 @@ def _add_energy(table: argparse.ArgumentParser) -> None:
 
 
 def _add_data(table: argparse.ArgumentParser, default: str) -> None:
-    table.add_argument("--data-path", help="folder of the data; DIGITS needs none")
+    table.add_argument("--data-path", help="folder of the data; DIGITS and PAIRS need none")
     table.add_argument(
         "--data-set",
         choices=get_args(field_types()["data_set"]),

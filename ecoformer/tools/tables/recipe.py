@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ecoformer.attention import attention_class, attention_kinds
 from ecoformer.engine.state import LAST_CHECKPOINT
+from ecoformer.models.registry import find_family
 from ecoformer.tools.runs import run_training
 
 # Light, since the runs are short, and fit for digits, which must not be flipped.
-_FIELDS: dict[str, object] = {
+_FIELDS: dict[str, Any] = {
     "repeated_aug": False,
     "scale": (0.7, 1.0),
     "hflip": 0.0,
@@ -33,7 +35,9 @@ _FIELDS: dict[str, object] = {
     "num_workers": 2,
     "pin_mem": False,
 }
-_RATES = (8e-3, 2e-3)
+# Of stage 1, unless the family's recipe is for small data and has a rate of its own.
+_RATE = 8e-3
+_STAGE2_RATE_RATIO = 0.25
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,18 @@ class Recipe:
     folder: Path
 
     def train(
-        self, attention: str, seed: int, hashing: Mapping[str, object] | None = None
+        self,
+        attention: str,
+        seed: int,
+        hashing: Mapping[str, object] | None = None,
+        fields: Mapping[str, object] | None = None,
     ) -> list[dict[str, float]]:
         """Run both stages, or what is left of them.
 
         Args:
             attention: kind of stage 2.
             hashing: settings of ``HashConfig`` that are not the default.
+            fields: other settings of stage 2; where it distils, stage 1 is the teacher.
 
         Returns:
             The records of ``log.txt`` of both stages, one an epoch.
@@ -71,11 +80,14 @@ class Recipe:
         Raises:
             InputError, NonFiniteError, Preempted: see ``ecoformer.engine.run.train``.
         """
-        hashing = hashing or {}
+        settings = {**(hashing or {}), **(fields or {})}
         parent = self.parent(attention)
         first = self.folder / f"seed{seed}" / f"{parent}_stage1"
-        folder = "_".join([attention, *(f"{name}_{value}" for name, value in hashing.items())])
-        second = {"finetune": str(first / LAST_CHECKPOINT), **hashing}
+        folder = "_".join([attention, *(f"{name}_{value}" for name, value in settings.items())])
+        start = str(first / LAST_CHECKPOINT)
+        second = {"finetune": start, **settings}
+        if "distill" in settings:
+            second["teacher"] = start
         return [
             *self._run(parent, 0, seed, first, {}),
             *self._run(attention, 1, seed, first.with_name(folder), second),
@@ -89,8 +101,12 @@ class Recipe:
     def _run(
         self, attention: str, stage: int, seed: int, folder: Path, fields: Mapping[str, object]
     ) -> list[dict[str, float]]:
+        own = find_family(self.variant).recipe
+        recipe = {"lr": _RATE, **_FIELDS, **(own if "lr" in own else {})}
         run = run_training(
             {
+                **recipe,
+                "lr": recipe["lr"] * (_STAGE2_RATE_RATIO if stage else 1),
                 "model": self.variant,
                 "attn_type": attention,
                 "seed": seed,
@@ -99,10 +115,8 @@ class Recipe:
                 "input_size": self.input_size,
                 "batch_size": self.batch_size,
                 "epochs": self.epochs[stage],
-                "lr": _RATES[stage],
                 "output_dir": str(folder),
                 "device": str(self.device),
-                **_FIELDS,
                 **fields,
             }
         )

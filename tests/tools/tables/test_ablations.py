@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from ecoformer.config.file import read_config
 from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
+from ecoformer.models.registry import find_family
 from ecoformer.tools.tables.ablations import describe_accuracy, list_arms
 from ecoformer.tools.tables.command import main
 from tests.tools.tables.conftest import Refuse
@@ -56,6 +59,7 @@ def test_the_default_value_shares_its_runs() -> None:
         ("bits", "pvt_v2_b0", "0"),
         ("bias", "pvt_v2_b0", "none"),
         ("kinds", "pvt_v2_b0", "msa"),
+        ("pairs", "vit_canvas", "msa"),
         ("bits", "pvt_v2_b00", "8"),
     ],
 )
@@ -110,3 +114,57 @@ def test_runs_share_stage_1_and_are_not_run_again(
     capsys.readouterr()
     assert main([*command, "--batch-size", "4"]) == 2
     assert "belongs to a run with other settings" in capsys.readouterr().err
+
+
+def test_pairs_compares_each_setting_once() -> None:
+    arms = list_arms("pairs", "vit_canvas")
+    assert arms[0].attention == "msa"
+    assert {arm.attention for arm in arms} == set(find_family("vit_canvas").kinds("vit_canvas"))
+    settings = [(arm.attention, arm.config, str(arm.fields)) for arm in arms]
+    assert all(settings.count(one) == 1 for one in settings)
+    hashed = [arm.config for arm in arms if arm.attention == "ecoformer"]
+    assert {config.num_bits for config in hashed} == {4, 8, 16, 32}
+    assert {config.num_anchors for config in hashed} == {5, 25, 50}
+    assert {config.value_bias for config in hashed} == {"released", "normalized"}
+    assert sum(arm.fields.get("distill") == "output" for arm in arms) == 1
+
+
+def test_softmax_is_fitted_fine_tuned_and_distilled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of PAIRS, by the network of PAIRS, on a few canvases."""
+    monkeypatch.setattr("ecoformer.data.pairs.NUM_CANVASES", {"train": 32, "val": 16})
+    folder = tmp_path / "tables"
+    command = [
+        *("conversion", "--model", "vit_canvas", "--data-set", "PAIRS", "--input-size", "32"),
+        *("--batch-size", "16", "--epochs", "2", "2", "--seeds", "0", "--device", "cpu"),
+    ]
+    assert main([*command, "--output-dir", str(folder)]) == 0
+    rows = json.loads((folder / "conversion.json").read_text())["rows"]
+    names = ["softmax", "EcoFormer, fitted alone", "EcoFormer", "EcoFormer, distilled"]
+    assert [row["name"] for row in rows] == names
+    assert [row["epochs"] for row in rows] == [4, 3, 4, 4]
+
+    runs = {run.name: run for run in next(folder.glob("*/seed0")).iterdir()}
+    stage1 = runs.pop("msa_stage1") / "last_checkpoint.pth"
+    weights = {
+        name: load_file(run / "last_checkpoint.pth", "head.weight") for name, run in runs.items()
+    }
+    (fitted,) = (name for name in runs if "lr_0.0" in name)
+    before = load_file(stage1, "head.weight")
+    # Nothing but the hash functions was learned there, and all else elsewhere.
+    assert [name for name, weight in weights.items() if weight.equal(before)] == [fitted]
+    distilled = read_config(runs["ecoformer_distill_output"] / "config.yaml")
+    assert (distilled.distillation.distill, distilled.distillation.teacher) == (
+        "output",
+        str(stage1),
+    )
+    plain = read_config(runs["ecoformer"] / "config.yaml")
+    assert (plain.optim.opt, plain.distillation.teacher) == ("muon", None)
+    first = read_config(stage1.parent / "config.yaml")
+    assert plain.optim.lr == first.optim.lr / 4 == 8e-3
+
+
+def load_file(path: Path, name: str) -> Tensor:
+    entry: Tensor = torch.load(path, weights_only=True)["model"][name]
+    return entry
