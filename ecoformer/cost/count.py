@@ -133,6 +133,8 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
             module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
         ) -> None:
             mul, add = count(module, args, keywords, output)
+            if isinstance(module, nn.Linear):
+                products.forget_projection()
             num_values = count_values(module, find_input(args, keywords), output, written)
             is_attention = isinstance(module, MultiHeadAttention)
             num_maps = products.take().num_map_values if is_attention else 0
@@ -145,6 +147,10 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
     def watch_products(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             seen = products.take()
+            num_operations, num_weights, num_values = seen.projected
+            if num_operations:
+                costs = (num_operations, num_operations, num_weights, num_values, 0)
+                layers.append(LayerCost(name, "linear", *costs))
             if seen.mul:
                 kind = f"{SoftmaxAttention.kind} attention" if seen.num_map_values else "products"
                 num_values = count_attention_values(module, written)

@@ -9,12 +9,17 @@ fused, as in flash attention, and the maps are counted apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, softmax
+from torch.nn.functional import (
+    linear,
+    multi_head_attention_forward,
+    scaled_dot_product_attention,
+    softmax,
+)
 from torch.overrides import TorchFunctionMode
 
 from ecoformer.attention import MultiHeadAttention
@@ -25,11 +30,16 @@ _SOFTMAXES = {torch.softmax, Tensor.softmax, softmax}
 
 @dataclass(frozen=True)
 class Products:
-    """Multiplications and additions among activations, and values of softmax maps."""
+    """Multiplications and additions among activations, and values of softmax maps.
+
+    Those named ``projected`` are of weights that no ``nn.Linear`` applied: operations of each kind,
+    weights, and values read and written.
+    """
 
     mul: int = 0
     add: int = 0
     num_map_values: int = 0
+    projected: tuple[int, int, int] = (0, 0, 0)
 
 
 class ProductCounter(TorchFunctionMode):
@@ -40,32 +50,61 @@ class ProductCounter(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen = Products()
+        self._seen = self._before = Products()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+
+        def operands(*names: str) -> list[Any]:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            return [given[name] for name in names]
+
         if func is scaled_dot_product_attention:
-            names = ("query", "key", "value")
-            operands = {**dict(zip(names, args, strict=False)), **kwargs}
-            query, key, value = (operands[name] for name in names)
+            query, key, value = operands("query", "key", "value")
             num_pairs = query.numel() // query.shape[-1] * key.shape[-2]
             self._see(num_pairs * (query.shape[-1] + value.shape[-1]), num_pairs)
+        elif func is multi_head_attention_forward:
+            self._see_heads(*args[:5])
+        elif func is linear:
+            x, weight = operands("input", "weight")
+            self._project(out.numel() * x.shape[-1], weight.numel(), x.numel() + out.numel())
         elif func in _PRODUCTS and min(args[0].ndim, args[1].ndim) > 2:
             self._see(out.numel() * args[0].shape[-1])
         elif func in _SOFTMAXES and args[0].ndim > 2:
             self._see(0, out.numel())
         return out
 
+    def _see_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, num_channels: int, num_heads: int
+    ) -> None:
+        """Of a function that calls none of the others: all four projections, then attention."""
+        for rows in (query, key, value, query):
+            num_rows, num_weights = rows.numel() // rows.shape[-1], rows.shape[-1] * num_channels
+            num_values = rows.numel() + num_rows * num_channels
+            self._project(num_rows * num_weights, num_weights, num_values)
+        num_pairs = query.numel() // query.shape[-1] * key.shape[0]
+        self._see(2 * num_pairs * num_channels, num_heads * num_pairs)
+
     def _see(self, num_products: int, num_map_values: int = 0) -> None:
         seen = self._seen
-        self._seen = Products(
-            seen.mul + num_products + num_map_values,
-            seen.add + num_products,
-            seen.num_map_values + num_map_values,
+        self._seen = replace(
+            seen,
+            mul=seen.mul + num_products + num_map_values,
+            add=seen.add + num_products,
+            num_map_values=seen.num_map_values + num_map_values,
         )
+
+    def _project(self, *counts: int) -> None:
+        self._before = seen = self._seen
+        first, second, third = (a + b for a, b in zip(seen.projected, counts, strict=True))
+        self._seen = replace(seen, projected=(first, second, third))
+
+    def forget_projection(self) -> None:
+        """Leave the last one out: its own module counts it."""
+        self._seen = self._before
 
     def take(self) -> Products:
         """Return what was counted since it was last taken."""

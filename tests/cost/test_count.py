@@ -194,3 +194,31 @@ def test_softmax_in_windows_counts_the_pairs_that_it_sees() -> None:
     kinds = count_cost(model, 32).by_kind()
     assert kinds["msa attention"] == (products + 4 * 2 * 16**2, products)
     assert "products" not in kinds
+
+
+def test_weights_that_are_no_module_of_their_own_are_counted() -> None:
+    """A layer of PyTorch's and one that adds a bias of its own, against the same with modules."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, 8, 16, 16)
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.tail = nn.ModuleList([nn.Linear(8, 4)])
+
+        def forward(self, image: Tensor) -> Tensor:
+            x = self.patch(image).flatten(2).mT
+            x, _ = self.attn(x, x, x, need_weights=False)
+            return nn.functional.linear(x, weight=self.tail[0].weight)
+
+    layers = {
+        layer.kind: layer for layer in count_cost(Bare(), 64).layers if layer.kind != "linear"
+    }
+    bare = [layer for layer in count_cost(Bare(), 64).layers if layer.kind == "linear"]
+    # 16 tokens of 8 channels: four projections of 64 weights; then one of 32.
+    assert [(one.mul, one.num_weights, one.num_values) for one in bare] == [
+        (4 * 16 * 64, 4 * 64, 4 * 2 * 16 * 8),
+        (16 * 32, 32, 16 * 8 + 16 * 4),
+    ]
+    attention = layers["msa attention"]
+    assert (attention.mul, attention.add) == (2 * 16**2 * 8 + 2 * 16**2, 2 * 16**2 * 8)
