@@ -204,12 +204,12 @@ def test_weights_that_are_no_module_of_their_own_are_counted() -> None:
             super().__init__()
             self.patch = nn.Conv2d(3, 8, 16, 16)
             self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
-            self.tail = nn.ModuleList([nn.Linear(8, 4)])
+            self.tail = nn.Parameter(torch.zeros(4, 8))
 
         def forward(self, image: Tensor) -> Tensor:
             x = self.patch(image).flatten(2).mT
             x, _ = self.attn(x, x, x, need_weights=False)
-            return nn.functional.linear(x, weight=self.tail[0].weight)
+            return nn.functional.linear(x, weight=self.tail)
 
     layers = {
         layer.kind: layer for layer in count_cost(Bare(), 64).layers if layer.kind != "linear"
