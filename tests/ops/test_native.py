@@ -180,7 +180,9 @@ def test_no_number_in_gives_no_number_out(name: str) -> None:
 
 @needs_library
 @pytest.mark.parametrize(
-    "size", [{"dim": 129}, {"bits": 65}, {"dtype": torch.float64}], ids=["D", "K", "dtype"]
+    "size",
+    [{"dim": 129}, {"bits": 65}, {"bits": 0}, {"dtype": torch.float64}],
+    ids=["D", "K", "no K", "dtype"],
 )
 def test_what_kernels_do_not_take_goes_elsewhere(size: dict[str, Any]) -> None:
     problem = draw_problem(**{"dtype": torch.float32} | size)
@@ -363,11 +365,13 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_one(
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not list(cache.glob("*.so"))
+    others = cache / "building-native-of-another-pytorch"
+    others.mkdir()
     install_compiler(tmp_path, monkeypatch, PRETEND)
     library._build(library.library_path())
     assert library.library_path().exists()
-    # What the killed one had begun is gone, too.
-    assert not list(cache.glob("building-*"))
+    # What the killed one had begun is gone, too, and what another process may be making is not.
+    assert list(cache.glob("building-*")) == [others]
 
 
 @needs_library

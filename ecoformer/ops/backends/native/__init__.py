@@ -24,7 +24,7 @@ class NativeBackend(FusedBackend):
     name = "native"
     needs = (
         "a CPU, a C++ compiler (ecoformer doctor says more), float32 or 16-bit rows, head dims up "
-        f"to {_MAX_HEAD_DIM}, and up to {_MAX_BITS} bits"
+        f"to {_MAX_HEAD_DIM}, and 1 to {_MAX_BITS} bits"
     )
 
     def can_run(self, q: Tensor, v: Tensor, functions: HashFunctions) -> bool:
@@ -33,7 +33,7 @@ class NativeBackend(FusedBackend):
             and q.dtype in _DTYPES
             and v.dtype in _DTYPES
             and max(q.shape[-1], v.shape[-1]) <= _MAX_HEAD_DIM
-            and functions.weight.shape[-2] <= _MAX_BITS
+            and 1 <= functions.weight.shape[-2] <= _MAX_BITS
             and not library.load()
         )
 

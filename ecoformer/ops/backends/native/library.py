@@ -121,8 +121,8 @@ def _build(path: Path, *, is_replaced: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _held(path.with_suffix(".lock")) as is_alone:
             if is_alone:
-                # Of those that were killed.
-                for begun in path.parent.glob("building-*"):
+                # Of those that were killed; another library may be in the making beside this one.
+                for begun in path.parent.glob(f"{_prefix(path)}*"):
                     shutil.rmtree(begun, ignore_errors=True)
             is_there = path.exists() and not is_replaced
             # Who waited need not repeat what failed meanwhile.
@@ -170,7 +170,7 @@ def _compile(path: Path) -> None:
     _logger.warning("Compiling the CPU kernels into %s, once; this takes some 10 s.", path.parent)
     includes = [f"-I{folder}" for folder in cpp_extension.include_paths()]
     libraries = [f(folder) for folder in cpp_extension.library_paths() for f in _LINK_FLAGS]
-    with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=_prefix(path), dir=path.parent) as folder:
         objects = {
             Path(folder, source.stem + ".o"): source for source in sorted(_SOURCES.glob("*.cpp"))
         }
@@ -183,6 +183,11 @@ def _compile(path: Path) -> None:
         built = Path(folder, path.name)
         _run([compiler, "-shared", *map(str, objects), *libraries, "-ltorch_cpu", "-o", str(built)])
         os.replace(built, path)
+
+
+def _prefix(path: Path) -> str:
+    """How folders begin in which a library is made."""
+    return f"building-{path.stem}-"
 
 
 _LINK_FLAGS = ("-L{}".format, "-Wl,-rpath,{}".format)
@@ -211,7 +216,7 @@ def _run(*commands: list[str]) -> None:
 
 
 def _register() -> None:
-    """Tell PyTorch shapes and gradients of the operators, which are all that C++ leaves out."""
+    """Tell PyTorch the shapes that the operators give, for tracing. They have no gradient."""
     from ecoformer.ops.backends.base import empty_rows
 
     def shape(

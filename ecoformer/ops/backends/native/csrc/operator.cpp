@@ -101,8 +101,8 @@ struct Inputs {
     require(q.dim() == 4 && v.dim() == 4, "rows are [B, H, N, D]");
     for (int i = 0; i < 3; ++i) require(q.size(i) == v.size(i), "q and v differ in B, H or N");
     const int64_t H = q.size(1), M = weight.size(2);
-    require(weight.dim() == 3 && weight.size(0) == H && weight.size(1) <= 64,
-            "weight is [H, K, M], K at most 64");
+    require(weight.dim() == 3 && weight.size(0) == H && weight.size(1) >= 1 && weight.size(1) <= 64,
+            "weight is [H, K, M], K from 1 to 64");
     require(anchors.dim() == 3 && anchors.size(0) == H && anchors.size(1) == M &&
                 anchors.size(2) == q.size(3),
             "anchors are [H, M, D]");
