@@ -58,7 +58,7 @@ def convert(
     plan = {name: layer for name, layer in layers.items() if name not in kept}
     if not plan:
         raise InputError(_tell_nothing(model, kept))
-    _refuse_sharing(model, plan)
+    _refuse_sharing(model, layers, plan)
     # All are made before the first is put in its place: what fails leaves the model as it was.
     made = {
         name: ConvertedAttention(found.form, found.layer, hashing)
@@ -203,12 +203,12 @@ def _tell_nothing(model: nn.Module, kept: dict[str, str]) -> str:
     )
 
 
-def _refuse_sharing(model: nn.Module, plan: dict[str, _Found]) -> None:
-    """Refuse layers that occur twice, or whose parameters others use too."""
+def _refuse_sharing(model: nn.Module, layers: dict[str, _Found], plan: dict[str, _Found]) -> None:
+    """Refuse layers that occur twice, if in one place alone, or whose parameters others use too."""
     places: dict[int, str] = {}
-    for name, found in plan.items():
+    for name, found in layers.items():
         other = places.setdefault(id(found.layer), name)
-        if other != name:
+        if other != name and (name in plan or other in plan):
             raise InputError(
                 f"{other} and {name} are one and the same module, and hash functions of one place "
                 "do not fit another; give each its own copy (copy.deepcopy) first."

@@ -25,6 +25,7 @@ _MAX_HEAD_DIM = 128
 _PROJECTIONS = ("to_qk", "to_v")
 # What a weight of these says is all that they do.
 _PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv2d.forward)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @register_notrace_module
@@ -122,7 +123,7 @@ def count_call(
 def find_obstacle(form: Form, layer: nn.Module) -> str | None:
     """Say what of a layer, of a form that can be converted, could not be taken over."""
     for name, module in [("", layer), *_list_sources(form, layer).items()]:
-        if module._forward_hooks or module._forward_pre_hooks:
+        if any(getattr(module, hooks) for hooks in _HOOKS):
             return "hooks watch it and would be lost: attach them after the conversion"
         if name and (type(module).forward not in _PLAIN_FORWARDS or is_parametrized(module)):
             return f"its projection {name}, {name_class(module)}, is no plain linear layer"

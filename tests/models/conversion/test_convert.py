@@ -180,6 +180,7 @@ def convert_twice() -> nn.Module:
     ("build_model", "keywords", "message"),
     [
         (lambda: Twice(is_module=True), {}, r"first\.0 and second\.0 are one and the same module"),
+        (lambda: Twice(is_module=True), {"select": "first"}, "are one and the same module"),
         (lambda: Twice(is_module=False), {}, r"first\.0\.qkv\.weight is used by another module"),
         (convert_twice, {}, "converted already"),
         (convert_twice, {"select": "blocks.0.attn"}, "holds no softmax attention"),
@@ -233,9 +234,17 @@ class Quantized(nn.Linear):
         return super().forward(x.round())
 
 
-def test_layers_whose_insides_were_changed_are_kept() -> None:
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    ],
+    ids=["forward hook", "backward hook"],
+)
+def test_layers_whose_insides_were_changed_are_kept(register: Any) -> None:
     model = build()
-    hook = model.blocks[0].attn.register_forward_hook(lambda *_: None)
+    hook = register(model.blocks[0].attn)
     model.blocks[1].attn.qkv = Quantized(24, 72)
     model.blocks[2].attn.forward = model.blocks[2].attn.forward
     with pytest.raises(InputError, match="none of the 3"):
