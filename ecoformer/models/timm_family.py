@@ -94,7 +94,8 @@ def _build(variant: str, keywords: dict[str, Any]) -> nn.Module:
         return model
     # Keywords reach any of timm's code.
     except Exception as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        # "argument 'x'" is Python's, "argument(s): ['x']" that of a model of timm.
+        unknown = re.search(r"unexpected keyword argument\W.*?'(\w+)'", str(error))
         name = unknown.group(1) if unknown else ""
         if name == "img_size" and keywords.get(name):
             return _build(variant, {**keywords, name: None})
@@ -106,11 +107,13 @@ def _build(variant: str, keywords: dict[str, Any]) -> nn.Module:
 
 def _check_size(variant: str, model: nn.Module, input_size: int | None) -> None:
     """Refuse images that patches do not divide, before a first one meets an assertion."""
+    from timm.layers import to_2tuple
+
     embed = getattr(model, "patch_embed", None)
     patch = getattr(embed, "patch_size", None)
     if not input_size or not patch or getattr(embed, "dynamic_img_pad", False):
         return
-    for side in patch:
+    for side in to_2tuple(patch):
         if input_size % side:
             fitting = input_size - input_size % side
             raise InputError(

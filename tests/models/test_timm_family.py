@@ -199,9 +199,12 @@ def test_images_are_of_the_size_that_was_asked_for() -> None:
     images = torch.randn(1, 3, 48, 48)
     logits: Tensor = build("msa", input_size=48).eval()(images)
     assert logits.shape == (1, 10)
-    # This one has no img_size, and takes any.
-    logits = FAMILY.create_model("resnet10t", "msa", input_size=48, num_classes=10).eval()(images)
-    assert logits.shape == (1, 10)
+    # These have no img_size, and take any; the second says so in words of its own.
+    for name in ("resnet10t", "poolformer_s12"):
+        logits = FAMILY.create_model(name, "msa", input_size=48, num_classes=10).eval()(images)
+        assert logits.shape == (1, 10)
+    # The side of its patches is a number, not two.
+    assert FAMILY.create_empty("xcit_nano_12_p16_224", "msa", input_size=48).patch_embed
 
 
 @pytest.mark.parametrize(
