@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ecoformer.config import Config, parse_config
 from ecoformer.config.arguments import ArgumentParser
@@ -80,12 +80,22 @@ def _load(config: Config) -> nn.Module:
     if not config.run.resume or config.run.resume == "auto":
         raise InputError("export needs weights; give --resume FILE, URL or zoo name.")
     path = resolve_source(config.run.resume)
-    head = to_ours(read_checkpoint(path)["model"]).get("head.weight", ())
-    model = find_family(settings.model).create_model(
-        settings.model, settings.attn_type, hashing=config.hashing, num_classes=len(head)
+    family = find_family(settings.model)
+    keywords = {"input_size": settings.input_size, "hashing": config.hashing, **settings.keywords}
+    words = settings.model, settings.attn_type
+    num_classes = _count_classes(
+        family.create_empty(*words, **keywords), to_ours(read_checkpoint(path)["model"])
     )
+    model = family.create_model(*words, num_classes=num_classes, **keywords)
     load_checkpoint(model, path, strict=True)
     return model
+
+
+def _count_classes(model: Any, weights: Mapping[str, Tensor]) -> int:
+    """Count the classes of weights by the model's classifier, as timm's models name theirs."""
+    classifier = model.get_classifier()
+    names = (f"{name}.weight" for name, m in model.named_modules() if m is classifier)
+    return next((len(weights[name]) for name in names if name in weights), 0)
 
 
 def _draw(config: Config) -> Tensor:
