@@ -82,7 +82,14 @@ def create_model(variant: str, attention: str = "ecoformer", **options: Any) -> 
     """Build an encoder with fresh weights; ``options`` are those of ``SequenceEncoder``.
 
     Raises:
-        InputError: no such variant, or it has no such attention.
+        InputError: no such variant, it has no such attention, or sizes are missing, which a task
+            of sequences gives.
     """
     FAMILY.check(variant, attention)
+    missing = [name for name in ("num_classes", "num_words", "max_tokens") if name not in options]
+    if missing:
+        raise InputError(
+            f"{variant} takes sequences, and has no {', '.join(missing)} of its own; use it with "
+            "ecoformer train --task sequence, and name a model of images here."
+        )
     return SequenceEncoder(attention, **options)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ecoformer
+from ecoformer.__main__ import main
 from ecoformer.config import Config, make_config, parse_config
 from ecoformer.data.sequences import open_sequences, pad_sequences
 from ecoformer.engine.run import evaluate, load_run, time_model, train
@@ -148,6 +149,16 @@ def test_images_are_no_tokens(tmp_path: Path) -> None:
     config = make_config(model="encoder", data_set="DIGITS", output_dir=tmp_path, num_workers=0)
     with pytest.raises(InputError, match="encoder takes tokens, and --task classification gives"):
         train(config)
+
+
+@pytest.mark.parametrize("command", ["cost", "tables energy"])
+def test_commands_about_images_refuse_it(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*command.split(), "--model", "encoder"]
+    words += ["--output-dir", str(tmp_path)] if command != "cost" else []
+    assert main(words) == 2
+    assert "encoder takes sequences" in capsys.readouterr().err
 
 
 def test_a_sequence_longer_than_the_positions_is_refused() -> None:
