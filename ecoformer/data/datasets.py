@@ -24,7 +24,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 # Of 65,535. An image of 16 bits that ends below holds 12 bits or fewer, and would turn black.
 _DIMMEST_16_BIT_WHITE = 4096
-_DIGIT_CLASSES = tuple(str(digit) for digit in range(10))
+DIGIT_CLASSES = tuple(str(digit) for digit in range(10))
 FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -34,7 +34,8 @@ FASHION_CLASSES = (
 class Fingerprint(TypedDict):
     """Tells one set of images from another without reading them.
 
-    ``digest`` covers the names of classes and files and the labels, in order.
+    ``digest`` covers the names of classes and files and the labels, in order; of sequences that are
+    made while they are read, the first one.
     """
 
     num_classes: int
@@ -171,6 +172,16 @@ def _fingerprint(class_names: Sequence[str], labels: np.ndarray, names: np.ndarr
     }
 
 
+def fingerprint_first(samples: LabelledSamples) -> Fingerprint:
+    """Hash the first of sequences [N] that a generator makes: its code and settings tell there."""
+    tokens, _ = samples.read(0)
+    return {
+        "num_classes": len(samples.class_names),
+        "num_images": len(samples),
+        "digest": hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest(),
+    }
+
+
 def read_image(path: Path) -> Image.Image:
     """Decode a file, whatever its extension says, as RGB of 8 bits.
 
@@ -240,9 +251,9 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
         )
     if name == "DIGITS":
         images, labels = load_digits(split, size=input_size)
-        return ImageArray(name, images, labels, _DIGIT_CLASSES)
+        return ImageArray(name, images, labels, DIGIT_CLASSES)
     if name == "PAIRS" and not path:
-        return Pairs(ImageArray(name, *read_digits(split), _DIGIT_CLASSES), split, side=input_size)
+        return Pairs(ImageArray(name, *read_digits(split), DIGIT_CLASSES), split, side=input_size)
     if not path:
         raise InputError(f"data set {name} needs its folder; give --data-path.")
     if not os.path.isdir(path):

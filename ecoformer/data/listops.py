@@ -7,14 +7,13 @@ Source: ListOps, arXiv 1804.06028; in its long form, Long Range Arena, arXiv 201
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
-from ecoformer.data.datasets import Fingerprint
+from ecoformer.data.datasets import Fingerprint, fingerprint_first
 from ecoformer.seeding import derive_seed
 
 MAX_ARGUMENTS = 10
@@ -79,13 +78,7 @@ class ListOps:
         return f"LISTOPS {self.split} sequence {index}"
 
     def fingerprint(self) -> Fingerprint:
-        """Hash the first sequence, which tells generators and lengths apart."""
-        tokens, _ = self.read(0)
-        return {
-            "num_classes": len(self.class_names),
-            "num_images": len(self),
-            "digest": hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest(),
-        }
+        return fingerprint_first(self)
 
 
 def _grow(generator: random.Random, num_tokens: int) -> _Shape:

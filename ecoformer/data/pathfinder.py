@@ -8,7 +8,6 @@ Source: arXiv 1805.08315; as a sequence of pixels, Long Range Arena, arXiv 2011.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ecoformer.data.datasets import Fingerprint
+from ecoformer.data.datasets import Fingerprint, fingerprint_first
 from ecoformer.seeding import derive_seed
 
 SIDE = 32
@@ -84,13 +83,7 @@ class Pathfinder:
         return f"PATHFINDER {self.split} image {index}"
 
     def fingerprint(self) -> Fingerprint:
-        """Hash the first sequence, which tells generators and lengths apart."""
-        tokens, _ = self.read(0)
-        return {
-            "num_classes": len(self.class_names),
-            "num_images": len(self),
-            "digest": hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest(),
-        }
+        return fingerprint_first(self)
 
 
 def _draw_contours(generator: random.Random) -> list[list[Dash]] | None:

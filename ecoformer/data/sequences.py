@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ecoformer.data.datasets import Fingerprint, ImageArray, LabelledSamples, open_dataset
+from ecoformer.data.datasets import (
+    DIGIT_CLASSES,
+    Fingerprint,
+    ImageArray,
+    LabelledSamples,
+    open_dataset,
+)
 from ecoformer.data.digits import read_digits
 from ecoformer.data.listops import ListOps
 from ecoformer.data.pathfinder import Pathfinder
@@ -91,7 +97,7 @@ def open_sequences(name: str, path: str | None, split: str, *, max_tokens: int) 
 
 def _open_images(path: str | None, split: str) -> ImageArray:
     if path is None:
-        return ImageArray("DIGITS", *read_digits(split), [str(digit) for digit in range(10)])
+        return ImageArray("DIGITS", *read_digits(split), DIGIT_CLASSES)
     images = open_dataset("FMNIST", path, split, input_size=0)
     assert isinstance(images, ImageArray)
     return images
