@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,13 +318,18 @@ def test_the_environment_can_leave_it_out(
 
 
 @needs_library
+@pytest.mark.parametrize("is_replaced", [False, True])
 def test_many_at_once_compile_once(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_replaced: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = install_compiler(tmp_path, monkeypatch, "sleep 0.2\n" + PRETEND)
     path = library.library_path()
+    if is_replaced:
+        cache.mkdir(parents=True)
+        path.write_bytes(b"damaged")
+        os.utime(path, (0, 0))
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(library._build, [path] * 4))
+        list(pool.map(partial(library._build, is_replaced=is_replaced), [path] * 4))
     num_sources = len(list(library._SOURCES.glob("*.cpp")))
     assert len(calls.read_text().splitlines()) == num_sources + 1
     assert path.read_bytes() == BUILT.read_bytes()

@@ -124,7 +124,8 @@ def _build(path: Path, *, is_replaced: bool = False) -> None:
                 # Of those that were killed; another library may be in the making beside this one.
                 for begun in path.parent.glob(f"{_prefix(path)}*"):
                     shutil.rmtree(begun, ignore_errors=True)
-            is_there = path.exists() and not is_replaced
+            # One that came while this process waited is no more the one to be replaced.
+            is_there = path.exists() and (not is_replaced or path.stat().st_mtime > asked)
             # Who waited need not repeat what failed meanwhile.
             failure = path.with_suffix(".failed")
             if not is_there and failure.exists() and failure.stat().st_mtime > asked:
