@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from ecoformer.errors import InputError
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-PRECISIONS = tuple(_BYTES)
 _SOURCES = {
     "45nm": "Horowitz, ISSCC 2014",
     "7nm": "Jouppi et al., ISCA 2021, table 2",
 }
-NODES = tuple(_SOURCES)
 # Of a multiplication and of an addition.
 _OPERATIONS_PJ = {
     ("45nm", "float32"): (3.7, 0.9),
