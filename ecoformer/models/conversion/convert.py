@@ -15,7 +15,7 @@ from ecoformer.attention import EcoFormerAttention
 from ecoformer.errors import InputError, suggest
 from ecoformer.hash_config import HashConfig
 from ecoformer.models.conversion.forms import Form, find_base, find_form, find_kept, name_class
-from ecoformer.models.conversion.layer import ConvertedAttention, find_obstacle
+from ecoformer.models.conversion.layer import ConvertedAttention, find_misfit
 from ecoformer.models.conversion.report import ConversionReport, advise, describe
 
 Select: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -126,7 +126,7 @@ def _find_layers(model: nn.Module) -> dict[str, _Found]:
             holders = _find_holders(model, name)
             doubt = None
             if form is not None:
-                reason = form.find_obstacle(module, holders) or find_obstacle(form, module)
+                reason = form.find_obstacle(module, holders) or find_misfit(form, module)
                 doubt = form.find_doubt(holders)
             found[name] = _Found(module, holders, form, reason, doubt)
             known.append(name)

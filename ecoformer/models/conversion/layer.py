@@ -120,7 +120,7 @@ def count_call(
     return num_rows * mul, num_rows * add
 
 
-def find_obstacle(form: Form, layer: nn.Module) -> str | None:
+def find_misfit(form: Form, layer: nn.Module) -> str | None:
     """Say what of a layer, of a form that can be converted, could not be taken over."""
     for name, module in [("", layer), *_list_sources(form, layer).items()]:
         if any(getattr(module, hooks) for hooks in _HOOKS):
