@@ -118,7 +118,7 @@ def load_checkpoint(
     dropped = [name for name in raw if owner_of(name, PROJECTION) is not None and name not in state]
     # Two projections made of one entry leave out the same.
     dropped += dict.fromkeys(left for entry in entries.values() for left in entry.leftovers)
-    head = _name_head(model)
+    head = name_head(model)
     if not strict:
         for name in head:
             if name in taken and _has_other_classes(taken[name], target[name]):
@@ -255,7 +255,7 @@ def _resample_positions(model: nn.Module, state: dict[str, Tensor]) -> list[str]
     return [f"Positions are resampled from {side} x {side} to {grid[0]} x {grid[1]} patches"]
 
 
-def _name_head(model: nn.Module) -> list[str]:
+def name_head(model: nn.Module) -> list[str]:
     """Entries of the classifier: of ours, or of what timm says of a model of its own."""
     config = getattr(model, "pretrained_cfg", None)
     names = config.get("classifier") if isinstance(config, Mapping) else None

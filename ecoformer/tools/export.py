@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ecoformer.config import Config, parse_config
 from ecoformer.config.arguments import ArgumentParser
@@ -73,6 +73,7 @@ def _load(config: Config) -> nn.Module:
     from ecoformer.checkpoint import load_checkpoint
     from ecoformer.checkpoint.files import read_checkpoint
     from ecoformer.checkpoint.layout import to_ours
+    from ecoformer.checkpoint.load import name_head
     from ecoformer.checkpoint.zoo import resolve_source
     from ecoformer.models.registry import find_family
 
@@ -83,19 +84,11 @@ def _load(config: Config) -> nn.Module:
     family = find_family(settings.model)
     keywords = {"input_size": settings.input_size, "hashing": config.hashing, **settings.keywords}
     words = settings.model, settings.attn_type
-    num_classes = _count_classes(
-        family.create_empty(*words, **keywords), to_ours(read_checkpoint(path)["model"])
-    )
-    model = family.create_model(*words, num_classes=num_classes, **keywords)
+    name, *_ = name_head(family.create_empty(*words, **keywords))
+    head = to_ours(read_checkpoint(path)["model"]).get(name, ())
+    model = family.create_model(*words, num_classes=len(head), **keywords)
     load_checkpoint(model, path, strict=True)
     return model
-
-
-def _count_classes(model: Any, weights: Mapping[str, Tensor]) -> int:
-    """Count the classes of weights by the model's classifier, as timm's models name theirs."""
-    classifier = model.get_classifier()
-    names = (f"{name}.weight" for name, m in model.named_modules() if m is classifier)
-    return next((len(weights[name]) for name in names if name in weights), 0)
 
 
 def _draw(config: Config) -> Tensor:
