@@ -376,7 +376,8 @@ def test_models_are_traced_but_not_scripted(name: str, kind: str) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(model, images)
         other = draw_images(2).flip(0)
-        assert torch.equal(traced(other), model(other))
+        # A traced MLP sums other parts of its hidden channels.
+        torch.testing.assert_close(traced(other), model(other), rtol=1e-5, atol=1e-6)
     with pytest.raises(InputError, match=r"cannot be scripted; .* torch\.jit\.trace") as error:
         torch.jit.script(model)
     assert "\n" not in str(error.value)
