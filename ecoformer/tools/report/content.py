@@ -53,7 +53,7 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
     """Open runs and put seeds together; softmax attention comes first.
 
     Raises:
-        InputError: one is no run, or two are alike even in their seed.
+        InputError: one is no run on images, or two are alike even in their seed.
     """
     groups: dict[str, Group] = {}
     for folder in folders:
@@ -63,7 +63,13 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
             bool(flat["finetune"])
         )
         model = run.config.model
-        variant, attention = find_family(model.model).resolve(model.model, model.attn_type)
+        family = find_family(model.model)
+        if family.inputs != "images":
+            raise InputError(
+                f"{folder} is a run on {family.inputs}, and a report counts what an image costs; "
+                "leave it out, and draw its curves by ecoformer plots curves."
+            )
+        variant, attention = family.resolve(model.model, model.attn_type)
         group = groups.setdefault(key, Group(folder.resolve().name, variant, attention, {}))
         seed = run.config.run.seed
         if seed in group.runs:

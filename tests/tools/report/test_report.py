@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 import pvt
 from ecoformer import count_cost
+from ecoformer.engine.run import train
 from ecoformer.errors import InputError
 from ecoformer.tools.figures import make_figure
 from ecoformer.tools.plots.codes import Pair
@@ -19,6 +20,7 @@ from ecoformer.tools.report import command, content
 from ecoformer.tools.report.content import read_groups, write_sections
 from ecoformer.tools.report.page import Section, format_page
 from ecoformer.tools.table import Column
+from tests.tasks.test_sequence import configure
 from tests.tools.report.browser import Page, find_browser, open_browser
 from tests.tools.report.runs import write_run
 
@@ -135,6 +137,13 @@ def test_the_same_run_twice(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "msa")
     with pytest.raises(InputError, match="the same settings and seed"):
         read_groups([run, run])
+
+
+def test_a_run_on_sequences_is_refused(tmp_path: Path) -> None:
+    fields = {"epochs": 1, "epoch_samples": 16, "attn_type": "msa"}
+    train(configure(tmp_path / "pixels", **fields))
+    with pytest.raises(InputError, match=r"pixels is a run on tokens, .*; leave it out"):
+        read_groups([tmp_path / "pixels"])
 
 
 def test_without_a_softmax_run_codes_are_asked_for(tmp_path: Path) -> None:
