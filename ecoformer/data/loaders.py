@@ -255,7 +255,8 @@ def load_splits(
         seed, pin_memory: as for ``build_loaders``.
 
     Raises:
-        InputError: the splits have different classes, or too few samples for a batch.
+        InputError: the splits have different classes, or too few samples for a batch; or a length
+            of epochs is given that repeated augmentation does not obey.
     """
     # Imports timm, which takes a second and which nothing of a run needs before.
     from ecoformer.data.samplers import (
@@ -286,6 +287,11 @@ def load_splits(
         return Loaders(None, eval_loader, class_names, None)
     require_equal_classes(samples["train"].class_names, class_names)
     order: Order
+    if data.repeated_aug and data.epoch_samples:
+        raise InputError(
+            f"--epoch-samples {data.epoch_samples} has no meaning with repeated augmentation, "
+            "whose epochs are as long as the data; add --no-repeated-aug, or leave it out."
+        )
     if data.repeated_aug:
         order = RepeatedAugmentationSampler(samples["train"], seed=seed, **ranks)
     else:

@@ -268,6 +268,12 @@ def test_batch_size_must_fit(folder: Path, fields: dict[str, Any], expected: str
             build(folder, **fields)
 
 
+def test_repeated_augmentation_has_epochs_of_its_own_length(folder: Path) -> None:
+    assert len(read(build(folder, epoch_samples=8, batch_size=4).train)) == 2
+    with pytest.raises(InputError, match="--epoch-samples 8 has no meaning with repeated"):
+        build(folder, epoch_samples=8, repeated_aug=True)
+
+
 def test_splits_must_have_the_same_classes(tmp_path: Path) -> None:
     write_images(tmp_path, 4, 4)
     extra = tmp_path / "train" / "c" / "1.png"
