@@ -136,7 +136,8 @@ def _free_axes(program: ExportedProgram, example: Tensor) -> dict[int, int]:
     (node,) = (n for n in program.graph.nodes if n.name == name)
     free = {}
     for axis, length in enumerate(node.meta["val"].shape):
-        if not isinstance(length, torch.SymInt):
+        # One that the model fixes may still be a symbol, of a constant.
+        if not isinstance(length, torch.SymInt) or length.node.expr.is_number:
             continue
         bounds = program.range_constraints[length.node.expr]
         if not bounds.upper > _MANY:

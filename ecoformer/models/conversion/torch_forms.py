@@ -94,6 +94,11 @@ class TorchMultihead(Form):
         x = x if layer.batch_first else x.transpose(0, 1)
         key_mask: Tensor | None = None
         # PyTorch's masks of this layer are true where a key is hidden.
+        if key_padding_mask is not None and key_padding_mask.shape[-1] != x.shape[1]:
+            raise InputError(
+                f"a padding mask {list(key_padding_mask.shape)} does not fit {x.shape[0]} inputs "
+                f"of {x.shape[1]} tokens; give one of {list(x.shape[:2])}."
+            )
         for mask, shape in (
             (key_padding_mask, (-1, 1, 1, x.shape[1])),
             (attn_mask, (-1, layer.num_heads, x.shape[1], x.shape[1])),

@@ -92,6 +92,14 @@ def test_an_input_without_a_batch_and_a_mask_for_all_pairs() -> None:
             model[0](x, causal, is_causal=hint)
 
 
+def test_a_padding_mask_of_another_length_is_refused() -> None:
+    model, x = build_encoder(), draw_tokens()
+    ecoformer.convert(model, HASHING)
+    ecoformer.fit_hash_functions(model, x)
+    with pytest.raises(InputError, match=r"padding mask \[3, 5\] does not fit 3 inputs of 6"):
+        model.layers[0](x, src_key_padding_mask=PADDING[:, :5])
+
+
 def test_bool_and_float_masks_agree() -> None:
     model, x = build_encoder(), draw_tokens()
     ecoformer.convert(model, HASHING)
