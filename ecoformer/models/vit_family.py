@@ -25,6 +25,6 @@ FAMILY = ModelFamily(
         "clip_grad": 1.0,
         "warmup_lr": 2e-3,
         "warmup_epochs": 1,
-        "epochs": 16,
+        "epochs": 64,
     },
 )
