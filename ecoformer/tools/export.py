@@ -85,9 +85,10 @@ def _load(config: Config) -> nn.Module:
     keywords = {"input_size": settings.input_size, "hashing": config.hashing, **settings.keywords}
     words = settings.model, settings.attn_type
     name, *_ = name_head(family.create_empty(*words, **keywords))
-    head = to_ours(read_checkpoint(path)["model"]).get(name, ())
+    checkpoint = read_checkpoint(path)
+    head = to_ours(checkpoint["model"]).get(name, ())
     model = family.create_model(*words, num_classes=len(head), **keywords)
-    load_checkpoint(model, path, strict=True)
+    load_checkpoint(model, checkpoint, strict=True, origin=str(path))
     return model
 
 
