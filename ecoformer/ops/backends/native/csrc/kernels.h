@@ -409,9 +409,19 @@ struct Workspace {
   }
 };
 
+static inline float clamp_norm(float norm) { return norm < kMinNorm ? kMinNorm : norm; }
+
 static inline float norm_of(const Problem& p, const Group& g, int64_t i) {
-  const float norm = p.norms[g.number * p.num_tokens + g.token(i)];
-  return norm < kMinNorm ? kMinNorm : norm;
+  return clamp_norm(p.norms[g.number * p.num_tokens + g.token(i)]);
+}
+
+// From the squared norms of a block, what divides its rows, and their norms after that.
+static inline void divide_norms(Workspace& w) {
+  for (int i = 0; i < TB; ++i) {
+    const float norm = std::sqrt(w.squares[i]);
+    w.inverse_norms[i] = 1 / clamp_norm(norm);
+    w.squares[i] = norm * w.inverse_norms[i];
+  }
 }
 
 // Sums of inverse_norm * row [DP] and of squared norms after that, over a chunk.
@@ -443,11 +453,7 @@ static void measure_chunk(const Problem& p, const Layout& s, const Group& g, int
       }
       store(w.squares + n * W, sum_each(r));
     }
-    for (int i = 0; i < TB; ++i) {
-      const float norm = std::sqrt(w.squares[i]);
-      w.inverse_norms[i] = 1 / (norm < kMinNorm ? kMinNorm : norm);
-      w.squares[i] = norm * w.inverse_norms[i];
-    }
+    divide_norms(w);
     for (int n = 0; n < NV; ++n) {
       const F x = load(w.squares + n * W);
       // A row with an infinite norm is a zero row, as where each is divided by it.
@@ -513,11 +519,7 @@ static void encode_block(const Problem& p, const Layout& s, const Group& g, int6
     }
   for (int n = 0; n < NV; ++n) store(w.squares + n * W, square[n]);
   if (!g.is_moved) {
-    for (int i = 0; i < TB; ++i) {
-      const float norm = std::sqrt(w.squares[i]);
-      w.inverse_norms[i] = 1 / (norm < kMinNorm ? kMinNorm : norm);
-      w.squares[i] = norm * w.inverse_norms[i];
-    }
+    divide_norms(w);
     for (int n = 0; n < NV; ++n) {
       const F x = load(w.squares + n * W);
       store(w.squares + n * W, x == x ? x * x : fill(0));
