@@ -145,12 +145,11 @@ def _run_deploy(options: argparse.Namespace, command: str) -> bool:
     from ecoformer.tools.benchmark.deploy import measure_deployment
     from ecoformer.tools.measure import describe_environment, settle_allocator
 
-    (side,) = (options.resolutions or [224])[:1]
     settle_allocator()
     table = measure_deployment(
         options.model,
         options.batch_size or 8,
-        side,
+        options.resolutions or _SIDES["model"],
         num_rounds=options.rounds,
         environment=describe_environment(command, torch.device("cpu")),
     )

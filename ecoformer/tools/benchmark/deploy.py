@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,15 +23,31 @@ _BASELINE = "timm, compiled"
 def measure_deployment(
     variant: str,
     batch_size: int,
-    side: int,
+    sides: Sequence[int],
     *,
     num_rounds: int,
     environment: Mapping[str, str],
 ) -> Table:
-    """Time a PVTv2 and timm's of the same name in each way to deploy them, all in turns.
+    """Time a PVTv2 and timm's of the same name in each way to deploy them, all of a size in turns.
 
-    Files are made for the one size, ``side`` pixels, and run on as many threads as PyTorch.
+    Files are made for each of ``sides`` alone, pixels, and run on as many threads as PyTorch.
     """
+    Onnx().require()
+    AotInductor().require()
+    columns = (
+        Column("side", "px", spec=".0f"),
+        Column("name", ""),
+        Column("median_ms", "median, ms", spec=".1f"),
+        Column("low_ms", "lower quartile", spec=".1f"),
+        Column("high_ms", "upper quartile", spec=".1f"),
+        Column("ratio", f"times as fast as {_BASELINE}", spec=".2f"),
+    )
+    rows = [row for side in sides for row in _measure_side(variant, batch_size, side, num_rounds)]
+    notes = [f"Evaluation of {batch_size} images by {variant}, in turns, float32."]
+    return Table("Deployed models", columns, rows, notes, environment)
+
+
+def _measure_side(variant: str, batch_size: int, side: int, num_rounds: int) -> list[Row]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch_size, 3, side, side, generator=generator)
     models = {name: create_model(name, variant).eval() for name in _MODELS}
@@ -41,8 +57,6 @@ def measure_deployment(
         "AOTInductor": _run_aoti,
         "ONNX Runtime": _run_onnx,
     }
-    Onnx().require()
-    AotInductor().require()
     torch.compiler.reset()
     calls = {
         f"{name}, {way}": prepare(model, images)
@@ -51,15 +65,9 @@ def measure_deployment(
     }
     timings = time_interleaved(calls, num_rounds=num_rounds, device=images.device)
     baseline_ms = timings[_BASELINE].median_ms
-    columns = (
-        Column("name", ""),
-        Column("median_ms", "median, ms", spec=".1f"),
-        Column("low_ms", "quartiles", spec=".1f"),
-        Column("high_ms", "", spec=".1f"),
-        Column("ratio", f"times as fast as {_BASELINE}"),
-    )
-    rows: list[Row] = [
+    return [
         {
+            "side": side,
             "name": name,
             "median_ms": timing.median_ms,
             "low_ms": timing.low_ms,
@@ -68,8 +76,6 @@ def measure_deployment(
         }
         for name, timing in timings.items()
     ]
-    notes = [f"Evaluation of {batch_size} images of {side} px by {variant}, in turns, float32."]
-    return Table("Deployed models", columns, rows, notes, environment)
 
 
 def _run_eager(model: Callable[[Tensor], object], images: Tensor) -> Call:
@@ -91,6 +97,8 @@ def _run_onnx(model: nn.Module, images: Tensor) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads must not spin on into the next one's turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         file = _write(Onnx(), model, images, folder)
         session = onnxruntime.InferenceSession(

@@ -20,4 +20,5 @@ def test_each_way_to_deploy_is_timed_beside_timm(tmp_path: Path) -> None:
     ways = ("eager", "compiled", "AOTInductor", "ONNX Runtime")
     assert list(rows) == [f"{name}, {way}" for way in ways for name in ("ecoformer", "timm")]
     assert rows["timm, compiled"]["ratio"] == 1
+    assert all(row["side"] == 32 for row in rows.values())
     assert all(0 < row["low_ms"] <= row["median_ms"] for row in rows.values())
