@@ -80,10 +80,10 @@ class _Ignore(argparse.Action):
 
 
 def _make_parser(family: ModelFamily | None) -> ArgumentParser:
-    program = f"python -m {family.name}.main" if family else "ecoformer train"
+    module = f"python -m {family.name}.main" if family else ""
     parser = _Parser(
-        prog=program,
-        usage=f"{program} [--FLAG VALUE] ...",
+        prog=module or "ecoformer train",
+        usage=f"{module or 'ecoformer {train,eval}'} [--FLAG VALUE] ...",
         description=_DESCRIPTION,
         argument_default=argparse.SUPPRESS,
     )

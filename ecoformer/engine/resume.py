@@ -16,7 +16,7 @@ from ecoformer.engine.optim import schedule_state
 from ecoformer.engine.progress import Progress
 from ecoformer.engine.session import Session
 from ecoformer.engine.sources import fetch, find_source
-from ecoformer.engine.state import TrainState, describe_settings
+from ecoformer.engine.state import TrainState, describe_settings, describe_versions
 from ecoformer.errors import InputError
 from ecoformer.ranks import rank, run_on_all, world_size
 
@@ -131,6 +131,13 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], config: Config, or
             _require_same_run(checkpoint, state, config, origin)
         load_checkpoint(model, checkpoint["model"], strict=True, origin=origin)
         progress = Progress.read(checkpoint, state, config)
+        # No setting tells these, and an uninterrupted run would have other last bits.
+        saved = checkpoint.get("versions", {})
+        changes = [
+            f"{name} {saved[name]}, here {value}"
+            for name, value in describe_versions(state.loss.device).items()
+            if saved.get(name, value) != value
+        ]
     except InputError:
         raise
     # What a damaged or foreign file holds in the place of numbers.
@@ -149,6 +156,13 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], config: Config, or
         _logger.info("%s: holds no gradient scale; it begins at that of a new run", origin)
     if "config" in checkpoint:
         _convert_step(state, checkpoint, config, origin)
+    if changes:
+        _logger.warning(
+            "%s: was written with %s; the run goes on, and rounds otherwise than one that was "
+            "never stopped",
+            origin,
+            "; ".join(changes),
+        )
 
 
 def _convert_step(

@@ -20,6 +20,7 @@ from ecoformer.engine.optim import (
     schedule_state,
 )
 from ecoformer.engine.precision import create_scaler
+from ecoformer.ops.backends import default_backend
 from ecoformer.ranks import world_size
 from ecoformer.sums import ExactMean
 
@@ -87,8 +88,6 @@ class TrainState:
         The keys are those of released training files, ``config`` for ``args``, and ours. ``epoch``
         is the last finished one, -1 before that; ``step`` counts in the next.
         """
-        import timm
-
         optimizer = self.optimizer.state_dict()
         return {
             "model": self.model.state_dict(),
@@ -104,12 +103,21 @@ class TrainState:
             "config": describe_settings(config) | dict(self.settings),
             "world_size": world_size(),
             "data": dict(self.data),
-            "versions": {
-                "ecoformer": __version__,
-                "torch": str(torch.__version__),
-                "timm": timm.__version__,
-            },
+            "versions": describe_versions(self.loss.device),
         }
+
+
+def describe_versions(device: torch.device) -> dict[str, str]:
+    """Name what the last bits of a run's results depend on beside its settings."""
+    import timm
+
+    return {
+        "ecoformer": __version__,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "attention backend": default_backend(device).name,
+    }
 
 
 def parameter_names(state: TrainState) -> list[str]:

@@ -71,6 +71,22 @@ def test_goes_on_in_the_middle_of_an_epoch(num_done: int, tmp_path: Path) -> Non
     assert second.learning_rate == whole.learning_rate
 
 
+def test_what_rounds_otherwise_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    state, config = start(Classifier(), **FIELDS)
+    checkpoint = state.to_checkpoint(config)
+    restore(state, checkpoint, config, "the file")
+    assert "rounds otherwise" not in caplog.text
+    # Earlier files do not know their backend.
+    del checkpoint["versions"]["device"]
+    checkpoint["versions"]["attention backend"] = "reference"
+    restore(state, checkpoint, config, "the file")
+    assert "attention backend reference, here" in caplog.text
+    assert "device" not in caplog.text
+    checkpoint["versions"] = 3
+    with pytest.raises(InputError, match="does not fit"):
+        restore(state, checkpoint, config, "the file")
+
+
 def test_losses_before_and_after_a_checkpoint_make_one_mean(tmp_path: Path) -> None:
     batches = make_batches(4, 8)
     whole, config = start(Classifier())

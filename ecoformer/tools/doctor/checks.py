@@ -35,7 +35,7 @@ from ecoformer.files import open_atomic
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import fit_hash_functions
 from ecoformer.models.registry import find_family
-from ecoformer.ops.backends import HashFunctions, find_fused_backend
+from ecoformer.ops.backends import default_backend
 from ecoformer.ops.backends.native import library
 
 if TYPE_CHECKING:
@@ -317,10 +317,7 @@ def check_output(options: argparse.Namespace) -> Iterator[Finding]:
 def check_attention(options: argparse.Namespace) -> Iterator[Finding]:
     """Look which backend attends, and on a CPU why it is not the one in C++."""
     device = choose_device(options.device)
-    row, weight = torch.empty(1, 1, 1, 32, device=device), torch.empty(1, 16, 25)
-    functions = HashFunctions(row[0], weight, weight[:, 0])
-    name = find_fused_backend("", row, row, functions).name
-    where = f"attention on {device} runs by the backend {name!r}"
+    where = f"attention on {device} runs by the backend {default_backend(device).name!r}"
     if device.type != "cpu":
         yield Finding("ok", where)
     elif reason := library.load():
