@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
 
 import torch
 import torch.distributed as dist
 
+from ecoformer.engine.torchrun import end_hanging_torchrun, end_with_torchrun
 from ecoformer.errors import (
-    EXIT_FAILED,
     InputError,
     NonFiniteError,
     Preempted,
     is_main_process,
-    print_error,
     suggest,
 )
 from ecoformer.ops.backends.native import library
@@ -29,8 +27,6 @@ from ecoformer.threads import call_within
 
 # How long it looks for a store at a port.
 _PATIENCE = timedelta(seconds=5)
-# How often a rank looks whether its torchrun is there.
-_SECONDS_BETWEEN_LOOKS = 0.5
 # Beyond the group's own limit, for what does not obey it.
 _GRACE_S = 15.0
 # How long the store has to say who has failed.
@@ -80,7 +76,8 @@ def process_group(
     """Join the processes that torchrun started, for a block; yields this process's device.
 
     A group that is there already is used and left as it is. Without torchrun there is none. A rank
-    waits ``timeout_minutes`` for the others, and ends when its torchrun has.
+    waits ``timeout_minutes`` for the others, and ends when its torchrun has. Where it cannot reach
+    the others, its torchrun ends after it.
 
     Raises:
         InputError: there is no such device, or the group that is there cannot reach the CPU.
@@ -102,40 +99,22 @@ def process_group(
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             yield device
             return
-        _end_with_launcher()
-        _join(device, timedelta(minutes=timeout_minutes))
-        if device.type == "cpu":
-            library.agree()
+        end_with_torchrun()
         try:
+            _join(device, timedelta(minutes=timeout_minutes))
+            if device.type == "cpu":
+                library.agree()
             yield device
         # All ranks raise these at one place. After another error the others may be inside a
         # collective, and leaving the group together with them would hang.
         except (NonFiniteError, Preempted, AgreedError):
             dist.destroy_process_group()
             raise
+        except RuntimeError as error:
+            if isinstance(error, NoMeetingError) or is_lost_rank(error):
+                end_hanging_torchrun(60 * timeout_minutes)
+            raise
         dist.destroy_process_group()
-
-
-@cache
-def _end_with_launcher() -> None:
-    """End this process where the torchrun that started it was killed, which it is not told of.
-
-    It would go on, and write, beside those that the next torchrun starts. The kernel's own death
-    signal counts the end of the thread that started a process, too.
-    """
-    launcher = os.getppid()
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-        # Without waiting for anything: others of this run may be gone as well.
-        with suppress(OSError):
-            print_error("torchrun is gone; what was saved is untouched.")
-        os._exit(EXIT_FAILED)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class NoMeetingError(RuntimeError):

@@ -145,7 +145,8 @@ def _enter(
 
 def lead_session(said: Path) -> None:
     """Tell this process and its children from others, and let them print into a file."""
-    os.setsid()
+    if os.getsid(0) != os.getpid():
+        os.setsid()
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

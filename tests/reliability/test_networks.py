@@ -17,7 +17,12 @@ import pytest
 
 from tests.engine.ranks import warm_context
 from tests.reliability.runs import LAST, Run, Strike, assert_same_run, find_orphans, run, start
-from tests.reliability.torchruns import launch, list_sessions, wait_for_strike
+from tests.reliability.torchruns import (
+    become_torchrun,
+    launch,
+    list_sessions,
+    wait_for_strike,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -258,25 +263,85 @@ def test_torchruns_on_two_hosts_restart(
     assert_same_run(found, whole_pair)
 
 
-@pytest.mark.parametrize("backend", ["c10d", "static"])
-def test_ranks_of_torchruns_whose_link_is_cut_end(
-    backend: str, hosts: Hosts, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+def become_torchrun_on_host(
+    number: int,
+    name: str,
+    backend: str,
+    max_restarts: int,
+    flags: list[str],
+    said: Path,
+    strike: Strike,
 ) -> None:
-    """torchruns themselves wait by limits of their own."""
+    move_to(name)
+    words = ["--nnodes=2", "--nproc-per-node=1", f"--max-restarts={max_restarts}"]
+    words += [f"--rdzv-backend={backend}", "--rdzv-endpoint=10.77.0.1:29577", "--rdzv-id=hosts"]
+    words += [f"--local-addr=10.77.0.{number + 1}", f"--node-rank={number}"]
+    if backend == "c10d":
+        words += [f"--rdzv-conf=is_host={not number}"]
+    become_torchrun(words, flags, said, strike)
+
+
+def cut_under_torchruns(
+    flags: list[str], folder: Path, hosts: Hosts, *, backend: str, max_restarts: int
+) -> Run:
+    """Start the command ``torchrun`` on each host, and cut the link in a step."""
+    flags = [*flags, "--output_dir", str(folder), "--dist-timeout", str(_TIMEOUT_S / 60)]
     strike = Strike("step", 4, signal.SIGSTOP, rank=1)
-    found = start_torchruns(pair_flags, tmp_path, hosts, strike, backend=backend, max_restarts=0)
+    processes = []
+    for number, name in enumerate(hosts.names):
+        said = folder / f"said.{number}"
+        arguments = (number, name, backend, max_restarts, flags, said, strike)
+        process = warm_context().Process(target=become_torchrun_on_host, args=arguments)
+        process.start()
+        processes.append(process)
+    found = Run(folder, processes)
     wait_for_strike(found)
     hosts.set_link("down")
+    for session in list_sessions(folder):
+        os.kill(session, signal.SIGCONT)
+    return found
+
+
+@pytest.mark.parametrize("max_restarts", [0, 3])
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_torchruns_end_whose_link_is_cut(
+    backend: str,
+    max_restarts: int,
+    hosts: Hosts,
+    pair_flags: list[str],
+    whole_pair: Run,
+    tmp_path: Path,
+) -> None:
+    found = cut_under_torchruns(
+        pair_flags, tmp_path, hosts, backend=backend, max_restarts=max_restarts
+    )
     began = time.monotonic()
     sessions = list_sessions(tmp_path)
-    for session in sessions:
-        os.kill(session, signal.SIGCONT)
     assert find_orphans(sessions, _TIMEOUT_S + 60) == []
-    print(f"{backend}: ranks gone after {time.monotonic() - began:.0f} s")
-    assert found.said().count("error: ") in (1, 2)
-    # With c10d the one that is far from the store is still there after 500 s.
-    found.wait(0)
+    ranks_gone = time.monotonic() - began
+    # With restarts left they may wait for each other once more.
+    limit_s = (_TIMEOUT_S if max_restarts else 0) + _TIMEOUT_S + 60
+    codes = found.wait(began + limit_s - time.monotonic())
+    print(
+        f"{backend}, {max_restarts} restarts: ranks gone after {ranks_gone:.0f} s, "
+        f"torchruns after {time.monotonic() - began:.0f} s, {codes}"
+    )
+    assert None not in codes and 0 not in codes, found.said()
+    assert found.orphans() == []
+    assert 1 <= found.said().count("error: ") <= 2
     assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
+
+
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_torchruns_restart_whose_link_is_healed(
+    backend: str, hosts: Hosts, pair_flags: list[str], whole_pair: Run, tmp_path: Path
+) -> None:
+    """Those that were about to be ended start their ranks, and are left alone."""
+    found = cut_under_torchruns(pair_flags, tmp_path, hosts, backend=backend, max_restarts=3)
+    assert find_orphans(list_sessions(tmp_path), _TIMEOUT_S + 60) == []
+    hosts.set_link("up")
+    assert found.wait(120) == [0, 0], found.said()
+    assert_same_run(found, whole_pair)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

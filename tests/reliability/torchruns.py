@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from tests.reliability.runs import TINY, Run, Strike, lead_session
 
 
 def wait_for_strike(found: Run) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 90
     while "struck at" not in found.said():
         assert time.monotonic() < end, found.said()
         time.sleep(0.1)
@@ -47,6 +49,15 @@ def work(flags: list[str], said: Path, strike: Strike) -> None:
         raise SystemExit(code)
 
 
+def become_torchrun(words: list[str], flags: list[str], said: Path, strike: Strike) -> None:
+    """Turn this process into the command ``torchrun``, as a shell starts it."""
+    lead_session(said)
+    moment = [strike.phase, str(strike.number), strike.sent.name, str(strike.rank)]
+    work = ["-m", __name__, str(said), *moment, *flags]
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *words, *work])
+
+
 def start_nodes(
     flags: list[str], folder: Path, strike: Strike, *, num_local: int = 1, backend: str = "c10d"
 ) -> Run:
@@ -70,3 +81,9 @@ def start_nodes(
 def list_sessions(folder: Path) -> list[int]:
     """Those of the ranks that torchruns have started."""
     return [int(line) for line in (folder / "sessions").read_text().split()]
+
+
+if __name__ == "__main__":
+    _said, _phase, _number, _sent, _rank, *_flags = sys.argv[1:]
+    _strike = Strike(_phase, int(_number), signal.Signals[_sent], rank=int(_rank))
+    work(_flags, Path(_said), _strike)
