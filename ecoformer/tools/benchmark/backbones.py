@@ -81,7 +81,7 @@ def build_model(kind: str, work: Workload, device: torch.device, dtype: torch.dt
     generator = torch.Generator().manual_seed(1)
     size = (work.batch_size, 3, work.resolution, work.resolution)
     images = torch.randn(size, generator=generator).to(device)
-    prepare = _prepare_step if work.is_training else _prepare_classification
+    prepare = prepare_step if work.is_training else _prepare_classification
     call = prepare(model, network, images, dtype)
     if kind == _REFERENCE:
         call = use_backend("reference")(call)
@@ -102,14 +102,21 @@ def _prepare_classification(
     return classify
 
 
-def _prepare_step(model: nn.Module, network: nn.Module, images: Tensor, dtype: torch.dtype) -> Call:
-    targets = torch.arange(len(images), device=images.device) % 1000
+def prepare_step(
+    model: nn.Module,
+    network: nn.Module,
+    inputs: Tensor,
+    dtype: torch.dtype,
+    num_classes: int = 1000,
+) -> Call:
+    """Prepare forward, backward and AdamW; ``network`` is the model, or the model compiled."""
+    targets = torch.arange(len(inputs), device=inputs.device) % num_classes
     # On CUDA the step is captured as a graph, which the optimiser must know.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, capturable=images.is_cuda)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, capturable=inputs.is_cuda)
 
     def step() -> None:
-        with autocast(images.device, dtype):
-            loss = cross_entropy(network(images), targets)
+        with autocast(inputs.device, dtype):
+            loss = cross_entropy(network(inputs), targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -26,15 +26,17 @@ _PARTS = {
     "model": ("model",),
     "train": ("train",),
     "gpu": ("attention", "fit", "model", "train"),
+    "sequences": ("sequences",),
     "threads": (),
     "deploy": (),
 }
-# Image sides at which it does, in pixels.
+# Image sides at which it does, in pixels; of sequences numbers of tokens.
 _SIDES = {
     "attention": (224, 112, 448, 512, 1024),
     "fit": (224, 512),
     "model": (224, 448),
     "train": (224,),
+    "sequences": (1024, 2048, 4096, 8192, 16384),
 }
 _GPU_SIDES = _SIDES | {"model": (224, 512, 448)}
 _EPILOG = """\
@@ -44,6 +46,7 @@ attention  every core at the first resolution, forward and with backward; then c
 fit        one layer's hash fit
 model      evaluation of a backbone with every kind of attention, at each resolution
 train      training steps of the same
+sequences  training steps of the sequence encoder at each number of --tokens
 gpu        all of it at the sizes that fill a GPU, models compiled; what matters most first
 threads    evaluation, training step and fit on one thread and on all, alone and beside a busy
            process on every core
@@ -81,8 +84,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("task", nargs="?", choices=_PARTS, default="readme")
     parser.add_argument("--device", help="cuda or cpu; cuda where there is one")
     parser.add_argument("--dtype", choices=_DTYPES, help="float32; bfloat16 for gpu")
-    parser.add_argument("--batch-size", type=int, help="8; 2 for fit; 128 and 32 for gpu")
+    parser.add_argument(
+        "--batch-size", type=int, help="8; 2 for fit and sequences; 128 and 32 for gpu"
+    )
     parser.add_argument("--resolutions", type=int, nargs="+", help="image sides in pixels")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of sequences; 1,024 to 16,384")
     parser.add_argument("--model", default="pvt_v2_b0", help="variant of PVTv2")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="models by torch.compile"
@@ -99,6 +105,10 @@ def _run(options: argparse.Namespace, command: str) -> bool:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
     if any(side < 32 for side in options.resolutions or ()):
         raise InputError("--resolutions start at 32 pixels: the model's last stage has 1/32 of it.")
+    if any(number < 32 for number in options.tokens or ()):
+        raise InputError("--tokens start at 32.")
+    if options.tokens and options.task != "sequences":
+        raise InputError("--tokens are of sequences; for images give --resolutions.")
     if options.task == "threads":
         return _run_threads(options, command)
     if options.task == "deploy":
@@ -107,11 +117,13 @@ def _run(options: argparse.Namespace, command: str) -> bool:
     from ecoformer.tools.benchmark.suite import Suite, run_suite
 
     is_gpu = options.task == "gpu"
+    is_text = options.task == "sequences"
+    given = options.tokens if is_text else options.resolutions
     sides = _GPU_SIDES if is_gpu else _SIDES
     suite = Suite(
-        parts={part: options.resolutions or sides[part] for part in _PARTS[options.task]},
+        parts={part: given or sides[part] for part in _PARTS[options.task]},
         variant=options.model,
-        batch_size=options.batch_size or (128 if is_gpu else 8),
+        batch_size=options.batch_size or (128 if is_gpu else 2 if is_text else 8),
         fit_batch_size=options.batch_size or (32 if is_gpu else 2),
         is_compiled=is_gpu if options.compile is None else options.compile,
         device=options.device,

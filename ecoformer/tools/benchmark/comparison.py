@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -137,6 +137,31 @@ def compare(*comparisons: Comparison) -> Iterator[list[Measurement]]:
     take_turns(watches, comparisons[0].setup.num_rounds)
     for comparison in comparisons:
         yield comparison.finish()
+
+
+def compare_lengths(
+    line_up: Callable[[int, Mapping[str, str]], Comparison],
+    token_counts: Sequence[int],
+    *,
+    slow_seconds: float,
+) -> Iterator[list[Measurement]]:
+    """Compare over a range of N; what became slow is not run at larger N.
+
+    All sizes take turns, so that none has the machine at its best alone.
+
+    Args:
+        line_up: makes the comparison of one N, given the ``Contender.why_not`` of what became slow.
+        token_counts: N, rising.
+    """
+    too_slow: dict[str, str] = {}
+    comparisons = []
+    for num_tokens in token_counts:
+        comparison = line_up(num_tokens, too_slow)
+        for name, watch in comparison.watches.items():
+            if watch.once_s > slow_seconds:
+                too_slow[name] = f"slower than {slow_seconds:g} s at N={num_tokens}"
+        comparisons.append(comparison)
+    yield from compare(*comparisons)
 
 
 def _describe(error: Exception) -> str:

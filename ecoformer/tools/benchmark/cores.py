@@ -5,7 +5,7 @@ Shapes: B batch, H heads, N tokens, D head dim, C = H * D, K hash bits, M anchor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, isqrt
@@ -29,6 +29,7 @@ from ecoformer.tools.benchmark.comparison import (
     Contender,
     Setup,
     compare,
+    compare_lengths,
     lack_of_memory,
 )
 from ecoformer.tools.benchmark.measurements import Measurement
@@ -240,19 +241,15 @@ def measure_attention_sweep(
 ) -> Iterator[list[Measurement]]:
     """Compare cores over a range of N, with as many images as make B * N about 131,072.
 
-    All sizes take turns, so that none has the machine at its best alone. A core that became slow
-    is not run at larger N.
-
     Args:
         token_counts: N, rising.
     """
-    too_slow: dict[str, str] = {}
-    comparisons = []
-    for num_tokens in token_counts:
+
+    def line_up(num_tokens: int, too_slow: Mapping[str, str]) -> Comparison:
         batch_size = max(1, _SWEEP_TOKENS // num_tokens)
         inputs = CoreInputs(batch_size, num_tokens, setup.device, setup.dtype)
         contenders = core_contenders(inputs, has_backward=False, kinds=kinds)
-        comparison = Comparison(
+        return Comparison(
             setup,
             SWEEP,
             [replace(c, why_not=too_slow.get(c.name, c.why_not)) for c in contenders],
@@ -260,8 +257,5 @@ def measure_attention_sweep(
             num_tokens=num_tokens,
             least_bytes=3 * inputs.num_bytes,
         )
-        for name, watch in comparison.watches.items():
-            if watch.once_s > _SLOW_SECONDS:
-                too_slow[name] = f"slower than {_SLOW_SECONDS:g} s at N={num_tokens}"
-        comparisons.append(comparison)
-    yield from compare(*comparisons)
+
+    yield from compare_lengths(line_up, token_counts, slow_seconds=_SLOW_SECONDS)

@@ -85,12 +85,14 @@ class Report:
         copy_bytes_per_s: what a large copy reads and writes.
         rows: in the order measured.
         checks: a line each.
+        slope_from: N from which on slopes are fitted.
     """
 
     environment: dict[str, str]
     copy_bytes_per_s: float
     rows: list[Measurement] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
+    slope_from: int = 0
 
     def curves(self) -> dict[tuple[str, str], list[Measurement]]:
         """Find what ran at three N or more: by task and contender, N rising."""
@@ -102,15 +104,19 @@ class Report:
 
     def slopes(self) -> list[Slope]:
         """Fit how time and memory of an image grow with N, for each curve."""
-        return [
-            Slope(
-                task,
-                name,
-                _exponent([(row.num_tokens, row.image_ms) for row in rows]),
-                _exponent(points) if len(points := _memory_points(rows)) >= MIN_POINTS else None,
-            )
-            for (task, name), rows in self.curves().items()
-        ]
+        slopes = []
+        for (task, name), curve in self.curves().items():
+            rows = [row for row in curve if row.num_tokens >= self.slope_from]
+            if len(rows) >= MIN_POINTS:
+                memory = _memory_points(rows)
+                slope = Slope(
+                    task,
+                    name,
+                    _exponent([(row.num_tokens, row.image_ms) for row in rows]),
+                    _exponent(memory) if len(memory) >= MIN_POINTS else None,
+                )
+                slopes.append(slope)
+        return slopes
 
     def to_json(self) -> str:
         """Write everything for a program to read: the fields, and ``slopes``."""
@@ -128,6 +134,8 @@ class Report:
             return ""
         rows = [asdict(slope) for slope in slopes]
         title = "exponent of N: time an image, peak memory an image (inputs aside)"
+        if self.slope_from:
+            title = f"{title}, from N={self.slope_from} on"
         return f"{title}\n\n{format_markdown(_SLOPE_COLUMNS, rows)}"
 
     def describe_comparison(self, rows: Sequence[Measurement]) -> str:

@@ -11,6 +11,7 @@ import torch
 from ecoformer.engine.launch import choose_device
 from ecoformer.errors import InputError
 from ecoformer.files import write_text
+from ecoformer.tools.benchmark import sequences
 from ecoformer.tools.benchmark.backbones import Workload, measure_model
 from ecoformer.tools.benchmark.comparison import Setup
 from ecoformer.tools.benchmark.cores import count_tokens, measure_attention, measure_attention_sweep
@@ -30,10 +31,10 @@ class Suite:
     """What is measured, at which sizes, where and how often.
 
     Args:
-        parts: ``"attention"``, ``"fit"``, ``"model"`` or ``"train"`` to image sides in pixels, in
-            the order to measure them in.
+        parts: ``"attention"``, ``"fit"``, ``"model"`` or ``"train"`` to image sides in pixels,
+            ``"sequences"`` to numbers of tokens, in the order to measure them in.
         variant: of PVTv2.
-        batch_size: images of attention cores and models.
+        batch_size: images of attention cores and models, or sequences.
         is_compiled: models by ``torch.compile``.
         device: as ``--device`` takes it.
         dtype: name of a type of torch.
@@ -64,7 +65,7 @@ class Suite:
         if most < MIN_POINTS:
             raise InputError(
                 f"--plot draws curves over {MIN_POINTS} image sides or more, not {most}; "
-                "give more --resolutions."
+                "give more --resolutions (or --tokens)."
             )
 
     def check(self, setup: Setup) -> Iterator[Check]:
@@ -77,6 +78,11 @@ class Suite:
     def measure(self, setup: Setup) -> Iterator[list[Measurement]]:
         """Yield comparisons, one after the other."""
         for part, sides in self.parts.items():
+            if part == "sequences":
+                yield from sequences.measure_sequences(
+                    setup, batch_size=self.batch_size, token_counts=sorted(sides)
+                )
+                continue
             token_counts = [count_tokens(side) for side in sides]
             if part == "attention":
                 yield from measure_attention(
@@ -113,7 +119,8 @@ def run_suite(suite: Suite, command: str, *, json: Path | None, plot: Path | Non
     device = choose_device(suite.device)
     environment = describe_environment(command, device) | {"dtype": suite.dtype}
     settle_allocator()
-    report = Report(environment, copy_bandwidth(device))
+    slope_from = sequences.SLOPE_FROM if "sequences" in suite.parts else 0
+    report = Report(environment, copy_bandwidth(device), slope_from=slope_from)
 
     def tell(lines: Iterable[str]) -> None:
         """Print and write what there is so far, which may be all that there will be."""

@@ -7,10 +7,12 @@ from functools import partial
 
 import torch
 
+from ecoformer.cost.executed import count_added_codes
 from ecoformer.cost.joules import WARMUP_SECONDS, WINDOW_SECONDS, EnergyNotMeasurable, find_meter
 from ecoformer.cost.prices import Prices
 from ecoformer.hashing import with_random_hash_functions
 from ecoformer.models.registry import find_family
+from ecoformer.ops.backends.native import library
 from ecoformer.tools.table import Column, Value
 from ecoformer.tools.tables.costs import (
     EXECUTED_NOTE,
@@ -32,6 +34,8 @@ def energy_columns(prices: Prices) -> tuple[Column, ...]:
         Column("name", "attention"),
         *cost_columns(),
         Column("realised", "of it realised %", ".0f"),
+        Column("code_products", "through codes M", ".1f", 1e6),
+        Column("code_additions", "here additions M", ".1f", 1e6),
         Column("traffic_bytes", "moved MB", ".1f", 1e6),
         Column("memory", f"{memory} mJ"),
         Column("saving_with_memory", f"with {memory} saved %"),
@@ -70,6 +74,7 @@ def describe_energy(
                 row |= describe_cost(
                     variant, kind, input_size=side, prices=prices, batch_size=batch_size
                 )
+                _add_codes(row)
                 _add_memory(row, prices)
                 if baseline:
                     add_savings(row, baseline)
@@ -89,12 +94,34 @@ def describe_energy(
         f"A model by published figures, {prices}{limits}.",
         "Of it realised: the energy of the multiply-adds that are executed, each a multiplication "
         "and an addition, is saved in this share of the energy saved.",
+        _describe_codes(),
         f"Moved: each layer reads its weights once a batch of {batch_size} and its inputs once, "
         f"and writes its outputs once, {prices.value_bytes} bytes a value, all in {prices.memory}. "
         "Softmax is fused, as in flash attention; with maps, its N x N maps are written and read, "
         "once each. What a cache catches is not told by this. Savings with memory are of "
         "arithmetic and memory together, at the memory's least and most.",
     ]
+
+
+def _add_codes(row: dict[str, Value]) -> None:
+    variant, side = str(row["model"]), int(_number(row, "input_size"))
+    model = find_family(variant).create_empty(variant, str(row["name"]), input_size=side)
+    products, additions = count_added_codes(model, side)
+    if products:
+        row["code_products"], row["code_additions"] = products, additions
+
+
+def _describe_codes() -> str:
+    if reason := library.load():
+        return (
+            "Products of codes with values are additions on paper, and this machine executes them "
+            f"as multiply-adds: the C++ backend is not available here ({reason})."
+        )
+    return (
+        "Through codes, here additions: of the multiply-adds executed, those that the C++ backend, "
+        "which runs on this CPU, replaces by additions alone, and how many of them. A code's "
+        "digits of up to 6 bits choose the sum that a row is added to, and the one that is read."
+    )
 
 
 def _add_memory(row: dict[str, Value], prices: Prices) -> None:

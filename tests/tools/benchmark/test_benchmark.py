@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ecoformer.errors import InputError
 from ecoformer.ops import kernelized_hash_attention
 from ecoformer.ops.backends.triton import TritonBackend
 from ecoformer.tools import measure
-from ecoformer.tools.benchmark import cores, correctness, fits, suite
+from ecoformer.tools.benchmark import cores, correctness, fits, sequences, suite
 from ecoformer.tools.benchmark.command import main
 from ecoformer.tools.benchmark.comparison import Comparison, Contender, Setup, compare
 from ecoformer.tools.benchmark.correctness import check_core
@@ -223,6 +224,42 @@ def test_tasks_run(
     assert ("passed" in said) == (task == "attention")
 
 
+def test_steps_of_sequences_are_timed_over_their_length(
+    setup: Setup,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sequences, "SLOPE_FROM", 48)
+    file = tmp_path / "figures.json"
+    words = ["sequences", "--device", "cpu", "--tokens", "96", "32", "64", "48", "--rounds", "1"]
+    assert main([*words, "--json", str(file)]) == 0
+    content = json.loads(file.read_text())
+    assert [row["num_tokens"] for row in content["rows"][::3]] == [32, 48, 64, 96]
+    assert {row["name"] for row in content["rows"]} == {"ecoformer", "msa", "performer"}
+    times = [
+        (row["num_tokens"], row["timing"]["median_ms"])
+        for row in content["rows"]
+        if row["name"] == "msa" and row["num_tokens"] >= 48
+    ]
+    numbers, medians = (np.log(column) for column in zip(*times, strict=True))
+    (slope,) = (slope["time"] for slope in content["slopes"] if slope["name"] == "msa")
+    assert slope == pytest.approx(np.polyfit(numbers, medians, 1)[0])
+    assert "exponent of N" in capsys.readouterr().out
+
+
+def test_a_step_changes_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.nn.Module] = []
+    real = sequences.with_random_hash_functions
+    monkeypatch.setattr(
+        sequences, "with_random_hash_functions", lambda model: made.append(real(model)) or made[0]
+    )
+    step = sequences.build_step("ecoformer", 2, 33, CPU, torch.float32)
+    before = [parameter.clone() for parameter in made[0].parameters()]
+    step()
+    assert not any(old.equal(new) for old, new in zip(before, made[0].parameters(), strict=True))
+
+
 def test_what_is_measured_is_written_before_the_next(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +333,8 @@ def test_gpu_preset_runs_in_the_interpreter_without_what_a_gpu_machine_may_lack(
         (["--resolutions", "16"], "32 pixels"),
         (["--rounds", "0"], "--rounds"),
         (["--model", "pvt_v2_b9", "model"], "pvt_v2_b0"),
+        (["sequences", "--tokens", "16"], "--tokens start at 32"),
+        (["attention", "--tokens", "1024"], "--tokens are of sequences"),
         (["--plot", "curves.pdf"], "curves.pdf: the picture is a PNG"),
         (["--plot", "no_such_folder/curves.png"], "no folder no_such_folder"),
         (["--plot", "a.png", "fit"], "3 image sides or more, not 2"),

@@ -11,6 +11,7 @@ import torch
 from ecoformer.cost import find_prices
 from ecoformer.cost.joules import Energy, EnergyMeter, EnergyNotMeasurable
 from ecoformer.models.registry import find_family
+from ecoformer.ops.backends.native import library
 from ecoformer.tools.table import Value
 from ecoformer.tools.tables import energy
 from ecoformer.tools.tables.command import main
@@ -64,6 +65,27 @@ def test_savings_with_memory_and_what_is_realised_by_hand() -> None:
     executed = float(softmax["executed"] or 0) - float(row["executed"] or 0)
     saved = float(softmax["energy_pj"] or 0) - float(row["energy_pj"] or 0)
     assert row["realised"] == pytest.approx(100 * 4.6 * executed / saved)
+
+
+def test_additions_that_this_cpu_executes_are_told_with_their_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"input_sizes": [64], "batch_size": 1, "prices": PAPER}
+    if not library.load():
+        rows, notes = describe_energy(["pvt_v2_b0"], **settings)  # type: ignore[arg-type]
+        told = {
+            row["name"]: (row["code_products"], row["code_additions"])
+            for row in rows
+            if "code_products" in row
+        }
+        # Two blocks a stage; heads, tokens and head dim 32 of stages 1 to 3; the sum of codes.
+        values = sum(2 * heads * tokens * 33 for heads, tokens in ((1, 256), (2, 64), (5, 16)))
+        assert told == {"ecoformer": (2 * 16 * values, 2 * 3 * values)}
+        assert any("which runs on this CPU" in note for note in notes)
+    monkeypatch.setattr(library, "_reason", "no g++")
+    rows, notes = describe_energy(["pvt_v2_b0"], **settings)  # type: ignore[arg-type]
+    assert not any("code_products" in row for row in rows)
+    assert any("as multiply-adds" in note and "(no g++)" in note for note in notes)
 
 
 def test_other_prices_are_written_beside_the_papers(tmp_path: Path) -> None:
