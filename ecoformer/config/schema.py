@@ -108,13 +108,17 @@ class DataConfig:
     """Page-lock batches, which speeds up their way to a GPU."""
     epoch_samples: int | None = None
     """Training samples of an epoch, drawn anew each time; None: all."""
+    eval_samples: int | None = None
+    """Held-out samples to evaluate on, the same ones in every run; None: all."""
     repeated_aug: bool = True
     """An epoch is a third of the training images, three times each, augmented differently."""
     max_bad_images: int = 0
     """Unreadable training images that a rank skips before the run stops."""
 
     def __post_init__(self) -> None:
-        _require(self, lambda x: x >= 1, "at least 1", "batch_size", "epoch_samples")
+        _require(
+            self, lambda x: x >= 1, "at least 1", "batch_size", "epoch_samples", "eval_samples"
+        )
         _require(self, lambda x: x >= 0, "at least 0", "num_workers", "max_bad_images")
 
 

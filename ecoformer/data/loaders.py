@@ -282,7 +282,10 @@ def load_splits(
             collate=collate,
         )
 
-    eval_loader = load("val", EvaluationSampler(num_images=len(samples["val"]), **ranks))
+    order_of_val = EvaluationSampler(
+        num_images=len(samples["val"]), num_drawn=data.eval_samples, **ranks
+    )
+    eval_loader = load("val", order_of_val)
     if "train" not in samples:
         return Loaders(None, eval_loader, class_names, None)
     require_equal_classes(samples["train"].class_names, class_names)

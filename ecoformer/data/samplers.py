@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
@@ -27,10 +28,20 @@ class EvaluationSampler(Sampler[int]):
     """Share out every image exactly once: rank r reads r, r + world_size, ...
 
     Ranks may differ by one image, and may have none.
+
+    Args:
+        num_drawn: how many are read at most, over all ranks, drawn once for all runs; all where
+            None.
     """
 
-    def __init__(self, *, num_images: int, rank: int, world_size: int) -> None:
-        self.indices = range(rank, num_images, world_size)
+    def __init__(
+        self, *, num_images: int, rank: int, world_size: int, num_drawn: int | None = None
+    ) -> None:
+        order: Sequence[int] = range(num_images)
+        if num_drawn is not None:
+            generator = torch.Generator().manual_seed(0)
+            order = sorted(torch.randperm(num_images, generator=generator)[:num_drawn].tolist())
+        self.indices = order[rank::world_size]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)

@@ -55,6 +55,7 @@ def changed() -> dict[str, Any]:
         "num_workers": 0,
         "pin_mem": False,
         "epoch_samples": 100,
+        "eval_samples": 50,
         "repeated_aug": False,
         "max_bad_images": 4,
         "scale": [0.5, 0.9],

@@ -80,6 +80,20 @@ def test_evaluation_sees_each_image_once(world_size: int) -> None:
         assert sorted(index for share in shares for index in share) == list(range(num_images))
 
 
+def test_a_part_to_evaluate_on_is_the_same_on_any_number_of_ranks() -> None:
+    def read(world_size: int, num_drawn: int) -> list[int]:
+        shares = [
+            EvaluationSampler(num_images=101, rank=rank, world_size=world_size, num_drawn=num_drawn)
+            for rank in range(world_size)
+        ]
+        return sorted(index for share in shares for index in share)
+
+    part = read(1, 20)
+    assert len(set(part)) == 20 and part != list(range(20))
+    assert read(2, 20) == read(3, 20) == part
+    assert read(2, 500) == list(range(101))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_train_on_equally_many_batches(world_size: int) -> None:
     for num_images in (5, 23, 301):

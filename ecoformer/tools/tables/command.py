@@ -42,7 +42,7 @@ _TABLES = {
     ),
     "energy": (
         "Energy, modelled and measured",
-        "the paper's energy beside what is executed, what memory takes, and joules where told",
+        "the paper's energy beside what is executed, as additions or not, memory, and joules",
     ),
     "kinds": ("Attention kinds under one recipe", "cost, speed, accuracy after two stages"),
     "bits": ("Bits of a code", "EcoFormer by bits, under the same recipe"),
@@ -51,6 +51,10 @@ _TABLES = {
     "pairs": ("PAIRS", "kinds, bits, anchors and distillation, where attention matters"),
     "conversion": ("A ViT of timm, converted", "before, right after, fine-tuned, distilled"),
     "bias": ("Form of the constant term", "EcoFormer by its constant term, likewise"),
+    "sequences": (
+        "Long sequences in a short protocol",
+        "kinds on ListOps and Pathfinder in few steps, published figures apart",
+    ),
 }
 # Of tables with data and a network of their own.
 _DEFAULTS: dict[str, dict[str, object]] = {
@@ -124,6 +128,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
             )
             continue
         table.add_argument("--device", help="cuda, cpu ... (CUDA if there is one)")
+        if name == "sequences":
+            _add_sequences(table)
+            continue
         table.add_argument("--batch-size", type=int, default=32, help="images a step (%(default)s)")
         if name == "main":
             _add_data(table, default="IMNET")
@@ -197,6 +204,32 @@ def _add_energy(table: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_sequences(table: argparse.ArgumentParser) -> None:
+    table.add_argument(
+        "--data-set",
+        nargs="+",
+        choices=("LISTOPS", "PATHFINDER"),
+        default=["LISTOPS", "PATHFINDER"],
+        help="(both)",
+    )
+    table.add_argument(
+        "--configs",
+        type=Path,
+        default=Path("configs", "sequence"),
+        metavar="FOLDER",
+        help="of the full protocols, which are cut (%(default)s)",
+    )
+    for flag, default, meaning in (
+        ("--epochs", 10, "after each the rate falls"),
+        ("--steps", 100, "of an epoch"),
+        ("--eval-samples", 2000, "held-out sequences to evaluate on"),
+    ):
+        table.add_argument(flag, type=int, default=default, help=f"{meaning} (%(default)s)")
+    table.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (%(default)s)"
+    )
+
+
 def _add_data(table: argparse.ArgumentParser, default: str) -> None:
     table.add_argument("--data-path", help="folder of the data; DIGITS and PAIRS need none")
     table.add_argument(
@@ -208,7 +241,13 @@ def _add_data(table: argparse.ArgumentParser, default: str) -> None:
 
 
 def _check_sizes(options: argparse.Namespace) -> None:
-    for name, least in (("batch_size", 1), ("input_size", 32), ("epochs", 1)):
+    for name, least in (
+        ("batch_size", 1),
+        ("input_size", 32),
+        ("epochs", 1),
+        ("steps", 1),
+        ("eval_samples", 1),
+    ):
         given = getattr(options, name, least)
         if min(given if isinstance(given, list) else [given]) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
@@ -230,7 +269,10 @@ def _make(options: argparse.Namespace, command: str) -> Table:
 
     device = choose_device(getattr(options, "device", "cpu"))
     environment = describe_environment(command, device)
-    makers = {"paper": _make_paper, "main": _make_main, "energy": _make_energy}
+    makers = {
+        **{"paper": _make_paper, "main": _make_main, "energy": _make_energy},
+        "sequences": _make_sequences,
+    }
     make = makers.get(options.table, _make_ablation)
     title, _ = _TABLES[options.table]
     return Table(title, *make(options, device), environment)
@@ -302,6 +344,23 @@ def _make_energy(options: argparse.Namespace, device: torch.device) -> _Content:
         rows, batch_size=options.batch_size, device=device, is_asked=options.measure
     )
     return energy_columns(prices), rows, [*notes, joules]
+
+
+def _make_sequences(options: argparse.Namespace, device: torch.device) -> _Content:
+    from ecoformer.tools.tables import sequences
+
+    protocol = sequences.ShortProtocol(
+        configs=options.configs,
+        epochs=options.epochs,
+        steps=options.steps,
+        eval_samples=options.eval_samples,
+        device=device,
+        folder=options.output_dir / "sequences",
+    )
+    data_sets = list(dict.fromkeys(options.data_set))
+    rows = sequences.run_sequences(data_sets, protocol, options.seeds)
+    notes = sequences.describe_protocol(data_sets, protocol, rows)
+    return sequences.SEQUENCE_COLUMNS, rows, notes
 
 
 def _make_ablation(options: argparse.Namespace, device: torch.device) -> _Content:

@@ -40,6 +40,11 @@ _RATE = 8e-3
 _STAGE2_RATE_RATIO = 0.25
 
 
+def name_run(attention: str, settings: Mapping[str, object]) -> str:
+    """Name the folder of a run after what tells it from the others of its comparison."""
+    return "_".join([attention, *(f"{name}_{value}" for name, value in settings.items())])
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What all runs of a comparison share; data are named as the flags take them.
@@ -83,7 +88,7 @@ class Recipe:
         settings = {**(hashing or {}), **(fields or {})}
         parent = self.parent(attention)
         first = self.folder / f"seed{seed}" / f"{parent}_stage1"
-        folder = "_".join([attention, *(f"{name}_{value}" for name, value in settings.items())])
+        folder = name_run(attention, settings)
         start = str(first / LAST_CHECKPOINT)
         second = {"finetune": start, **settings}
         if "distill" in settings:
