@@ -302,7 +302,7 @@ def cut_under_torchruns(
     return found
 
 
-@pytest.mark.parametrize("max_restarts", [0, 3])
+@pytest.mark.parametrize("max_restarts", [0, 1])
 @pytest.mark.parametrize("backend", ["c10d", "static"])
 def test_torchruns_end_whose_link_is_cut(
     backend: str,
@@ -319,8 +319,8 @@ def test_torchruns_end_whose_link_is_cut(
     sessions = list_sessions(tmp_path)
     assert find_orphans(sessions, _TIMEOUT_S + 60) == []
     ranks_gone = time.monotonic() - began
-    # With restarts left they may wait for each other once more.
-    limit_s = (_TIMEOUT_S if max_restarts else 0) + _TIMEOUT_S + 60
+    # A restart is another start, which may wait as long; static rendezvous makes it alone.
+    limit_s = (1 + max_restarts) * (_TIMEOUT_S + 60)
     codes = found.wait(began + limit_s - time.monotonic())
     print(
         f"{backend}, {max_restarts} restarts: ranks gone after {ranks_gone:.0f} s, "
@@ -328,7 +328,10 @@ def test_torchruns_end_whose_link_is_cut(
     )
     assert None not in codes and 0 not in codes, found.said()
     assert found.orphans() == []
-    assert 1 <= found.said().count("error: ") <= 2
+    for number in range(2):
+        said = (tmp_path / f"said.{number}").read_text()
+        assert said.count("error: ") <= 1 + max_restarts
+    assert "error: " in found.said()
     assert_same_run(run(pair_flags, tmp_path, world_size=2), whole_pair)
 
 
