@@ -29,6 +29,7 @@ _PARTS = {
     "sequences": ("sequences",),
     "threads": (),
     "deploy": (),
+    "data": (),
 }
 # Image sides at which it does, in pixels; of sequences numbers of tokens.
 _SIDES = {
@@ -51,6 +52,7 @@ gpu        all of it at the sizes that fill a GPU, models compiled; what matters
 threads    evaluation, training step and fit on one thread and on all, alone and beside a busy
            process on every core
 deploy     evaluation in eager mode, compiled, by AOTInductor and by ONNX Runtime, beside timm's
+data       training images from files to batches, whole and in parts, beside timm's loaders
 
 Each comparison is printed, and --json written, as soon as it is measured. Where attention cores are
 timed, the shipped one is held against the reference first; `pytest -m gpu` tests it further.
@@ -94,13 +96,17 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         "--compile", action=argparse.BooleanOptionalAction, help="models by torch.compile"
     )
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (7)")
+    parser.add_argument(
+        "--data-path", type=Path, help="for data: a folder with train/; without it, JPEGs are made"
+    )
+    parser.add_argument("--images", type=int, default=512, help="for data: images a turn (512)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves over N")
     return parser.parse_args(words)
 
 
 def _run(options: argparse.Namespace, command: str) -> bool:
-    for name in ("rounds", "batch_size"):
+    for name in ("rounds", "batch_size", "images"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
     if any(side < 32 for side in options.resolutions or ()):
@@ -113,6 +119,8 @@ def _run(options: argparse.Namespace, command: str) -> bool:
         return _run_threads(options, command)
     if options.task == "deploy":
         return _run_deploy(options, command)
+    if options.task == "data":
+        return _run_data(options, command)
     # Brings torch along, which --help need not wait for.
     from ecoformer.tools.benchmark.suite import Suite, run_suite
 
@@ -162,6 +170,29 @@ def _run_deploy(options: argparse.Namespace, command: str) -> bool:
         options.model,
         options.batch_size or 8,
         options.resolutions or _SIDES["model"],
+        num_rounds=options.rounds,
+        environment=describe_environment(command, torch.device("cpu")),
+    )
+    return _tell(table, options)
+
+
+def _run_data(options: argparse.Namespace, command: str) -> bool:
+    import torch
+
+    from ecoformer.tools.benchmark.data import measure_loaders
+    from ecoformer.tools.measure import describe_environment
+
+    batch_size = options.batch_size or 64
+    if options.images < batch_size:
+        raise InputError(f"--images {options.images} make no batch of {batch_size}; give more.")
+    folder = options.data_path and options.data_path / "train"
+    if folder and not folder.is_dir():
+        raise InputError(f"--data-path {options.data_path} has no folder train/; name another.")
+    table = measure_loaders(
+        folder,
+        num_images=options.images,
+        batch_size=batch_size,
+        side=(options.resolutions or [224])[0],
         num_rounds=options.rounds,
         environment=describe_environment(command, torch.device("cpu")),
     )
