@@ -33,17 +33,29 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators inside a block and restore them after it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def seed_host(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's global generators of the CPU."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     # The default generator alone: torch.manual_seed would also visit every device.
     torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def restored_generators() -> Iterator[None]:
+    """Give the global generators of the CPU the states back that they had before a block."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global CPU generators inside a block and restore them after it."""
+    with restored_generators():
+        seed_host(seed)
+        yield

@@ -138,6 +138,8 @@ class AugmentConfig:
     """Label smoothing."""
     train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """Resampling of training images."""
+    tensor_resize: bool = False
+    """Resize training images as tensors, nearly as Pillow does, which loads them faster."""
     reprob: float = 0.25
     """Probability of random erasing."""
     remode: Literal["pixel", "rand", "const"] = "pixel"

@@ -6,17 +6,27 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ecoformer.data.datasets import FORMATS, Fingerprint, LabelledSamples, open_dataset
+from ecoformer.data.datasets import (
+    FORMATS,
+    Fingerprint,
+    LabelledSamples,
+    open_dataset,
+    read_image,
+    read_tensor,
+)
 from ecoformer.data.digits import SPLITS
+from ecoformer.data.pixels import collate_pictures
 from ecoformer.data.transforms import (
+    SMALL_SIZE,
     Transform,
     build_eval_transform,
     build_mixup,
@@ -25,7 +35,7 @@ from ecoformer.data.transforms import (
 )
 from ecoformer.data.workers import WorkerWatch, prepare_worker
 from ecoformer.errors import InputError
-from ecoformer.seeding import seeded
+from ecoformer.seeding import restored_generators, seed_host
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -54,7 +64,8 @@ class _Sample(NamedTuple):
 class SampleReader(Dataset[_Sample]):
     """Read and transform a drawn image; the next one in its place where it cannot be read.
 
-    A draw seeds what is read and its transform. At most ``max_bad_images`` are passed over for one.
+    A draw seeds the CPU's global generators for what is read and its transform. At most
+    ``max_bad_images`` are passed over for one.
     """
 
     def __init__(
@@ -67,16 +78,21 @@ class SampleReader(Dataset[_Sample]):
     def __getitem__(self, draw: Draw) -> _Sample:
         index, bad = draw.image, list[BadImage]()
         while len(bad) <= self.max_bad_images:
-            with seeded(draw.seed):
-                try:
-                    image, label = self.images.read(index)
-                # Pillow raises whatever its decoders meet.
-                except Exception as error:
-                    bad.append((index, describe_failure(error)))
-                    index = (index + 1) % len(self.images)
-                    continue
-                return _Sample((self.transform(image), label), bad)
+            seed_host(draw.seed)
+            try:
+                image, label = self.images.read(index)
+            # Pillow raises whatever its decoders meet.
+            except Exception as error:
+                bad.append((index, describe_failure(error)))
+                index = (index + 1) % len(self.images)
+                continue
+            return _Sample((self.transform(image), label), bad)
         return _Sample(None, bad)
+
+    def __getitems__(self, draws: list[Draw]) -> list[_Sample]:
+        """Read a batch. Generators of a process that only reads are nobody's; others come back."""
+        with nullcontext() if get_worker_info() else restored_generators():
+            return [self[draw] for draw in draws]
 
 
 class Loader:
@@ -87,7 +103,7 @@ class Loader:
 
     Args:
         batches: which images, when, and their seeds.
-        collate: that of PyTorch stacks images [B, 3, height, width], float32.
+        collate: makes a ``PictureBatch`` of what image transforms give, unless it is given.
         num_workers: processes that read; 0 reads in this one.
         pin_memory: page-lock batches, for a faster way to a GPU.
         max_bad_images: different images that may be replaced by the next one before the run stops.
@@ -102,7 +118,7 @@ class Loader:
         num_workers: int,
         pin_memory: bool = False,
         max_bad_images: int = 0,
-        collate: Collate = default_collate,
+        collate: Collate = collate_pictures,
     ) -> None:
         self.images = images
         self.batches = batches
@@ -204,8 +220,13 @@ def build_loaders(
         InputError: the data are not there, or not as they should be.
     """
     splits = SPLITS if train else ("val",)
+    # Measured is what the published figures were measured on.
+    is_tensor = augment.tensor_resize and input_size > SMALL_SIZE
+    decoders = {"train": read_tensor if is_tensor else read_image, "val": read_image}
     images = {
-        split: open_dataset(data.data_set, data.data_path, split, input_size=input_size)
+        split: open_dataset(
+            data.data_set, data.data_path, split, input_size=input_size, decode=decoders[split]
+        )
         for split in splits
     }
     is_canvas = data.data_set == "PAIRS"
@@ -246,7 +267,7 @@ def load_splits(
     rank: int,
     world_size: int,
     pin_memory: bool,
-    collate: Collate = default_collate,
+    collate: Collate = collate_pictures,
 ) -> Loaders:
     """Build this rank's loaders of the splits that are there, without mixup.
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import random
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ecoformer.data.pixels import Area, Picture
 from ecoformer.errors import InputError
 
 if TYPE_CHECKING:
     from timm.data import Mixup
+    from timm.data.random_erasing import RandomErasing
+    from timm.data.transforms import RandomResizedCropAndInterpolation
 
     from ecoformer.config.schema import AugmentConfig
 
-Transform = Callable[[Image.Image], Tensor]
+# From what was read, an RGB image, or [3, height, width], uint8.
+Transform = Callable[[Any], Picture]
+_ImageTransform = Callable[[Any], Any]
 
 # Up to this side, images are taken as they are: CIFAR's are as large.
 SMALL_SIZE = 32
@@ -23,17 +31,15 @@ _POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
 
 
 def build_train_transform(augment: AugmentConfig, *, input_size: int) -> Transform:
-    """Build the random transform of training images.
+    """Build the random transform of training images, to [input_size, input_size, 3].
 
     It draws from the global generators of Python, NumPy and PyTorch alone.
-
-    Returns:
-        A function from an RGB image to [3, input_size, input_size], float32.
 
     Raises:
         InputError: timm does not know the policy.
     """
     from timm.data import auto_augment, create_transform
+    from timm.data.random_erasing import RandomErasing
     from torchvision import transforms
 
     auto_augment.NAME_TO_OP.update(dict.fromkeys(_POSTERIZE_OPS, _posterize))
@@ -46,21 +52,86 @@ def build_train_transform(augment: AugmentConfig, *, input_size: int) -> Transfo
             color_jitter=augment.color_jitter,
             auto_augment=augment.aa,
             interpolation=augment.train_interpolation,
-            re_prob=augment.reprob,
-            re_mode=augment.remode,
-            re_count=augment.recount,
+            # Ends in an array of bytes.
+            use_prefetcher=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(
             f"--aa {augment.aa!r} is no policy of timm; expected one like "
             "'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original' or 'v0'."
         ) from error
+    crop, *rest, _ = transform.transforms
+    first: list[_ImageTransform] = [crop]
     if input_size <= SMALL_SIZE:
-        transform.transforms[:1] = [
+        first = [
             transforms.Resize(input_size, transforms.InterpolationMode.BICUBIC),
             transforms.RandomCrop(input_size, padding=4),
         ]
-    return transform
+    elif augment.tensor_resize:
+        first = [_TensorCrop(crop)]
+    erasing = None
+    if augment.reprob:
+        erasing = RandomErasing(
+            augment.reprob, mode=augment.remode, max_count=augment.recount, device="cpu"
+        )
+    return _PictureTransform([*first, *rest], erasing)
+
+
+class _PictureTransform:
+    """Functions of an image, one after the other, and what is erased of the last one's."""
+
+    def __init__(
+        self, steps: Sequence[_ImageTransform], erasing: RandomErasing | None = None
+    ) -> None:
+        self._steps = steps
+        self._erasing = erasing
+
+    def __call__(self, image: Any) -> Picture:
+        for step in self._steps:
+            image = step(image)
+        pixels = torch.from_numpy(np.array(image))
+        if self._erasing is None:
+            return Picture(pixels)
+        erased = _Erased(*pixels.shape[:2])
+        self._erasing(erased)
+        return Picture(pixels, erased.areas)
+
+
+class _Erased:
+    """Stands in for an image [3, height, width] where timm erases, and notes what is written."""
+
+    dtype = torch.float32
+
+    def __init__(self, height: int, width: int) -> None:
+        self._shape = 3, height, width
+        self.areas: list[tuple[Area, Tensor]] = []
+
+    def size(self) -> tuple[int, int, int]:
+        return self._shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], values: Tensor) -> None:
+        _, rows, columns = place
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        area = Area(rows.start, columns.start, height, width)
+        self.areas.append((area, values.expand(3, height, width)))
+
+
+class _TensorCrop:
+    """timm's random crop of [3, height, width], uint8, by the same draws, resized as a tensor."""
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
+        self._crop = crop
+
+    def __call__(self, image: Any) -> Image.Image:
+        from torchvision.transforms.v2 import functional as F
+
+        crop = self._crop
+        tensor = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
+        place = crop.get_params(tensor, crop.scale, crop.ratio)
+        modes = crop.interpolation
+        mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
+        resized = F.resized_crop(tensor, *place, crop.size, mode, antialias=True)
+        return Image.fromarray(resized.movedim(0, -1).numpy())
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
@@ -69,36 +140,24 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Imag
 
 
 def build_eval_transform(input_size: int) -> Transform:
-    """Build the fixed transform of evaluation images.
-
-    Returns:
-        A function from an RGB image to [3, input_size, input_size], float32.
+    """Build the fixed transform of evaluation images, to [input_size, input_size, 3].
 
     Source: DeiT, as released; EcoFormer evaluates with it.
     """
     from torchvision import transforms
 
     resized = input_size * 256 // 224 if input_size > SMALL_SIZE else input_size
-    return transforms.Compose(
+    return _PictureTransform(
         [
             transforms.Resize(resized, transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(input_size),
-            build_plain_transform(),
         ]
     )
 
 
 def build_plain_transform() -> Transform:
-    """Build what only normalises: an RGB image to [3, height, width], float32, whole as it is."""
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    from torchvision import transforms
-
-    return transforms.Compose(
-        [
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-        ]
-    )
+    """Build what takes an RGB image whole, as it is."""
+    return _PictureTransform([])
 
 
 def build_mixup(augment: AugmentConfig, *, num_classes: int) -> Mixup | None:

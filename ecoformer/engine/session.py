@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ecoformer.errors import InputError
 from ecoformer.models.registry import ModelFamily, find_family
 from ecoformer.seeding import derive_seed, seeded
 from ecoformer.tasks import find_task
-from ecoformer.tasks.base import Data, Network, Task
+from ecoformer.tasks.base import Data, Network, Packed, Task
 
 # A class, registered or not; whatever makes a task from a configuration will do.
 TaskMaker = Callable[[Config], Task]
@@ -57,9 +58,25 @@ class Session:
     def folder(self) -> Path:
         return Path(self.config.run.output_dir)
 
+    @cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
     def move(self, batch: Any) -> Any:
-        """Bring the tensors of a batch to the device."""
-        return move_to(batch, self.device)
+        """Bring a batch to the device, beside what that computes, and unpack it there.
+
+        The host runs ahead of a CUDA device, so that this batch is there when its step begins.
+        """
+        if self.device.type != "cuda":
+            return move_to(batch, self.device)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            moved = move_to(batch, self.device)
+        current.wait_stream(self._copies)
+        for tensor in tensors_of(moved):
+            # Its memory is the other stream's, which must not use it again before this one is done.
+            tensor.record_stream(current)
+        return moved
 
     def compute(self, network: nn.Module) -> Network:
         """Let a network compute in the run's precision."""
@@ -104,9 +121,14 @@ def create_model(config: Config, task: Task, family: ModelFamily | None = None) 
 
 
 def move_to(batch: Any, device: torch.device) -> Any:
-    """Copy a nest of tuples, lists and dicts, its tensors to a device; does not wait for them."""
+    """Copy a nest of tuples, lists and dicts, its tensors to a device; does not wait for them.
+
+    What is ``Packed`` arrives unpacked.
+    """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, Packed):
+        return batch.unpack(device)
     if isinstance(batch, Mapping):
         return {name: move_to(item, device) for name, item in batch.items()}
     if isinstance(batch, (list, tuple)):
@@ -114,3 +136,12 @@ def move_to(batch: Any, device: torch.device) -> Any:
         # A named tuple takes its fields one by one.
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch
+
+
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Find the tensors of a nest of tuples, lists and dicts."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_of(item)

@@ -1,7 +1,8 @@
 """What the engine asks of a task: data, a model, a loss and a measure.
 
 Resuming, signals, ranks, precision, saves, NaN and refits of hash functions are the engine's. A
-batch is any nest of tuples, lists and dicts, in which the engine only moves tensors to the device.
+batch is any nest of tuples, lists and dicts, in which the engine only moves tensors to the device,
+and unpacks there what is ``Packed``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 
 # Called like the model; it computes in the run's precision, so what comes out may be of half.
 Network = Callable[..., Any]
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """What takes fewer bytes on its way to the device than it has there."""
+
+    def unpack(self, device: torch.device) -> Any:
+        """Make it what the network takes, on the device, without waiting for that."""
 
 
 class Batches(Protocol):

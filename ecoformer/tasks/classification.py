@@ -97,7 +97,8 @@ class AccuracyMeter(Meter):
 class Classification(Task):
     """Batches are images [B, 3, height, width], float32, and labels [B], int64.
 
-    Mixup turns labels into targets [B, classes], float32, that are smoothed already.
+    Images are packed, as a ``PictureBatch``, until they are on the device. Mixup turns labels into
+    targets [B, classes], float32, that are smoothed already.
     """
 
     samples = "images"

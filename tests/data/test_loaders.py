@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ecoformer.config.schema import AugmentConfig, DataConfig
 from ecoformer.data import Loader, build_loaders
 from ecoformer.data.loaders import Batch, Loaders
+from ecoformer.data.pixels import Picture
+from ecoformer.engine.session import move_to
 from ecoformer.errors import InputError
 from tests.data.images import BAD_IMAGES, spoil, write_images
 
@@ -60,7 +61,7 @@ def build(
 def read(loader: Loader | None, epoch: int = 0, start_step: int = 0) -> list[Batch]:
     assert loader is not None
     loader.set_epoch(epoch, start_step)
-    return list(loader)
+    return [move_to(batch, torch.device("cpu")) for batch in loader]
 
 
 def equal(left: list[Batch], right: list[Batch]) -> bool:
@@ -244,7 +245,7 @@ def test_only_bad_images_end_the_run(tmp_path: Path) -> None:
 def test_error_in_a_transform_is_not_blamed_on_the_image(folder: Path) -> None:
     loaders = build(folder)
 
-    def fail(image: Image.Image) -> Tensor:
+    def fail(image: Image.Image) -> Picture:
         raise ZeroDivisionError("a mistake of ours")
 
     loader = Loader(loaders.eval.images, fail, loaders.eval.batches, num_workers=0)
@@ -289,7 +290,7 @@ def test_splits_must_have_the_same_classes(tmp_path: Path) -> None:
 def test_digits_need_no_path() -> None:
     loaders = build_loaders(DataConfig(data_set="DIGITS", num_workers=0), NOISY, input_size=32)
     assert loaders.num_classes == 10
-    images, labels = next(iter(loaders.eval))
+    images, labels = read(loaders.eval)[0]
     assert images.shape == (32, 3, 32, 32)
     assert labels.dtype == torch.int64
 
@@ -340,7 +341,7 @@ def test_an_error_in_a_worker_is_not_a_killed_one(
         raise RuntimeError("a mistake of ours")
 
     loader = build(folder, num_workers=1).eval
-    monkeypatch.setattr("ecoformer.data.loaders.seeded", fail)
+    monkeypatch.setattr("ecoformer.data.loaders.seed_host", fail)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         read(loader)
 

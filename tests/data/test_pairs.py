@@ -22,9 +22,11 @@ from ecoformer.data.datasets import ImageArray, open_dataset
 from ecoformer.data.digits import SPLITS, read_digits
 from ecoformer.data.loaders import Loaders
 from ecoformer.data.pairs import NUM_CANVASES, Pairs
+from ecoformer.engine.session import move_to
 from ecoformer.errors import InputError
 
 # All that could change a canvas is on, but for mixing.
+CPU = torch.device("cpu")
 AUGMENT = AugmentConfig(mixup=0.0, cutmix=0.0)
 SIDE = 48
 
@@ -46,7 +48,7 @@ def read(loader: Loader | None, num_batches: int = 2, **place: int) -> torch.Ten
     """The first batches of an epoch or of its rest: canvases, each with its label behind it."""
     assert loader is not None
     loader.set_epoch(place.get("epoch", 0), place.get("start_step", 0))
-    batches = [batch for _, batch in zip(range(num_batches), loader, strict=False)]
+    batches = [move_to(batch, CPU) for _, batch in zip(range(num_batches), loader, strict=False)]
     return torch.cat([torch.hstack([x.flatten(1), y[:, None]]) for x, y in batches])
 
 
@@ -130,7 +132,7 @@ def test_items_are_pasted_as_they_are() -> None:
 
 def test_canvases_reach_the_model_whole() -> None:
     """Neither cropped nor flipped nor jittered, whatever the recipe does to photographs."""
-    images, labels = next(iter(build().eval))
+    images, labels = move_to(next(iter(build().eval)), CPU)
     pairs = open_pairs("val")
     pixels, label = pairs.read(5)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

@@ -147,12 +147,13 @@ def draw_codes(
     Raises:
         InputError: the image, the layer or the token is not there.
     """
+    from ecoformer.data.pixels import normalize
     from ecoformer.data.transforms import build_eval_transform
 
     if not 0 <= index < len(pair.images):
         raise InputError(f"--image {index}: there are {len(pair.images)} validation images.")
     picture, label = pair.images.read(index)
-    pixels = build_eval_transform(pair.input_size)(picture).unsqueeze(0)
+    pixels = normalize(build_eval_transform(pair.input_size)(picture).pixels.unsqueeze(0))
     layer = layer or pair.layers[0]
     if token is None:
         _, _, (height, width) = _capture(pair.ecoformer, layer, pixels, EcoFormerAttention)
