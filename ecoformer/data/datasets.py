@@ -7,14 +7,11 @@ import hashlib
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ecoformer.data.digits import SPLITS, load_digits, read_digits
 from ecoformer.data.pairs import Pairs
@@ -63,14 +60,10 @@ class LabelledSamples(Protocol):
         """Tell this set from others."""
 
 
-# Reads a file: an image, RGB, or [3, height, width], uint8.
-Decode = Callable[[Path], "Image.Image | Tensor"]
-
-
 class LabelledImages(LabelledSamples, Protocol):
     """Images with one label each."""
 
-    def read(self, index: int) -> tuple[Any, int]:
+    def read(self, index: int) -> tuple[Image.Image, int]:
         """Decode an image, RGB, and give its label, an index of ``class_names``."""
 
 
@@ -81,16 +74,12 @@ class ImageFolder:
     would come to hold a copy of its own, about 200 MB for ImageNet. Hidden files and folders are
     left out; images may lie in folders below a class's.
 
-    Args:
-        decode: reads a file, as ``read_image`` unless given.
-
     Raises:
         InputError: no folder, no class folder, or a class without an image.
     """
 
-    def __init__(self, root: Path, decode: Decode | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
-        self._decode = decode or read_image
         with os.scandir(root) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
         self.class_names: Sequence[str] = sorted(e.name for e in visible if e.is_dir())
@@ -116,13 +105,13 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, index: int) -> tuple[Any, int]:
+    def read(self, index: int) -> tuple[Image.Image, int]:
         """Decode an image.
 
         Raises:
             Exception: what Pillow says of a file that is not a whole image.
         """
-        return self._decode(self.path(index)), int(self.labels[index])
+        return read_image(self.path(index)), int(self.labels[index])
 
     def path(self, index: int) -> Path:
         """Name the image's file, the folder's path included."""
@@ -224,24 +213,6 @@ def read_image(path: Path) -> Image.Image:
         return image
 
 
-def read_tensor(path: Path) -> Image.Image | Tensor:
-    """Decode a JPEG to [3, height, width], uint8, of the pixels that ``read_image`` gives.
-
-    What is no JPEG, of four channels, or damaged is left to ``read_image``.
-    """
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    with open_regular(path) as file:
-        # Looks at the header alone, and refuses what unpacks to too much.
-        opened = Image.open(file, formats=FORMATS)
-        if opened.format == "JPEG" and opened.mode in ("RGB", "L"):
-            file.seek(0)
-            data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-            with suppress(RuntimeError):
-                return decode_jpeg(data, mode=ImageReadMode.RGB)
-    return read_image(path)
-
-
 def _take_high_bytes(image: Image.Image, num_bits: int) -> Image.Image:
     values = np.asarray(image).astype(np.int32) << (16 - num_bits)
     low, high = int(values.min()), int(values.max())
@@ -261,14 +232,7 @@ def _unknown_white(found: str) -> ValueError:
     return ValueError(f"{found}, so what is white cannot be known: convert it to 8 bits")
 
 
-def open_dataset(
-    name: str,
-    path: str | None,
-    split: str,
-    *,
-    input_size: int,
-    decode: Decode | None = None,
-) -> LabelledImages:
+def open_dataset(name: str, path: str | None, split: str, *, input_size: int) -> LabelledImages:
     """Open one split of a data set.
 
     Args:
@@ -277,7 +241,6 @@ def open_dataset(
             Fashion-MNIST makes pairs of it.
         split: ``"train"`` or ``"val"``.
         input_size: side that digits are enlarged to, and of a canvas of pairs, pixels.
-        decode: of ``"IMNET"``, as for ``ImageFolder``.
 
     Raises:
         InputError: the data are not there, or not as they should be.
@@ -298,7 +261,7 @@ def open_dataset(
     if not os.path.isdir(path):
         raise InputError(f"--data-path {path} is no folder; give the one that holds the data.")
     readers: dict[str, Callable[[Path, str], LabelledImages]] = {
-        "IMNET": lambda path, split: _open_folder(path, split, decode),
+        "IMNET": _open_folder,
         "CIFAR": _open_cifar,
         "FMNIST": _open_fashion,
         "PAIRS": lambda path, split: Pairs(_open_fashion(path, split), split, side=input_size),
@@ -309,10 +272,10 @@ def open_dataset(
         raise InputError(f"cannot read {error.filename} ({error.strerror}).") from error
 
 
-def _open_folder(path: Path, split: str, decode: Decode | None) -> ImageFolder:
+def _open_folder(path: Path, split: str) -> ImageFolder:
     if not (path / split).is_dir():
         raise InputError(f"{path} has no folder {split}/; expected train/ and val/ in --data-path.")
-    return ImageFolder(path / split, decode)
+    return ImageFolder(path / split)
 
 
 def _find_images(folder: Path) -> list[bytes]:

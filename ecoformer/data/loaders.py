@@ -15,18 +15,10 @@ import torch
 from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ecoformer.data.datasets import (
-    FORMATS,
-    Fingerprint,
-    LabelledSamples,
-    open_dataset,
-    read_image,
-    read_tensor,
-)
+from ecoformer.data.datasets import FORMATS, Fingerprint, LabelledSamples, open_dataset
 from ecoformer.data.digits import SPLITS
 from ecoformer.data.pixels import collate_pictures
 from ecoformer.data.transforms import (
-    SMALL_SIZE,
     Transform,
     build_eval_transform,
     build_mixup,
@@ -220,13 +212,8 @@ def build_loaders(
         InputError: the data are not there, or not as they should be.
     """
     splits = SPLITS if train else ("val",)
-    # Measured is what the published figures were measured on.
-    is_tensor = augment.tensor_resize and input_size > SMALL_SIZE
-    decoders = {"train": read_tensor if is_tensor else read_image, "val": read_image}
     images = {
-        split: open_dataset(
-            data.data_set, data.data_path, split, input_size=input_size, decode=decoders[split]
-        )
+        split: open_dataset(data.data_set, data.data_path, split, input_size=input_size)
         for split in splits
     }
     is_canvas = data.data_set == "PAIRS"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from ecoformer.config.schema import AugmentConfig
 
-# From what was read, an RGB image, or [3, height, width], uint8.
-Transform = Callable[[Any], Picture]
-_ImageTransform = Callable[[Any], Any]
+# From an RGB image.
+Transform = Callable[[Image.Image], Picture]
+_Step = Callable[[Image.Image], Image.Image]
 
 # Up to this side, images are taken as they are: CIFAR's are as large.
 SMALL_SIZE = 32
@@ -61,7 +61,7 @@ def build_train_transform(augment: AugmentConfig, *, input_size: int) -> Transfo
             "'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original' or 'v0'."
         ) from error
     crop, *rest, _ = transform.transforms
-    first: list[_ImageTransform] = [crop]
+    first: list[_Step] = [crop]
     if input_size <= SMALL_SIZE:
         first = [
             transforms.Resize(input_size, transforms.InterpolationMode.BICUBIC),
@@ -80,13 +80,11 @@ def build_train_transform(augment: AugmentConfig, *, input_size: int) -> Transfo
 class _PictureTransform:
     """Functions of an image, one after the other, and what is erased of the last one's."""
 
-    def __init__(
-        self, steps: Sequence[_ImageTransform], erasing: RandomErasing | None = None
-    ) -> None:
+    def __init__(self, steps: Sequence[_Step], erasing: RandomErasing | None = None) -> None:
         self._steps = steps
         self._erasing = erasing
 
-    def __call__(self, image: Any) -> Picture:
+    def __call__(self, image: Image.Image) -> Picture:
         for step in self._steps:
             image = step(image)
         pixels = torch.from_numpy(np.array(image))
@@ -117,20 +115,20 @@ class _Erased:
 
 
 class _TensorCrop:
-    """timm's random crop of [3, height, width], uint8, by the same draws, resized as a tensor."""
+    """timm's random crop, by the same draws, but resized as a tensor of bytes."""
 
     def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
         self._crop = crop
 
-    def __call__(self, image: Any) -> Image.Image:
+    def __call__(self, image: Image.Image) -> Image.Image:
         from torchvision.transforms.v2 import functional as F
 
         crop = self._crop
-        tensor = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
-        place = crop.get_params(tensor, crop.scale, crop.ratio)
+        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
         modes = crop.interpolation
         mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
-        resized = F.resized_crop(tensor, *place, crop.size, mode, antialias=True)
+        cut = np.array(image.crop((left, top, left + width, top + height)))
+        resized = F.resize(torch.from_numpy(cut).movedim(-1, 0), crop.size, mode, antialias=True)
         return Image.fromarray(resized.movedim(0, -1).numpy())
 
 

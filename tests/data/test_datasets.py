@@ -7,31 +7,20 @@ import hashlib
 import io
 import os
 import pickle
-import random
 import re
 import socket
 import struct
 import warnings
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
-from torch import Tensor
 from torchvision.datasets import CIFAR100
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from ecoformer.data.datasets import (
-    EXTENSIONS,
-    ImageFolder,
-    open_dataset,
-    read_image,
-    read_tensor,
-)
+from ecoformer.data.datasets import EXTENSIONS, ImageFolder, open_dataset, read_image
 from ecoformer.data.digits import load_digits, write_digits_folder
 from ecoformer.errors import InputError
 
@@ -157,95 +146,6 @@ def test_16_bits_keep_their_high_byte(tmp_path: Path, kind: str, dtype: type) ->
     image = read_image(tmp_path / "deep")
     assert image.mode == "RGB"
     assert np.array_equal(np.asarray(image), np.stack([levels] * 3, axis=-1))
-
-
-def jpeg_options() -> dict[str, dict[str, Any]]:
-    """What a JPEG can be like."""
-    turned = Image.Exif()
-    turned[0x112] = 6
-    kinds = {"plain": {}, "progressive": {"progressive": True}, "optimized": {"optimize": True}}
-    chosen: dict[str, dict[str, Any]] = {
-        f"{name}, subsampling {sub}": {**options, "subsampling": sub, "quality": 40 * sub + 10}
-        for name, options in kinds.items()
-        for sub in (0, 1, 2)
-    }
-    return chosen | {
-        "turned by EXIF": {"exif": turned},
-        "RGB inside": {"keep_rgb": True},
-        "restart markers": {"restart_marker_blocks": 3},
-        "remarks": {"comment": b"hello", "icc_profile": b"x" * 99, "dpi": (300, 300)},
-    }
-
-
-def read_both(path: Path) -> tuple[np.ndarray | str, np.ndarray | str]:
-    """[height, width, 3] as Pillow and as ``read_tensor`` read it, or what was raised."""
-
-    def outcome(read: Callable[[Path], Image.Image | Tensor]) -> np.ndarray | str:
-        try:
-            found = read(path)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return found.movedim(0, -1).numpy() if isinstance(found, Tensor) else np.asarray(found)
-
-    return outcome(read_image), outcome(read_tensor)
-
-
-def same(first: np.ndarray | str, second: np.ndarray | str) -> bool:
-    if isinstance(first, str) or isinstance(second, str):
-        return isinstance(first, str) and first == second
-    return np.array_equal(first, second)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", jpeg_options().values(), ids=jpeg_options())
-def test_tensors_of_jpegs_have_the_pixels_of_pillow(
-    tmp_path: Path, options: dict[str, Any], mode: str
-) -> None:
-    if mode != "RGB":
-        options = {name: options[name] for name in options if name != "keep_rgb"}
-    draw = np.random.RandomState(0)
-    for height, width in ((1, 1), (8, 16), (17, 40), (53, 37)):
-        noise = draw.randint(0, 256, (height, width, 3)).astype(np.uint8)
-        (tmp_path / "x.jpg").write_bytes(
-            encode(Image.fromarray(noise).convert(mode), "JPEG", **options)
-        )
-        assert isinstance(read_tensor(tmp_path / "x.jpg"), Tensor) == (mode != "CMYK")
-        assert same(*read_both(tmp_path / "x.jpg"))
-
-
-@pytest.mark.parametrize("kind", ["PNG", "PPM", "BMP", "TIFF", "WEBP", "16 bits", "8 bits in 16"])
-def test_other_formats_are_left_to_pillow(tmp_path: Path, kind: str) -> None:
-    data = {"16 bits": rgb_tiff(levels_of(16)), "8 bits in 16": rgb_tiff(levels_of(8))}
-    (tmp_path / "x.jpg").write_bytes(
-        data[kind] if kind in data else encode(Image.fromarray(gradient()), kind)
-    )
-    assert same(*read_both(tmp_path / "x.jpg"))
-
-
-@pytest.mark.parametrize("is_progressive", [False, True])
-def test_damaged_jpegs_end_as_with_pillow(
-    tmp_path: Path, is_progressive: bool, capfd: pytest.CaptureFixture[str]
-) -> None:
-    file, whole = (
-        tmp_path / "x.jpg",
-        encode(Image.fromarray(gradient()), "JPEG", progressive=is_progressive),
-    )
-    draw = random.Random(0)
-    outcomes = Counter[str]()
-    for case in range(400):
-        data = bytearray(whole)
-        if case % 4 == 0:
-            del data[draw.randrange(len(data)) :]
-        else:
-            for _ in range(draw.choice((1, 3))):
-                data[draw.randrange(len(data))] = draw.randrange(256)
-        file.write_bytes(data)
-        theirs, ours = read_both(file)
-        assert same(theirs, ours), case
-        outcomes["refused" if isinstance(theirs, str) else "read"] += 1
-    assert min(outcomes.values()) > 50
-    # What libjpeg remarks on.
-    capfd.readouterr()
 
 
 def levels_of(bits: int) -> np.ndarray:

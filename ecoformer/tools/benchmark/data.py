@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ecoformer.config.schema import AugmentConfig
-from ecoformer.data.datasets import ImageFolder, read_tensor
+from ecoformer.data.datasets import ImageFolder
 from ecoformer.data.loaders import Loader, num_cores
 from ecoformer.data.pixels import collate_pictures
 from ecoformer.data.samplers import DrawBatches, ShuffledSampler
@@ -126,7 +126,7 @@ def _build(root: Path, *, batch_size: int, side: int, num_workers: int) -> list[
 def _build_ours(
     name: str, root: Path, augment: AugmentConfig, *, side: int, batch_size: int, num_workers: int
 ) -> Pipeline:
-    images = ImageFolder(root, read_tensor if augment.tensor_resize else None)
+    images = ImageFolder(root)
     transform = build_train_transform(augment, input_size=side)
     ranks = {"rank": 0, "world_size": 1, "seed": 0}
 
