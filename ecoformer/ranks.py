@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -52,11 +53,13 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def max_over_ranks(tensor: Tensor) -> Tensor:
-    """Take the largest of each entry over all ranks, in place; its shape is the same on each."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor
+def max_over_ranks(number: int) -> int:
+    """Take the largest of the ranks' numbers; their processors meet, not their devices."""
+    if not dist.is_initialized():
+        return number
+    box = torch.tensor(number)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
 
 
 def broadcast_object(value: T) -> T:

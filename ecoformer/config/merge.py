@@ -66,6 +66,8 @@ def _complete(config: Config, family: ModelFamily) -> Config:
     """Fill in what follows from other settings."""
     model, run = config.model, config.run
     _check_distillation(config.distillation)
+    if run.compile_mode != "default" and not run.compile:
+        raise InputError(f"--compile-mode {run.compile_mode} needs --compile; add it.")
     variant, attention = family.resolve(model.model, model.attn_type)
     if model.train_msa and attention not in ("msa", "lsa_msa"):
         if model.attn_type or model.model.endswith("_ecoformer"):

@@ -298,6 +298,10 @@ class RunConfig:
     """Train in train mode (--train-mode) or eval mode; None: eval mode exactly with --finetune."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    compile_mode: Literal["default", "reduce-overhead"] = "default"
+    """Of torch.compile; reduce-overhead replays small batches as CUDA graphs."""
+    deterministic: bool = False
+    """On CUDA, take kernels that give equal bits each time, as going on exactly needs there."""
     checkpoint_every: float = 0.0
     """Minutes between checkpoints inside an epoch; 0: at its end only."""
     allow_resume_change: tuple[Literal["world-size", "batch-size", "config", "data"], ...] = ()

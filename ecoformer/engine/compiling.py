@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from ecoformer.tasks.base import Network
 
 
-def compile_model(model: nn.Module) -> nn.Module:
-    """Hand a model to ``torch.compile``; it stays usable itself, for a fit say."""
-    compiled = torch.compile(model)
+def compile_model(model: nn.Module, mode: str = "default") -> nn.Module:
+    """Hand a model to ``torch.compile`` in a mode; it stays usable itself, for a fit say."""
+    compiled = torch.compile(model, mode=mode)
     assert isinstance(compiled, nn.Module)
     return compiled
 

@@ -21,6 +21,7 @@ NON_FINITE_REPORT = "non_finite.json"
 
 # Below this scale a gradient of one vanishes in float16: what overflows is not the scale's doing.
 _SMALLEST_SCALE = 2.0**-24
+_NEVER = 2**62
 
 _logger = logging.getLogger(__name__)
 
@@ -29,11 +30,13 @@ class Health:
     """Stops all ranks at one step when a loss or gradient is not finite.
 
     The outcome of a step is read after the next one has been queued, so the device never waits
-    for the host. Nothing is saved before ``finish``.
+    for the host. Ranks tell each other where they meet anyway, by ``is_bad``. Nothing is saved
+    before ``finish``.
     """
 
     def __init__(self, state: TrainState, device: torch.device) -> None:
-        self._loss = math.nan
+        self._loss = self._scale = math.nan
+        self._bad_step = _NEVER
         self._state = state
         self._is_cuda = device.type == "cuda"
         self._pending: tuple[Tensor, torch.cuda.Event | None, int] | None = None
@@ -43,6 +46,11 @@ class Health:
             return ""
         return f"loss {self._loss:.4f} lr {self._state.learning_rate:.3g}"
 
+    @property
+    def is_bad(self) -> bool:
+        """Whether a step that was looked at was not finite on this rank."""
+        return self._bad_step != _NEVER
+
     def check(self, loss: Tensor, norm: Tensor) -> None:
         """Queue the outcome of the step just done, both [], and look at the one before."""
         state, loss = self._state, loss.detach()
@@ -50,34 +58,40 @@ class Health:
         if not state.scaler.is_enabled():
             # With a scaler, a gradient that overflows only lowers the scale.
             is_bad |= ~norm.isfinite()
-        is_bad = max_over_ranks(is_bad.to(loss.dtype))
         scale = state.scaler.scale(torch.ones_like(loss))
-        outcome = torch.stack([loss, is_bad, scale])
-        self.finish()
+        outcome = torch.stack([loss, is_bad.to(loss.dtype), scale])
+        self._look()
         outcome = outcome.to("cpu", non_blocking=True)
         event = torch.cuda.current_stream().record_event() if self._is_cuda else None
         self._pending = outcome, event, state.step - 1
 
-    def finish(self) -> None:
-        """Look at the last outcome that is queued.
-
-        Raises:
-            NonFiniteError: it is not finite on some rank, or the loss scale has run out.
-        """
+    def _look(self) -> None:
         if self._pending is None:
             return
         outcome, event, step = self._pending
         self._pending = None
         if event is not None:
             event.synchronize()
-        self._loss, is_bad, scale = outcome.tolist()
-        if is_bad or scale < _SMALLEST_SCALE:
+        self._loss, is_bad, self._scale = outcome.tolist()
+        if is_bad or self._scale < _SMALLEST_SCALE:
+            self._bad_step = min(self._bad_step, step)
+
+    def finish(self) -> None:
+        """Look at the last outcome that is queued; every rank must ask.
+
+        Raises:
+            NonFiniteError: one was not finite on some rank, or the loss scale has run out.
+        """
+        self._look()
+        step = -max_over_ranks(-self._bad_step)
+        if step != _NEVER:
             raise NonFiniteError(
                 f"the loss or a gradient is not finite at epoch {self._state.epoch}, step {step}, "
-                f"learning rate {self._state.learning_rate:g}, loss scale {scale:g}; the last "
-                "checkpoint is untouched. Try a lower --lr, --clip-grad, or --amp-dtype bfloat16.",
+                f"learning rate {self._state.learning_rate:g}, loss scale {self._scale:g}; the "
+                "last checkpoint is untouched. Try a lower --lr, --clip-grad, or --amp-dtype "
+                "bfloat16.",
                 step=step,
-                loss_scale=scale,
+                loss_scale=self._scale,
             )
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # The batch that the base learning rate is stated for.
 _BASE_BATCH = 512
+# Optimisers of PyTorch's that come as one kernel.
+_FUSED = ("adam", "adamw")
 
 
 def scale_learning_rate(optim: OptimConfig, *, batch_size: int, world_size: int) -> float:
@@ -37,6 +39,9 @@ def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Op
     from timm.optim import create_optimizer_v2, list_optimizers
 
     given: dict[str, Any] = {"eps": optim.opt_eps, "betas": optim.opt_betas}
+    # One kernel, which reads the scaler's verdict on the device: others wait for it on the host.
+    # Elsewhere it would round weights otherwise than it did.
+    given["fused"] = True if optim.opt in _FUSED and _is_on_cuda(model) else None
     try:
         optimizer: Optimizer = create_optimizer_v2(
             model,
@@ -53,6 +58,10 @@ def create_optimizer(model: nn.Module, optim: OptimConfig, peak_lr: float) -> Op
     if getattr(optimizer, "is_second_order", False):
         raise InputError(f"--opt {optim.opt!r} needs second derivatives; choose another, as adamw.")
     return optimizer
+
+
+def _is_on_cuda(model: nn.Module) -> bool:
+    return all(parameter.is_cuda for parameter in model.parameters())
 
 
 def create_schedule(optimizer: Optimizer, optim: OptimConfig, *, seed: int) -> Scheduler:

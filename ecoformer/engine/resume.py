@@ -27,8 +27,10 @@ _FREE_FIELDS = {
     "allow_resume_change",
     "checkpoint_every",
     "compile",
+    "compile_mode",
     "config",
     "data_path",
+    "deterministic",
     "device",
     "dist_timeout",
     "eval",
@@ -154,6 +156,9 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], config: Config, or
         _logger.info("%s: does not say what data it was trained on, so they go unchecked", origin)
     if state.scaler.is_enabled() and not checkpoint.get("scaler"):
         _logger.info("%s: holds no gradient scale; it begins at that of a new run", origin)
+    saved_groups, groups = checkpoint["optimizer"]["param_groups"], state.optimizer.param_groups
+    if groups[0].get("fused") and not saved_groups[0].get("fused"):
+        _logger.info("%s: the optimizer now steps in one kernel, which rounds otherwise", origin)
     if "config" in checkpoint:
         _convert_step(state, checkpoint, config, origin)
     if changes:

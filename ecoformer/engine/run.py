@@ -12,7 +12,8 @@ already is used and left as it is. It must reach the CPU (``cpu:gloo,cuda:nccl``
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from ecoformer.engine.evaluate import measure
 from ecoformer.engine.folder import RunFolder
 from ecoformer.engine.launch import process_group
 from ecoformer.engine.logs import read_log
-from ecoformer.engine.precision import choose_amp_dtype
+from ecoformer.engine.precision import choose_amp_dtype, settled_arithmetic
 from ecoformer.engine.resume import load_for_evaluation, start_state
 from ecoformer.engine.session import Session, TaskMaker, create_model, create_task
 from ecoformer.engine.state import LAST_CHECKPOINT
@@ -72,7 +73,7 @@ def train(
         Preempted: a signal came, and the state is saved; the same call goes on.
     """
     folder = RunFolder(Path(config.run.output_dir))
-    with process_group(config.run.device, config.run.dist_timeout) as device, folder.held():
+    with _prepared(config) as device, folder.held():
         session = Session.open(config, device, task=task, is_train=True)
         model = create_model(config, session.task, family).to(device)
         state = start_state(session, model)
@@ -90,11 +91,13 @@ def evaluate(
         InputError: a setting, the data or the weights.
         NonFiniteError: the model's output is not finite.
     """
-    with process_group(config.run.device, config.run.dist_timeout) as device:
+    with _prepared(config) as device:
         session = Session.open(config, device, task=task, is_train=False)
         model = create_model(config, session.task, family).to(device)
         load_for_evaluation(model, config)
-        metrics = measure(session, compile_model(model) if config.run.compile else model)
+        metrics = measure(
+            session, compile_model(model, config.run.compile_mode) if config.run.compile else model
+        )
         _logger.info("%s", metrics)
         return metrics
 
@@ -129,7 +132,7 @@ def time_model(
     Without mixed precision unless ``config`` names one: the released protocol has none.
     """
     batch_size = config.data.batch_size
-    with process_group(config.run.device, config.run.dist_timeout) as device:
+    with _prepared(config) as device:
         amp_dtype = choose_amp_dtype(config.run.amp_dtype or "none", device)
         made = create_task(config, task)
         _logger.info("timing %d batches of %d %s", NUM_BATCHES, batch_size, made.samples)
@@ -140,7 +143,7 @@ def time_model(
             samples=made.samples,
             protocol=config.run.throughput or "median",
             amp_dtype=amp_dtype,
-            is_compiled=config.run.compile,
+            compile_mode=config.run.compile_mode if config.run.compile else None,
         )
         size = made.describe_inputs()
         _logger.info(
@@ -154,3 +157,14 @@ def time_model(
             throughput,
         )
         return throughput
+
+
+@contextmanager
+def _prepared(config: Config) -> Iterator[torch.device]:
+    """Join the ranks and settle the arithmetic for a block; yields this process's device."""
+    settings = config.run
+    with (
+        settled_arithmetic(is_deterministic=settings.deterministic),
+        process_group(settings.device, settings.dist_timeout) as device,
+    ):
+        yield device

@@ -14,8 +14,6 @@ from enum import IntEnum
 from types import FrameType
 from typing import TypeVar
 
-import torch
-
 from ecoformer.ranks import is_main, max_over_ranks
 
 T = TypeVar("T")
@@ -35,6 +33,7 @@ class Request(IntEnum):
     NONE = 0
     SAVE = 1
     STOP = 2
+    FAIL = 3
 
 
 class _Leave(BaseException):
@@ -98,11 +97,13 @@ def leave_at_signal(action: Callable[[], T]) -> T | None:
         return None
 
 
-def agree(*, is_save_due: bool = False) -> Request:
-    """Settle what all ranks do next: stop where one was told to, else save if rank 0 is due.
+def agree(*, is_save_due: bool = False, is_failed: bool = False) -> Request:
+    """Settle what all ranks do next: fail where one has, else stop or save.
 
-    Every rank must ask. The processors meet, not the devices, which go on meanwhile.
+    A rank that was told to stop, or one that failed, decides for all; a save is due where rank 0
+    says so. Every rank must ask. The devices go on meanwhile.
     """
     wish = Request.SAVE if is_save_due and is_main() else Request.NONE
     wish = Request.STOP if _is_stop_asked else wish
-    return Request(int(max_over_ranks(torch.tensor(int(wish)))))
+    wish = Request.FAIL if is_failed else wish
+    return Request(max_over_ranks(wish))

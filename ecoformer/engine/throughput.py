@@ -49,7 +49,7 @@ def measure_throughput(
     batch_size: int,
     protocol: str,
     amp_dtype: torch.dtype = torch.float32,
-    is_compiled: bool = False,
+    compile_mode: str | None = None,
     samples: str = "samples",
 ) -> Throughput:
     """Time a copy of a model in eval mode, with random hash functions where it has no others.
@@ -58,14 +58,15 @@ def measure_throughput(
         inputs: arguments of the model, on any device, of ``batch_size`` samples.
         protocol: ``"released"`` times 30 batches as one after 50 to warm up, the device's queue
             full; ``"median"`` does the same and times each batch on its own.
+        compile_mode: of ``torch.compile``; None does without it.
 
     Source: the released implementation.
     """
     model = with_random_hash_functions(model).eval()
     device = next(model.parameters()).device
     inputs = move_to(tuple(inputs), device)
-    if is_compiled:
-        model = compile_model(model)
+    if compile_mode:
+        model = compile_model(model, compile_mode)
 
     def run(num_batches: int) -> float:
         start = time.perf_counter()

@@ -44,7 +44,9 @@ def train_model(session: Session, state: TrainState, folder: RunFolder) -> None:
         Preempted: a signal asked for it, and the state is saved.
     """
     config, num_epochs = session.config, session.config.optim.epochs
-    network = compile_model(state.model) if config.run.compile else state.model
+    network = state.model
+    if config.run.compile:
+        network = compile_model(network, config.run.compile_mode)
     parallel = parallelize(network, session.device)
     num_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     _log_start(session, num_parameters)
@@ -125,7 +127,7 @@ def train_epoch(session: Session, state: TrainState, network: nn.Module, saver: 
             batch = next(batches)
         else:
             batch = leave_at_signal(lambda: next(batches))
-            request = agree(is_save_due=saver.is_due)
+            request = agree(is_save_due=saver.is_due, is_failed=health.is_bad)
             if request is not Request.NONE:
                 health.finish()
             if request is Request.STOP:

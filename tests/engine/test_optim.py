@@ -14,6 +14,7 @@ from torch import nn
 
 import pvt
 from ecoformer.config import Config
+from ecoformer.engine import optim
 from ecoformer.engine.optim import (
     create_optimizer,
     create_schedule,
@@ -168,3 +169,16 @@ def test_unknown_optimizer_shows_the_nearest() -> None:
     config = Config.from_flat({"opt": "adamww"})
     with pytest.raises(InputError, match="adamw"):
         create_optimizer(nn.Linear(2, 2), config.optim, 1e-3)
+
+
+@pytest.mark.parametrize("opt", ["adam", "adamw"])
+def test_one_kernel_steps_on_cuda_alone(opt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.from_flat({"opt": opt})
+    model = nn.Linear(2, 2)
+    (first, *_) = create_optimizer(model, config.optim, 1e-3).param_groups
+    assert not first["fused"]
+    # It runs on the CPU, too, but rounds otherwise.
+    monkeypatch.setattr(optim, "_is_on_cuda", lambda model: True)
+    (first, *_) = create_optimizer(model, config.optim, 1e-3).param_groups
+    assert first["fused"]
+    create_optimizer(model, Config.from_flat({"opt": "lamb"}).optim, 1e-3)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 import torch
+import torch._inductor.config
 
-from ecoformer.engine.precision import autocast, choose_amp_dtype, create_scaler
+from ecoformer.engine.precision import (
+    autocast,
+    choose_amp_dtype,
+    create_scaler,
+    settled_arithmetic,
+)
 from ecoformer.errors import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -30,3 +39,40 @@ def test_products_are_of_the_type_and_only_float16_is_scaled(dtype: torch.dtype)
     with autocast(CPU, dtype):
         assert (x @ x).dtype is dtype
     assert create_scaler(CPU, dtype).is_enabled() == (dtype is torch.float16)
+
+
+def arithmetic() -> dict[str, object]:
+    """How PyTorch would compute on CUDA."""
+    cudnn: Any = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
+    return {
+        "matmul": torch.backends.cuda.matmul.fp32_precision,
+        "conv": cudnn.conv.fp32_precision,
+        "benchmark": cudnn.benchmark,
+        "deterministic": cudnn.deterministic,
+        "algorithms": torch.are_deterministic_algorithms_enabled(),
+        "fill": memory.fill_uninitialized_memory,
+        "compiler": torch._inductor.config.deterministic,
+    }
+
+
+def test_arithmetic_is_settled_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = arithmetic()
+    # What explicit settings are for.
+    assert before["conv"] == "tf32"
+    exact = before | {"matmul": "ieee", "conv": "ieee", "benchmark": False}
+    with settled_arithmetic(is_deterministic=False):
+        assert arithmetic() == exact
+    assert arithmetic() == before
+    with pytest.raises(KeyError), settled_arithmetic(is_deterministic=True):
+        assert arithmetic() == exact | {
+            "deterministic": True,
+            "algorithms": True,
+            "fill": False,
+            "compiler": True,
+        }
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        raise KeyError
+    assert arithmetic() == before

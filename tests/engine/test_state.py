@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from ecoformer.checkpoint import read_checkpoint
 from ecoformer.config import Config
-from ecoformer.engine import saving
+from ecoformer.engine import optim, saving
 from ecoformer.engine.folder import RunFolder
 from ecoformer.engine.resume import restore
 from ecoformer.engine.saving import Saver
@@ -85,6 +86,35 @@ def test_what_rounds_otherwise_is_said(caplog: pytest.LogCaptureFixture) -> None
     checkpoint["versions"] = 3
     with pytest.raises(InputError, match="does not fit"):
         restore(state, checkpoint, config, "the file")
+
+
+@pytest.mark.parametrize("is_first_fused", [True, False])
+def test_a_fused_optimiser_goes_on_from_either_form(
+    is_first_fused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On CUDA it is fused; earlier versions' was not, and kept its counters on the host."""
+    path = tmp_path / LAST_CHECKPOINT
+    monkeypatch.setattr(optim, "_is_on_cuda", lambda model: is_first_fused)
+    first, config = start(Classifier(), **FIELDS)
+    run_epochs(first, config, 1)
+    save(first, config, tmp_path)
+    run_epochs(first, config, 1)
+
+    monkeypatch.setattr(optim, "_is_on_cuda", lambda model: True)
+    second, config = start(Classifier(), **FIELDS)
+    with caplog.at_level(logging.INFO):
+        restore(second, read_checkpoint(path), config, str(path))
+    assert all(group["fused"] for group in second.optimizer.param_groups)
+    assert ("rounds otherwise" in caplog.text) == (not is_first_fused)
+    run_epochs(second, config, 1)
+    if is_first_fused:
+        assert_equal(states_of(second), states_of(first))
+    else:
+        for name, value in states_of(second).items():
+            torch.testing.assert_close(value, states_of(first)[name], rtol=1e-4, atol=1e-6)
 
 
 def test_losses_before_and_after_a_checkpoint_make_one_mean(tmp_path: Path) -> None:
