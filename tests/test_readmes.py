@@ -72,6 +72,9 @@ ADDITIONS: dict[str, Sequence[str]] = {
     "ecoformer benchmark": (
         *("--resolutions", "32", "--rounds", "1", "--batch-size", "1", "--device", "cpu"),
     ),
+    "ecoformer benchmark data": (
+        *("--resolutions", "40", "--rounds", "1", "--batch-size", "2", "--images", "4"),
+    ),
     "ecoformer benchmark attention": (
         *("--resolutions", "32", "48", "64", "--rounds", "1", "--batch-size", "1"),
         *("--device", "cpu"),

@@ -40,19 +40,21 @@ def create_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradSca
 
 
 @contextmanager
-def settled_arithmetic(*, is_deterministic: bool) -> Iterator[None]:
+def settled_arithmetic(*, is_deterministic: bool, convolutions: str = "ieee") -> Iterator[None]:
     """Settle for a block how PyTorch computes on CUDA, whatever its defaults are.
 
-    float32 is float32: convolutions would be in TF32, of 10 bits. cuDNN does not choose by timing.
+    float32 is float32, and cuDNN does not choose by timing.
 
     Args:
+        convolutions: ``"tf32"`` keeps 10 bits of what they multiply, as PyTorch does by default.
         is_deterministic: take kernels that give equal bits each time, in which atomic additions
             and choices by timing have no part. An operation without one raises RuntimeError.
     """
     cudnn: Any = torch.backends.cudnn
-    products = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+    products = torch.backends.cuda.matmul, cudnn.rnn
     settings: list[tuple[Any, str, Any]] = [
         *((part, "fp32_precision", "ieee") for part in products),
+        (cudnn.conv, "fp32_precision", convolutions),
         (cudnn, "benchmark", False),
     ]
     if is_deterministic:

@@ -66,6 +66,8 @@ def test_arithmetic_is_settled_for_a_block(monkeypatch: pytest.MonkeyPatch) -> N
     with settled_arithmetic(is_deterministic=False):
         assert arithmetic() == exact
     assert arithmetic() == before
+    with settled_arithmetic(is_deterministic=False, convolutions="tf32"):
+        assert arithmetic() == exact | {"conv": "tf32"}
     with pytest.raises(KeyError), settled_arithmetic(is_deterministic=True):
         assert arithmetic() == exact | {
             "deterministic": True,
