@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import ecoformer
 import pvt
 import twins
-from ecoformer.deploy import MismatchError, formats
+from ecoformer.deploy import ExportReport, MismatchError, formats
 from ecoformer.deploy.checking import _TIE, _compare, _Replay
 from ecoformer.hashing import hash_layers, with_random_hash_functions
 from tests.tiny import TinyModel, draw_images
@@ -62,7 +63,7 @@ def run_elsewhere(file: Path, images: Tensor, folder: Path) -> Tensor:
     return torch.from_numpy(np.load(folder / "out.npy"))
 
 
-def assert_reloads(model: nn.Module, example: Tensor, suffix: str, folder: Path) -> None:
+def assert_reloads(model: nn.Module, example: Tensor, suffix: str, folder: Path) -> ExportReport:
     require_tools(suffix)
     file = folder / f"model{suffix}"
     report = ecoformer.export(model, example, file)
@@ -79,6 +80,7 @@ def assert_reloads(model: nn.Module, example: Tensor, suffix: str, folder: Path)
         expected = copy.deepcopy(model).eval()(images)
     torch.testing.assert_close(run_elsewhere(file, images, folder), expected, rtol=1e-4, atol=1e-4)
     assert sorted(path.name for path in folder.iterdir()) == [file.name, "out.npy", "x.npy"]
+    return report
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,31 @@ def test_backbones_run_without_this_package(
 ) -> None:
     create: Any = pvt.create_model if name.startswith("pvt") else twins.create_model
     model = with_random_hash_functions(create(name, attention))
-    assert_reloads(model, draw_images(2, 64, 96), suffix, tmp_path)
+    report = assert_reloads(model, draw_images(2, 64, 96), suffix, tmp_path)
+    # The last map has two pixels a side: see the README on exports.
+    least = 33 if name.startswith("pvt") else 64
+    assert report.axes == {"batch": 1, "height": least, "width": least}
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_a_converted_model_of_any_number_of_images_runs_without_this_package(
+    suffix: str, tmp_path: Path
+) -> None:
+    require_tools(suffix)
+    model = timm.create_model("test_vit", img_size=32, num_classes=7, depth=1).eval()
+    assert ecoformer.convert(model).converted
+    ecoformer.fit_hash_functions(model, draw_images(4, 32, 32), torch.Generator().manual_seed(0))
+    file = tmp_path / f"model{suffix}"
+    report = ecoformer.export(model, draw_images(2, 32, 32), file)
+    # A ViT has positions for one size.
+    assert report.axes == {"batch": 1}
+    assert all(row.difference <= 1e-4 and row.num_codes for row in report.comparisons)
+    images = draw_images(5, 32, 32, seed=1)
+    with torch.no_grad():
+        expected = model(images)
+    torch.testing.assert_close(
+        run_elsewhere(file, images, tmp_path), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.slow
