@@ -95,8 +95,10 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """White [], mean and deviation [3, 1, 1]; tensors, since CUDA multiplies by 1 / 255 instead."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    mean, std = (
-        torch.tensor(moments, device=device).view(3, 1, 1)
-        for moments in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    return torch.tensor(255.0, device=device), mean, std
+    # An evaluation may be the first to ask, and what it makes is of no use in training.
+    with torch.inference_mode(False):
+        mean, std = (
+            torch.tensor(moments, device=device).view(3, 1, 1)
+            for moments in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
+        return torch.tensor(255.0, device=device), mean, std

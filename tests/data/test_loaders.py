@@ -84,13 +84,14 @@ def numbers(batches: list[Batch]) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3")
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize(("num_workers", "on"), [(1, False), (2, True), (3, False)])
 def test_workers_change_nothing(
-    folder: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, num_workers: int, on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ecoformer.data.loaders.num_cores", lambda: 3)
-    alone = build(folder, augment=AugmentConfig())
-    helped = build(folder, augment=AugmentConfig(), num_workers=num_workers)
+    augment = AugmentConfig(tensor_resize=on)
+    alone = build(folder, augment=augment)
+    helped = build(folder, augment=augment, num_workers=num_workers)
     for epoch in (0, 1):
         assert equal(read(alone.train, epoch), read(helped.train, epoch))
         assert equal(read(alone.eval), read(helped.eval))
