@@ -44,14 +44,14 @@ class Fingerprint(TypedDict):
 
 
 class LabelledSamples(Protocol):
-    """Samples with one label each, read by index."""
+    """Samples with their labels, read by index."""
 
     class_names: Sequence[str]
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> tuple[Any, int]:
-        """Give a sample and its label, an index of ``class_names``."""
+    def read(self, index: int) -> tuple[Any, Any]:
+        """Give a sample, and what is to be learned of it, in indices of ``class_names``."""
 
     def describe(self, index: int) -> str:
         """Name the file, or the set and the sample's number, so that a user finds it."""

@@ -12,12 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ecoformer.data.datasets import FORMATS, Fingerprint, LabelledSamples, open_dataset
 from ecoformer.data.digits import SPLITS
-from ecoformer.data.pixels import collate_pictures
+from ecoformer.data.pixels import Picture, collate_pictures
 from ecoformer.data.transforms import (
     Transform,
     build_eval_transform,
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 
 # What a network takes, in an order of its own, and the labels [B], int64, last.
 Batch = tuple[Any, ...]
-# Makes a batch of samples, each what the transform gave, and its label.
-Collate = Callable[[list[tuple[Any, int]]], Batch]
+# Changes what was read, and its label with it.
+SampleTransform = Callable[[Any, Any], tuple[Any, Any]]
+# Makes a batch of samples, each what the transform gave.
+Collate = Callable[[list[tuple[Any, Any]]], Batch]
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ BadImage = tuple[int, str]
 class _Sample(NamedTuple):
     """What was read, and its label, None after too many bad ones; and the bad ones before it."""
 
-    content: tuple[Any, int] | None
+    content: tuple[Any, Any] | None
     bad: list[BadImage]
 
 
@@ -61,7 +63,7 @@ class SampleReader(Dataset[_Sample]):
     """
 
     def __init__(
-        self, images: LabelledSamples, transform: Transform, *, max_bad_images: int
+        self, images: LabelledSamples, transform: SampleTransform, *, max_bad_images: int
     ) -> None:
         self.images = images
         self.transform = transform
@@ -78,7 +80,7 @@ class SampleReader(Dataset[_Sample]):
                 bad.append((index, describe_failure(error)))
                 index = (index + 1) % len(self.images)
                 continue
-            return _Sample((self.transform(image), label), bad)
+            return _Sample(self.transform(image, label), bad)
         return _Sample(None, bad)
 
     def __getitems__(self, draws: list[Draw]) -> list[_Sample]:
@@ -104,7 +106,7 @@ class Loader:
     def __init__(
         self,
         images: LabelledSamples,
-        transform: Transform,
+        transform: SampleTransform,
         batches: DrawBatches,
         *,
         num_workers: int,
@@ -235,7 +237,7 @@ def build_loaders(
         )
     loaders = load_splits(
         images,
-        transforms,
+        {split: partial(_transform_image, transform) for split, transform in transforms.items()},
         data,
         seed=seed,
         rank=rank,
@@ -247,7 +249,7 @@ def build_loaders(
 
 def load_splits(
     samples: Mapping[str, LabelledSamples],
-    transforms: Mapping[str, Transform],
+    transforms: Mapping[str, SampleTransform],
     data: DataConfig,
     *,
     seed: int,
@@ -343,6 +345,10 @@ def describe_failure(error: Exception) -> str:
         return f"none of the formats {', '.join(FORMATS)}"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
+
+
+def _transform_image(transform: Transform, image: Image.Image, label: int) -> tuple[Picture, int]:
+    return transform(image), label
 
 
 def _join(collate: Collate, samples: list[_Sample]) -> tuple[Batch | None, list[BadImage]]:

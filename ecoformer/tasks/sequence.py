@@ -77,5 +77,5 @@ class SequenceClassification(Classification):
         return f"{self.config.model.max_tokens} tokens"
 
 
-def _keep(sample: Any) -> Any:
-    return sample
+def _keep(tokens: Any, label: int) -> tuple[Any, int]:
+    return tokens, label

@@ -246,7 +246,7 @@ def test_only_bad_images_end_the_run(tmp_path: Path) -> None:
 def test_error_in_a_transform_is_not_blamed_on_the_image(folder: Path) -> None:
     loaders = build(folder)
 
-    def fail(image: Image.Image) -> Picture:
+    def fail(image: Image.Image, label: int) -> tuple[Picture, int]:
         raise ZeroDivisionError("a mistake of ours")
 
     loader = Loader(loaders.eval.images, fail, loaders.eval.batches, num_workers=0)

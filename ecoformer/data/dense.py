@@ -1,0 +1,216 @@
+"""Detection and segmentation: open a data set, transform an image with what is on it, batch both.
+
+Transforms take an image, RGB, and its boxes or map, and draw from PyTorch's global generator alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ecoformer.data.boxes import BoxedImages, Boxes
+from ecoformer.data.coco import open_coco
+from ecoformer.data.label_maps import IGNORED, LabelMaps, open_label_map_folder
+from ecoformer.data.scenes import SceneMaps, open_scenes
+from ecoformer.data.transforms import build_plain_transform
+from ecoformer.errors import InputError
+
+BOX_SETS = ("SCENES", "COCO")
+LABEL_MAP_SETS = ("SCENES", "ADE20K")
+# Sides of a batch are multiples of it: the stride of a backbone's last stage.
+STRIDE = 32
+# Of a training image for segmentation, its short side to that of the crop.
+_SCALES = (0.5, 2.0)
+# An evaluated one: its long side to the short one.
+_LONGEST = 4
+
+BoxTarget: TypeAlias = dict[str, Tensor]
+BoxTransform: TypeAlias = Callable[[Image.Image, Boxes], tuple[Tensor, BoxTarget]]
+# The second tensor is the map as it was, None in training.
+MapTarget: TypeAlias = tuple[Tensor, Tensor | None]
+MapTransform: TypeAlias = Callable[[Image.Image, np.ndarray], tuple[Tensor, MapTarget]]
+
+
+def open_boxes(name: str, path: str | None, split: str, *, side: int) -> BoxedImages:
+    """Open one split of a data set for detection, ``"train"`` or ``"val"``.
+
+    Args:
+        name: one of ``BOX_SETS``.
+        path: folder of COCO; that of Fashion-MNIST makes scenes of it, without they are of digits.
+        side: of a canvas of scenes, pixels.
+
+    Raises:
+        InputError: the data are not there, or not as they should be; or pycocotools is not.
+    """
+    if importlib.util.find_spec("pycocotools") is None:
+        raise InputError(
+            "detection is measured by pycocotools: pip install 'ecoformer[detection]'."
+        )
+    if name == "SCENES":
+        return open_scenes(path, split, side=side)
+    return open_coco(_require(name, path, BOX_SETS, "detection"), split)
+
+
+def open_label_maps(name: str, path: str | None, split: str, *, side: int) -> LabelMaps:
+    """Open one split of a data set for segmentation; as ``open_boxes``, of ``LABEL_MAP_SETS``."""
+    if name == "SCENES":
+        return SceneMaps(open_scenes(path, split, side=side))
+    return open_label_map_folder(_require(name, path, LABEL_MAP_SETS, "segmentation"), split)
+
+
+def _require(name: str, path: str | None, names: Sequence[str], task: str) -> str:
+    if name not in names:
+        raise InputError(
+            f"--data-set {name} has nothing for --task {task}; there are: {', '.join(names)}."
+        )
+    if not path:
+        raise InputError(f"data set {name} needs its folder; give --data-path.")
+    return path
+
+
+def build_box_transform(*, short_side: int, long_side: int, hflip: float = 0.0) -> BoxTransform:
+    """Build the transform of one split for detection.
+
+    Args:
+        short_side: that an image gets, pixels, unless its long side would exceed ``long_side``.
+        hflip: probability of a flip; 0 where left and right differ, and to evaluate.
+
+    Returns:
+        A function to [3, height, width], float32, normalised, and a dict of tensors: boxes [n, 4],
+        float32, pixels of that image; labels [n] and is_crowd [n], int64 and bool; image_id [] and
+        original_size [2] (height, width), int64.
+    """
+    normalise = build_plain_transform()
+
+    def transform(image: Image.Image, boxes: Boxes) -> tuple[Tensor, BoxTarget]:
+        height, width = fit_size(boxes.size, short_side, long_side)
+        pixels = normalise(image.resize((width, height), Image.Resampling.BILINEAR))
+        scale = torch.tensor([width / boxes.size[1], height / boxes.size[0]]).repeat(2)
+        corners = torch.from_numpy(boxes.boxes) * scale
+        if hflip and float(torch.rand(())) < hflip:
+            pixels = pixels.flip(-1)
+            left, top, right, bottom = corners.unbind(-1)
+            corners = torch.stack([width - right, top, width - left, bottom], dim=-1)
+        return pixels, {
+            "boxes": corners,
+            "labels": torch.from_numpy(boxes.labels),
+            "is_crowd": torch.from_numpy(boxes.is_crowd),
+            "image_id": torch.tensor(boxes.image_id),
+            "original_size": torch.tensor(boxes.size),
+        }
+
+    return transform
+
+
+def build_train_map_transform(*, side: int, hflip: float = 0.0) -> MapTransform:
+    """Build the random transform of training images for segmentation.
+
+    The short side becomes half to twice as long as ``side``; then a square of that is cut out.
+
+    Returns:
+        A function to [3, height, width], float32, normalised, and labels [height, width], int64,
+        with None; both sides are ``side``, unless the image has less.
+    """
+    normalise = build_plain_transform()
+    shortest, longest = (round(scale * side) for scale in _SCALES)
+
+    def transform(image: Image.Image, labels: np.ndarray) -> tuple[Tensor, MapTarget]:
+        short_side = _draw(shortest, longest)
+        height, width = fit_size(labels.shape, short_side, _LONGEST * short_side)
+        top, left = _draw(0, max(height - side, 0)), _draw(0, max(width - side, 0))
+        square = (left, top, min(left + side, width), min(top + side, height))
+        pixels = normalise(image.resize((width, height), Image.Resampling.BILINEAR).crop(square))
+        resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
+        target = _as_tensor(np.asarray(resized.crop(square)))
+        if hflip and float(torch.rand(())) < hflip:
+            pixels, target = pixels.flip(-1), target.flip(-1)
+        return pixels, (target, None)
+
+    return transform
+
+
+def build_eval_map_transform(*, side: int) -> MapTransform:
+    """Build the fixed transform of evaluated images: whole, the short side ``side`` long.
+
+    Returns:
+        A function to [3, height, width], float32, normalised, and labels of that size, int64, with
+        those of the original one, [height, width], int64.
+    """
+    normalise = build_plain_transform()
+
+    def transform(image: Image.Image, labels: np.ndarray) -> tuple[Tensor, MapTarget]:
+        height, width = fit_size(labels.shape, side, _LONGEST * side)
+        pixels = normalise(image.resize((width, height), Image.Resampling.BILINEAR))
+        resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
+        return pixels, (_as_tensor(np.asarray(resized)), _as_tensor(labels))
+
+    return transform
+
+
+def fit_size(size: Sequence[int], short_side: int, long_side: int) -> tuple[int, int]:
+    """Scale a height and a width so that the short one fits, or the long one if that is less."""
+    short, long = sorted(size)
+    wanted, given = (
+        (short_side, short)
+        if short_side * long <= long_side * short
+        else (
+            long_side,
+            long,
+        )
+    )
+    # In whole numbers: a quotient of floats may end just below one.
+    height, width = (max((2 * wanted * one + given) // (2 * given), 1) for one in size)
+    return height, width
+
+
+def collate_boxes(
+    samples: Sequence[tuple[Tensor, BoxTarget]],
+) -> tuple[Tensor, Tensor, list[BoxTarget]]:
+    """Make a batch for detection.
+
+    Returns:
+        Images [B, 3, H, W], float32, padded right and below by zeros, H and W multiples of
+        ``STRIDE``; their sizes [B, 2] (height, width), int64, without padding; the targets.
+    """
+    return *_pad_images([pixels for pixels, _ in samples]), [target for _, target in samples]
+
+
+def collate_label_maps(
+    samples: Sequence[tuple[Tensor, MapTarget]],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Make a batch for segmentation.
+
+    Returns:
+        Images and sizes as ``collate_boxes``; labels [B, H, W], int64, 255 where there are none;
+        the maps of the original images, [height, width], int64, none in training.
+    """
+    images, sizes = _pad_images([pixels for pixels, _ in samples])
+    labels = [_pad(target, images.shape[-2:], IGNORED) for _, (target, _) in samples]
+    originals = [original for _, (_, original) in samples if original is not None]
+    return images, sizes, torch.stack(labels), originals
+
+
+def _pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    sizes = torch.tensor([image.shape[-2:] for image in images])
+    height, width = (-(-side // STRIDE) * STRIDE for side in sizes.amax(0).tolist())
+    return torch.stack([_pad(image, (height, width), 0) for image in images]), sizes
+
+
+def _pad(tensor: Tensor, size: Sequence[int], value: int) -> Tensor:
+    below, right = (whole - part for whole, part in zip(size, tensor.shape[-2:], strict=True))
+    return F.pad(tensor, (0, right, 0, below), value=value)
+
+
+def _as_tensor(labels: np.ndarray) -> Tensor:
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _draw(low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, ()))
