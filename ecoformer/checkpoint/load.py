@@ -122,7 +122,8 @@ def load_checkpoint(
     if not strict:
         for name in head:
             if name in taken and _has_other_classes(taken[name], target[name]):
-                note = f"The head is fresh: {_tell_classes(taken[name], target[name])}"
+                told = _tell_classes(taken[name], target[name], _outputs_a_class(model))
+                note = f"The head is fresh: {told}"
                 notes += [note] if note not in notes else []
                 dropped.append(name)
                 del taken[name]
@@ -131,6 +132,7 @@ def load_checkpoint(
     match = _Match(
         origin=origin,
         head=head,
+        outputs_a_class=_outputs_a_class(model),
         target=target,
         taken=taken,
         missing=[
@@ -168,6 +170,7 @@ class _Match:
 
     origin: str
     head: Sequence[str]
+    outputs_a_class: int
     target: Mapping[str, Tensor]
     taken: Mapping[str, Tensor]
     missing: Sequence[str]
@@ -219,8 +222,8 @@ class _Match:
         theirs, ours = self.taken[mismatched[0]], self.target[mismatched[0]]
         if all(name in self.head for name in mismatched) and _has_other_classes(theirs, ours):
             raise InputError(
-                f"{self.origin}: {_tell_classes(theirs, ours)}; take data with as many classes, or "
-                "start from it with --finetune, which makes a new head."
+                f"{self.origin}: {_tell_classes(theirs, ours, self.outputs_a_class)}; take data "
+                "with as many classes, or start from it with --finetune, which makes a new head."
             )
 
     def _refuse_other_hashing(self, mismatched: Sequence[str]) -> None:
@@ -271,8 +274,15 @@ def _has_other_classes(theirs: Tensor, ours: Tensor) -> bool:
     return len(theirs) != len(ours)
 
 
-def _tell_classes(theirs: Tensor, ours: Tensor) -> str:
-    return f"{len(theirs)} classes in the file, {len(ours)} in the model"
+def _tell_classes(theirs: Tensor, ours: Tensor, outputs_a_class: int) -> str:
+    given, wanted = (len(head) // outputs_a_class for head in (theirs, ours))
+    return f"{given} classes in the file, {wanted} in the model"
+
+
+def _outputs_a_class(model: nn.Module) -> int:
+    """Of a detector, as many as anchors at a place."""
+    outputs: int = getattr(model, "outputs_a_class", 1)
+    return outputs
 
 
 def _cast(tensor: Tensor, like: Tensor, what: str) -> Tensor:

@@ -49,6 +49,9 @@ class RetinaNet(TorchvisionRetinaNet):
             num_classes,
             detections_per_img=_MAX_DETECTIONS,
         )
+        # What loading asks of a classifier that may have other classes in a file.
+        self.pretrained_cfg = {"classifier": "head.classification_head.cls_logits"}
+        self.outputs_a_class = self.head.classification_head.num_anchors
         # Images are resized, normalised and padded where they are loaded.
         del self.transform
 

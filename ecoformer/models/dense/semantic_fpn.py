@@ -45,6 +45,8 @@ class SemanticFpn(nn.Module):
                     for before, after in pairwise(widths)
                 )
             )
+        # What loading asks of a classifier that may have other classes in a file.
+        self.pretrained_cfg = {"classifier": "classifier"}
         self.classifier = nn.Conv2d(_NUM_CHANNELS, num_classes, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
