@@ -25,6 +25,7 @@ _PARTS = {
     "fit": ("fit",),
     "model": ("model",),
     "train": ("train",),
+    "dense": ("dense",),
     "gpu": ("attention", "fit", "model", "train"),
     "sequences": ("sequences",),
     "threads": (),
@@ -38,6 +39,7 @@ _SIDES = {
     "model": (224, 448),
     "train": (224,),
     "sequences": (1024, 2048, 4096, 8192, 16384),
+    "dense": (800,),
 }
 _GPU_SIDES = _SIDES | {"model": (224, 512, 448)}
 _EPILOG = """\
@@ -48,7 +50,9 @@ fit        one layer's hash fit
 model      evaluation of a backbone with every kind of attention, at each resolution
 train      training steps of the same
 sequences  training steps of the sequence encoder at each number of --tokens
-gpu        all of it at the sizes that fill a GPU, models compiled; what matters most first
+dense      for detection at 800 x 1,333 pixels: a backbone's maps, a training step, the fit of all
+           layers on one image; --resolutions are short sides
+gpu        attention to train, at the sizes that fill a GPU, models compiled; what matters most first
 threads    evaluation, training step and fit on one thread and on all, alone and beside a busy
            process on every core
 deploy     evaluation in eager mode, compiled, by AOTInductor and by ONNX Runtime, beside timm's
@@ -87,11 +91,15 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda or cpu; cuda where there is one")
     parser.add_argument("--dtype", choices=_DTYPES, help="float32; bfloat16 for gpu")
     parser.add_argument(
-        "--batch-size", type=int, help="8; 2 for fit and sequences; 128 and 32 for gpu"
+        "--batch-size",
+        type=int,
+        help="8; 2 for fit and sequences; 1 for dense; 128 and 32 for gpu",
     )
     parser.add_argument("--resolutions", type=int, nargs="+", help="image sides in pixels")
     parser.add_argument("--tokens", type=int, nargs="+", help="of sequences; 1,024 to 16,384")
-    parser.add_argument("--model", default="pvt_v2_b0", help="variant of PVTv2")
+    parser.add_argument(
+        "--model", default="pvt_v2_b0", help="variant of PVTv2; of Twins too for dense"
+    )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="models by torch.compile"
     )
@@ -125,13 +133,13 @@ def _run(options: argparse.Namespace, command: str) -> bool:
     from ecoformer.tools.benchmark.suite import Suite, run_suite
 
     is_gpu = options.task == "gpu"
-    is_text = options.task == "sequences"
-    given = options.tokens if is_text else options.resolutions
+    given = options.tokens if options.task == "sequences" else options.resolutions
+    usual_batch_size = {"gpu": 128, "dense": 1, "sequences": 2}.get(options.task, 8)
     sides = _GPU_SIDES if is_gpu else _SIDES
     suite = Suite(
         parts={part: given or sides[part] for part in _PARTS[options.task]},
         variant=options.model,
-        batch_size=options.batch_size or (128 if is_gpu else 2 if is_text else 8),
+        batch_size=options.batch_size or usual_batch_size,
         fit_batch_size=options.batch_size or (32 if is_gpu else 2),
         is_compiled=is_gpu if options.compile is None else options.compile,
         device=options.device,

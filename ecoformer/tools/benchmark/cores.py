@@ -47,10 +47,10 @@ _SWEPT = ("ecoformer", "performer", "spatial reduction", "sdpa")
 _SLOW_SECONDS = 1.0
 
 
-def count_tokens(side: int) -> int:
-    """Count the tokens of PVTv2's first stage, one for every 4 of the side's pixels, each way."""
+def count_tokens(side: int, other: int | None = None) -> int:
+    """Count the tokens of PVTv2's first stage, one for every 4 pixels of a side, each way."""
     # Its convolution pads: what is left of 4 pixels makes a token too.
-    return ceil(side / 4) ** 2
+    return ceil(side / 4) * ceil((other or side) / 4)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ecoformer.tools.benchmark.backbones import Workload, measure_model
 from ecoformer.tools.benchmark.comparison import Setup
 from ecoformer.tools.benchmark.cores import count_tokens, measure_attention, measure_attention_sweep
 from ecoformer.tools.benchmark.correctness import Check, check_core
+from ecoformer.tools.benchmark.dense import measure_dense
 from ecoformer.tools.benchmark.fits import measure_fit
 from ecoformer.tools.benchmark.measurements import MIN_POINTS, Measurement, Report
 from ecoformer.tools.measure import (
@@ -31,8 +32,9 @@ class Suite:
     """What is measured, at which sizes, where and how often.
 
     Args:
-        parts: ``"attention"``, ``"fit"``, ``"model"`` or ``"train"`` to image sides in pixels,
-            ``"sequences"`` to numbers of tokens, in the order to measure them in.
+        parts: ``"attention"``, ``"fit"``, ``"model"``, ``"train"`` or ``"dense"`` to image sides
+            in pixels, the short ones for ``"dense"``, and ``"sequences"`` to numbers of tokens, in
+            the order to measure them in.
         variant: of PVTv2.
         batch_size: images of attention cores and models, or sequences.
         is_compiled: models by ``torch.compile``.
@@ -94,6 +96,11 @@ class Suite:
                 for num_tokens in token_counts:
                     yield from measure_fit(
                         setup, batch_size=self.fit_batch_size, num_tokens=num_tokens
+                    )
+            elif part == "dense":
+                for side in sides:
+                    yield from measure_dense(
+                        setup, variant=self.variant, batch_size=self.batch_size, short_side=side
                     )
             else:
                 for side in sides:

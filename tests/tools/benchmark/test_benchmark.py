@@ -21,7 +21,7 @@ from ecoformer.errors import InputError
 from ecoformer.ops import kernelized_hash_attention
 from ecoformer.ops.backends.triton import TritonBackend
 from ecoformer.tools import measure
-from ecoformer.tools.benchmark import cores, correctness, fits, sequences, suite
+from ecoformer.tools.benchmark import cores, correctness, dense, fits, sequences, suite
 from ecoformer.tools.benchmark.command import main
 from ecoformer.tools.benchmark.comparison import Comparison, Contender, Setup, compare
 from ecoformer.tools.benchmark.correctness import check_core
@@ -202,6 +202,7 @@ def test_core_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fit", {"ecoformer", "reference"}),
         ("model", {"ecoformer", "ecoformer, reference ops", "msa", "sra", "timm"}),
         ("train", {"ecoformer", "performer", "timm"}),
+        ("dense", {"ecoformer", "sra", "msa"}),
     ],
 )
 def test_tasks_run(
@@ -212,7 +213,9 @@ def test_tasks_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "figures.json"
-    words = [task, "--device", "cpu", "--resolutions", "32", "--batch-size", "2", "--rounds", "1"]
+    # One image of 32 pixels has fewer tokens than anchors.
+    side = "64" if task == "dense" else "32"
+    words = [task, "--device", "cpu", "--resolutions", side, "--batch-size", "2", "--rounds", "1"]
     assert main([*words, "--json", str(file)]) == 0
     content = json.loads(file.read_text())
     timed = {row["name"] for row in content["rows"] if row["timing"]}
@@ -258,6 +261,22 @@ def test_a_step_changes_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     before = [parameter.clone() for parameter in made[0].parameters()]
     step()
     assert not any(old.equal(new) for old, new in zip(before, made[0].parameters(), strict=True))
+
+
+def test_a_step_with_softmax_is_left_out_where_it_takes_minutes(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = dense.DenseInputs(2, 48, CPU)
+    assert (inputs.long_side, inputs.num_tokens) == (80, 12 * 20)
+    assert inputs.draw_images().shape == (2, 3, 48, 80)
+    for target in inputs.draw_targets():
+        sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+        assert (sides > 0).all() and (target["boxes"] >= 0).all()
+    monkeypatch.setitem(dense._MAX_PAIRS, "cpu", 2 * 240**2 - 1)
+    maps, step, fit = dense.measure_dense(setup, variant="pvt_v2_b0", batch_size=2, short_side=48)
+    assert all(row.timing for row in (*maps, *fit))
+    assert {row.name: row.note for row in step if row.note} == {"msa": "not run: takes minutes"}
+    assert [row.batch_size for row in (*maps, *fit)] == [2, 2, 2, 1]
 
 
 def test_what_is_measured_is_written_before_the_next(
