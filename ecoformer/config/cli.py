@@ -28,7 +28,7 @@ _BARE = {"throughput": "median", "train_mode": True}
 
 
 def parse_config(argv: Sequence[str] | None = None, family: ModelFamily | None = None) -> Config:
-    """Merge the defaults, the family's recipe, the file of ``--config`` and the command line.
+    """Merge the defaults, recipes of family and task, the file of ``--config``, and words.
 
     Each beats those before it.
 

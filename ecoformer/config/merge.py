@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ecoformer.config.file import blame_file, read_fields
+from ecoformer.config.recipes import TASK_RECIPES
 from ecoformer.config.released import ATTENTION
 from ecoformer.config.schema import Config, DistillationConfig
 from ecoformer.errors import InputError, is_main_process
@@ -40,14 +41,19 @@ def make_config(**values: object) -> Config:
 
 
 def merge(values: Mapping[str, object], family: ModelFamily | None = None) -> Config:
-    """Lay values over the file that they name, that over the family's recipe and the defaults."""
+    """Lay values over the file that they name, and that over recipes and the defaults.
+
+    The recipe of the task beats that of the family.
+    """
     path = values.get("config")
     in_file = read_fields(str(path)) if path else {}
     given = {**in_file, **{name: value for name, value in values.items() if value}}
+    task = str(given.get("task", Config().run.task))
     if family is None:
-        model, task = given.get("model"), given.get("task", Config().run.task)
-        family = find_family(str(model)) if model else find_default_family(str(task))
-    config = Config.from_flat({"model": family.default_model, **family.recipe})
+        model = given.get("model")
+        family = find_family(str(model)) if model else find_default_family(task)
+    recipe = {**family.recipe, **TASK_RECIPES.get(task, {})}
+    config = Config.from_flat({"model": family.default_model, **recipe})
     if path:
         with blame_file(str(path)):
             config = Config.from_flat(in_file, config)

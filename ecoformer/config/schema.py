@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, get_type_hints
 
 from ecoformer.config.types import fits, spell
@@ -85,7 +86,7 @@ class DataConfig:
     """Images and how they are loaded."""
 
     data_path: str | None = None
-    """Data folder; with train/ and val/ for IMNET. DIGITS and PAIRS need none."""
+    """Data folder; with train/ and val/ for IMNET. DIGITS, PAIRS and SCENES need none."""
     data_set: Literal[
         "IMNET",
         "CIFAR",
@@ -98,8 +99,15 @@ class DataConfig:
         "LISTOPS",
         "PATHFINDER",
         "PIXELS",
+        "SCENES",
+        "COCO",
+        "ADE20K",
     ] = "IMNET"
-    """IMNET is any folder of class folders; PAIRS draws canvases, of digits unless given FMNIST."""
+    """IMNET is any folder of class folders; PAIRS and SCENES are drawn, of digits or FMNIST."""
+    short_side: int = 800
+    """Short side of an image to detect in, side of a crop to segment or of a SCENE; pixels."""
+    long_side: int = 1333
+    """Largest long side of images to detect in, pixels."""
     batch_size: int = 32
     """Images a process takes a step."""
     num_workers: int = 10
@@ -120,6 +128,11 @@ class DataConfig:
             self, lambda x: x >= 1, "at least 1", "batch_size", "epoch_samples", "eval_samples"
         )
         _require(self, lambda x: x >= 0, "at least 0", "num_workers", "max_bad_images")
+        _require(self, lambda x: x >= 32, "at least 32 pixels", "short_side")
+        if self.long_side < self.short_side:
+            raise InputError(
+                f"long_side is {self.long_side}; expected at least short_side, {self.short_side}."
+            )
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,7 @@ class OptimConfig:
     """Largest L2 norm of the gradient; none: not clipped."""
     lr: float = 5e-4
     """Peak learning rate for 512 images a step; scaled to the real number."""
-    sched: Literal["cosine", "tanh", "step", "plateau", "poly"] = "cosine"
+    sched: Literal["cosine", "tanh", "step", "multistep", "plateau", "poly"] = "cosine"
     """Learning rate schedule."""
     warmup_lr: float = 1e-6
     """Learning rate that warm-up starts from; not scaled."""
@@ -203,8 +216,10 @@ class OptimConfig:
     """Epochs of warm-up, part of --epochs."""
     decay_epochs: float = 30.0
     """Epochs between the drops of the step schedule."""
+    decay_milestones: tuple[int, ...] = ()
+    """Epochs after which the multistep schedule drops."""
     decay_rate: float = 0.1
-    """Factor of a drop."""
+    """Factor of a drop; the power of poly."""
     patience_epochs: int = 10
     """Epochs without progress before the plateau schedule drops."""
     lr_noise: tuple[float, ...] | None = None
@@ -239,6 +254,14 @@ class OptimConfig:
             "lr_noise",
         )
         _require(self, lambda x: x >= 1, "at least 1", "grad_accum_steps", "refit_every_epochs")
+        _require(
+            self,
+            lambda x: all(a < b for a, b in pairwise((0, *x))),
+            "rising numbers of epochs",
+            "decay_milestones",
+        )
+        if self.sched == "multistep" and not self.decay_milestones:
+            raise InputError("sched multistep drops nowhere; give --decay-milestones 8 11, say.")
 
 
 @dataclass(frozen=True)

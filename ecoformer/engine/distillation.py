@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from typing import Any, TypeAlias
 
 import torch
@@ -124,6 +125,11 @@ class Distillation(Task):
         if report.derived or report.dropped or report.missing or report.unused:
             raise InputError(f"{wanted}, trained on the same classes. {report}")
         return report
+
+    def start_from(
+        self, model: nn.Module, source: str | PathLike[str], *, allow_missing: bool
+    ) -> LoadReport:
+        return self._task.start_from(model, source, allow_missing=allow_missing)
 
     def settings(self) -> Mapping[str, Any]:
         return {**self._task.settings(), "teacher_digest": self._digest}

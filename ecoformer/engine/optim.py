@@ -83,6 +83,7 @@ def create_schedule(optimizer: Optimizer, optim: OptimConfig, *, seed: int) -> S
             sched=optim.sched,
             num_epochs=optim.epochs,
             decay_epochs=optim.decay_epochs,
+            decay_milestones=list(optim.decay_milestones),
             patience_epochs=optim.patience_epochs,
             decay_rate=optim.decay_rate,
             min_lr=optim.min_lr,

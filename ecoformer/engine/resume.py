@@ -77,7 +77,7 @@ def start_state(session: Session, model: nn.Module) -> TrainState:
         return state
     if config.run.finetune:
         weights = fetch(config.run.finetune)
-        report = load_checkpoint(model, weights, allow_missing=config.run.allow_missing)
+        report = session.task.start_from(model, weights, allow_missing=config.run.allow_missing)
         _logger.info("%s", report)
     if config.run.start_epoch >= config.optim.epochs > 0:
         raise InputError(

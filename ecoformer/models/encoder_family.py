@@ -4,16 +4,6 @@ from __future__ import annotations
 
 from ecoformer.models.registry import ModelFamily
 
-# Sequences are not augmented: no other value has a meaning.
-WITHOUT_MEANING = {
-    "repeated_aug": False,
-    "color_jitter": 0.0,
-    "aa": None,
-    "reprob": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-}
-
 FAMILY = ModelFamily(
     name="ecoformer.models.encoder",
     variants={"encoder": ("ecoformer", "msa", "msa_share_qk", "performer")},
@@ -21,7 +11,6 @@ FAMILY = ModelFamily(
     task="sequence",
     inputs="tokens",
     recipe={
-        **WITHOUT_MEANING,
         "smoothing": 0.0,
         "drop": 0.1,
         "drop_path": 0.0,

@@ -17,6 +17,8 @@ T = TypeVar("T", bound="type[Task]")
 TASKS: dict[str, str | type[Task]] = {
     "classification": "ecoformer.tasks.classification:Classification",
     "sequence": "ecoformer.tasks.sequence:SequenceClassification",
+    "detection": "ecoformer.tasks.detection:Detection",
+    "segmentation": "ecoformer.tasks.segmentation:Segmentation",
 }
 
 

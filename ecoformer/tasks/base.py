@@ -10,10 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from ecoformer.checkpoint import LoadReport, load_checkpoint
 
 if TYPE_CHECKING:
     from ecoformer.config import Config
@@ -130,6 +133,16 @@ class Task(ABC):
         ``create`` builds the configured backbone and takes what the task decides, such as
         ``num_classes``; a task may wrap what it gives, or do without.
         """
+
+    def start_from(
+        self, model: nn.Module, source: str | PathLike[str], *, allow_missing: bool
+    ) -> LoadReport:
+        """Load what ``--finetune`` names into a fresh model of this task.
+
+        Raises:
+            InputError: it cannot be read, or does not fit.
+        """
+        return load_checkpoint(model, source, allow_missing=allow_missing)
 
     def settings(self) -> Mapping[str, Any]:
         """What decides the result beside configuration and data, in plain values by name.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from ecoformer.errors import InputError, NonFiniteError
 from ecoformer.ops import as_full_precision
 from ecoformer.ranks import rank, sum_over_ranks, world_size
 from ecoformer.sums import ExactMean
-from ecoformer.tasks.base import Data, Meter, Metrics, Network, Task
-
-if TYPE_CHECKING:
-    from ecoformer.config import Config
+from ecoformer.tasks.base import Meter, Metrics, Network
+from ecoformer.tasks.loading import LoadedTask
 
 # Of a model that is timed without data.
 _NUM_CLASSES = 1000
@@ -94,7 +92,7 @@ class AccuracyMeter(Meter):
         return Accuracy.count(num_images, num_top1, num_top5, loss)
 
 
-class Classification(Task):
+class Classification(LoadedTask):
     """Batches are images [B, 3, height, width], float32, and labels [B], int64.
 
     Images are packed, as a ``PictureBatch``, until they are on the device. Mixup turns labels into
@@ -104,23 +102,6 @@ class Classification(Task):
     samples = "images"
     has_logits = True
     inputs: str | None = "images"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self._loaders: Loaders | None = None
-
-    def open_data(self, device: torch.device, *, is_train: bool) -> Data:
-        self._loaders = loaders = self.open_loaders(
-            is_train=is_train, pin_memory=device.type == "cuda"
-        )
-        num_train = len(loaders.train.images) if loaders.train is not None else 0
-        return Data(
-            loaders.train,
-            loaders.eval,
-            f"{self.config.data.data_set}: {num_train} training and {len(loaders.eval.images)} "
-            f"validation {self.samples} of {loaders.num_classes} classes",
-            loaders.fingerprint(),
-        )
 
     def open_loaders(self, *, is_train: bool, pin_memory: bool) -> Loaders:
         """Open the splits; of a batch, the labels are the last."""
@@ -161,9 +142,3 @@ class Classification(Task):
 
     def describe_inputs(self) -> str:
         return f"{self.config.model.input_size} px"
-
-    def name_samples(self, epoch: int, step: int) -> Mapping[str, Sequence[int]]:
-        # Seed, epoch, step and an image's place in here tell its augmentation, too.
-        assert self._loaders is not None and self._loaders.train is not None
-        self._loaders.train.set_epoch(epoch, start_step=step)
-        return {"image_indices": [draw.image for draw in next(iter(self._loaders.train.batches))]}

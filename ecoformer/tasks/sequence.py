@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ecoformer.config.recipes import NOT_AUGMENTED
 from ecoformer.data import Loaders, load_splits
 from ecoformer.data.sequences import Sequences, open_sequences, pad_sequences
 from ecoformer.errors import InputError
-from ecoformer.models.encoder_family import WITHOUT_MEANING
 from ecoformer.ranks import rank, world_size
 from ecoformer.tasks.classification import Classification
 
@@ -35,7 +35,7 @@ class SequenceClassification(Classification):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         settings = config.to_flat()
-        for name, off in WITHOUT_MEANING.items():
+        for name, off in NOT_AUGMENTED.items():
             if settings[name] != off:
                 raise InputError(
                     f"{name} {settings[name]} is for images, and this task has sequences; leave "

@@ -52,7 +52,7 @@ train      training steps of the same
 sequences  training steps of the sequence encoder at each number of --tokens
 dense      for detection at 800 x 1,333 pixels: a backbone's maps, a training step, the fit of all
            layers on one image; --resolutions are short sides
-gpu        attention to train, at the sizes that fill a GPU, models compiled; what matters most first
+gpu        attention to train at sizes that fill a GPU, models compiled; what matters most first
 threads    evaluation, training step and fit on one thread and on all, alone and beside a busy
            process on every core
 deploy     evaluation in eager mode, compiled, by AOTInductor and by ONNX Runtime, beside timm's

@@ -1,0 +1,15 @@
+r"""RetinaNet over Twins-SVT-S with EcoFormer attention, from its classifier, on COCO.
+
+Recipe: PVTv2's, 12 epochs of 16 images, AdamW at 1e-4, a tenth of it after 8 epochs and again
+after 11. Its warm-up of 500 steps is left out: rates change between epochs here.
+Expected: nothing is published, and nothing was measured here.
+Command, on 8 GPUs:
+    torchrun --nproc_per_node=8 -m twins.main \
+        --config configs/detection/retinanet_alt_gvt_small_ecoformer.py \
+        --data-path COCO --finetune runs/alt_gvt_small_ecoformer/best_checkpoint.pth
+"""
+
+_base_ = "../_base_/retinanet.py"
+
+model = "alt_gvt_small"
+attn_type = "ecoformer"

@@ -1,0 +1,50 @@
+"""Tasks whose data are the splits of a data set, opened by ``ecoformer.data``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ecoformer.data import Loaders
+from ecoformer.tasks.base import Data, Task
+
+if TYPE_CHECKING:
+    from ecoformer.config import Config
+
+
+class LoadedTask(Task):
+    """Opens loaders once, and names the samples of a step by what they drew."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._loaders: Loaders | None = None
+
+    @abstractmethod
+    def open_loaders(self, *, is_train: bool, pin_memory: bool) -> Loaders:
+        """Open the splits.
+
+        Raises:
+            InputError: the data are not there, or not as they should be.
+        """
+
+    def open_data(self, device: torch.device, *, is_train: bool) -> Data:
+        self._loaders = loaders = self.open_loaders(
+            is_train=is_train, pin_memory=device.type == "cuda"
+        )
+        num_train = len(loaders.train.images) if loaders.train is not None else 0
+        return Data(
+            loaders.train,
+            loaders.eval,
+            f"{self.config.data.data_set}: {num_train} training and {len(loaders.eval.images)} "
+            f"validation {self.samples} of {loaders.num_classes} classes",
+            loaders.fingerprint(),
+        )
+
+    def name_samples(self, epoch: int, step: int) -> Mapping[str, Sequence[int]]:
+        # Seed, epoch, step and an image's place in here tell its augmentation, too.
+        assert self._loaders is not None and self._loaders.train is not None
+        self._loaders.train.set_epoch(epoch, start_step=step)
+        return {"image_indices": [draw.image for draw in next(iter(self._loaders.train.batches))]}
