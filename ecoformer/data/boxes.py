@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -46,3 +46,45 @@ class BoxedImages(LabelledSamples, Protocol):
 
     def ground_truth(self) -> dict[str, Any]:
         """Lay all images out as COCO's format does, to measure detections against."""
+
+
+class Annotation(NamedTuple):
+    """One object in COCO's terms: ids of its image and class, [left, top, width, height]."""
+
+    image_id: int
+    class_id: int
+    box: Sequence[float]
+    area: float
+    is_crowd: bool
+
+
+def lay_out(
+    sizes: Mapping[int, tuple[int, int]],
+    annotations: Iterable[Annotation],
+    classes: Mapping[int, str],
+) -> dict[str, Any]:
+    """Build the content of an annotation file.
+
+    Annotations are numbered from 1: pycocotools takes an id of 0 for none.
+
+    Args:
+        sizes: height and width by the id of an image.
+        classes: names by id.
+    """
+    return {
+        "images": [
+            {"id": i, "height": height, "width": width} for i, (height, width) in sizes.items()
+        ],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": one.image_id,
+                "category_id": one.class_id,
+                "bbox": list(one.box),
+                "area": one.area,
+                "iscrowd": int(one.is_crowd),
+            }
+            for number, one in enumerate(annotations, start=1)
+        ],
+        "categories": [{"id": i, "name": name} for i, name in classes.items()],
+    }

@@ -4,41 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ecoformer.data.boxes import Boxes
+from ecoformer.data.boxes import Annotation, Boxes, lay_out
 from ecoformer.data.datasets import Fingerprint, read_image
 from ecoformer.errors import InputError
 from ecoformer.files import open_regular
 
 # Boxes are rounded, so they may end this many pixels outside, and are cut off there.
 _ROUNDING = 1.0
+# Floats, which pycocotools keeps ids in, hold every whole number below.
+_LARGEST = 2**53
+_KINDS = {int: "a whole number", str: "printable text", list: "a list"}
 # The published instances_train2017.json holds two boxes without height: id, image_id.
 _PUBLISHED_WITHOUT_AREA = {(918, 200365), (2206849, 550395)}
-
-
-class _Annotation(NamedTuple):
-    """One box: in the file's own words and order, [left, top, width, height]."""
-
-    image: int
-    label: int
-    box: Sequence[float]
-    area: float
-    is_crowd: bool
 
 
 class Coco:
     """One split of a data set in COCO's format, without its outlines.
 
     Classes are in the order of their ids. To train, images without a box are left out, and those of
-    crowds do not count, as in the published recipes.
+    crowds do not count.
 
     Raises:
         InputError: an entry of the file is not as it should be, or an image is not there.
@@ -51,20 +43,24 @@ class Coco:
         content = _read_json(file)
         classes = _read_classes(file, content["categories"])
         images = _read_images(file, content["images"])
-        annotations = _read_annotations(file, content["annotations"], images, list(classes))
+        annotations = _read_annotations(file, content["annotations"], images, classes)
+        # Outlines take gigabytes.
         del content
         self.class_ids: Sequence[int] = list(classes)
         self.class_names: Sequence[str] = list(classes.values())
-        # Arrays, as for file names in ImageFolder: workers share them.
-        image = np.array([one.image for one in annotations], np.int64)
-        order = np.argsort(image, kind="stable")
-        self._boxes = np.array([one.box for one in annotations], np.float64).reshape(-1, 4)[order]
-        self._areas = np.array([one.area for one in annotations], np.float64)[order]
-        self._labels = np.array([one.label for one in annotations], np.int64)[order]
-        self._is_crowd = np.array([one.is_crowd for one in annotations], bool)[order]
+        # Arrays, as the names in ImageFolder: workers share them.
         self._ids = np.array(list(images), np.int64)
         self._sizes = np.array([size for _, size in images.values()], np.int64).reshape(-1, 2)
-        self._names = np.array([os.fsencode(name) for name, _ in images.values()])
+        self._names = np.array([name for name, _ in images.values()])
+        places = {image_id: place for place, image_id in enumerate(images)}
+        image = np.array([places[one.image_id] for one in annotations], np.int64)
+        order = np.argsort(image, kind="stable")
+        class_ids = np.array([one.class_id for one in annotations], np.int64)[order]
+        self._labels = np.searchsorted(self.class_ids, class_ids)
+        self._boxes = np.array([one.box for one in annotations], np.float64).reshape(-1, 4)[order]
+        self._areas = np.array([one.area for one in annotations], np.float64)[order]
+        self._is_crowd = np.array([one.is_crowd for one in annotations], bool)[order]
+        # Those of image i are from ends[i] to ends[i + 1].
         self._ends = np.searchsorted(image[order], np.arange(len(images) + 1))
         kept = np.arange(len(images))
         if split == "train":
@@ -114,44 +110,16 @@ class Coco:
         return self.folder / os.fsdecode(self._names[self._kept[index]])
 
     def ground_truth(self) -> dict[str, Any]:
-        """Give the boxes and areas as they stand in the file, by which published AP is measured.
-
-        Annotations are numbered from 1: pycocotools takes an id of 0 for none.
-        """
-        image = np.repeat(np.arange(len(self._ids)), np.diff(self._ends))
-        return {
-            "images": [
-                {"id": number, "height": height, "width": width}
-                for number, (height, width) in zip(
-                    self._ids.tolist(), self._sizes.tolist(), strict=True
-                )
-            ],
-            "annotations": [
-                {
-                    "id": number,
-                    "image_id": image_id,
-                    "category_id": self.class_ids[label],
-                    "bbox": box,
-                    "area": area,
-                    "iscrowd": int(is_crowd),
-                }
-                for number, (image_id, label, box, area, is_crowd) in enumerate(
-                    zip(
-                        self._ids[image].tolist(),
-                        self._labels.tolist(),
-                        self._boxes.tolist(),
-                        self._areas.tolist(),
-                        self._is_crowd.tolist(),
-                        strict=True,
-                    ),
-                    start=1,
-                )
-            ],
-            "categories": [
-                {"id": number, "name": name}
-                for number, name in zip(self.class_ids, self.class_names, strict=True)
-            ],
-        }
+        """Lay out boxes and areas as they stand in the file, by which published AP is measured."""
+        image_ids = np.repeat(self._ids, np.diff(self._ends)).tolist()
+        class_ids = np.array(self.class_ids)[self._labels].tolist()
+        rows = (self._boxes.tolist(), self._areas.tolist(), self._is_crowd.tolist())
+        sizes = ((height, width) for height, width in self._sizes.tolist())
+        return lay_out(
+            dict(zip(self._ids.tolist(), sizes, strict=True)),
+            map(Annotation, image_ids, class_ids, *rows),
+            dict(zip(self.class_ids, self.class_names, strict=True)),
+        )
 
     def describe(self, index: int) -> str:
         return str(self.path(index))
@@ -242,41 +210,39 @@ def _read_classes(file: Path, entries: list[Any]) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def _read_images(file: Path, entries: list[Any]) -> dict[int, tuple[str, tuple[int, int]]]:
+def _read_images(file: Path, entries: list[Any]) -> dict[int, tuple[bytes, tuple[int, int]]]:
     """Map ids to file names, and height and width."""
-    found: dict[int, tuple[str, tuple[int, int]]] = {}
+    found: dict[int, tuple[bytes, tuple[int, int]]] = {}
     for number, entry in enumerate(entries):
         where = f"{file}: image {number} of 'images'"
         image_id = _take(entry, "id", int, where)
         if image_id in found:
             raise InputError(f"{where} has the id {image_id} of another; give it one of its own.")
         height, width = (_take(entry, name, int, where) for name in ("height", "width"))
-        if height < 1 or width < 1:
+        if not height or not width:
             raise InputError(f"{where} has {width} x {height} pixels; expected its size.")
-        found[image_id] = _take(entry, "file_name", str, where), (height, width)
+        found[image_id] = _take(entry, "file_name", str, where).encode(), (height, width)
     return found
 
 
 def _read_annotations(
     file: Path,
     entries: list[Any],
-    images: dict[int, tuple[str, tuple[int, int]]],
-    class_ids: Sequence[int],
-) -> list[_Annotation]:
-    places = {image_id: place for place, image_id in enumerate(images)}
-    labels = {class_id: label for label, class_id in enumerate(class_ids)}
+    images: Mapping[int, tuple[bytes, tuple[int, int]]],
+    classes: Mapping[int, str],
+) -> list[Annotation]:
     found = []
     for number, entry in enumerate(entries):
         number = _take(entry, "id", int, f"{file}: annotation {number} of 'annotations'")
         where = f"{file}: annotation {number}"
         image_id = _take(entry, "image_id", int, where)
         class_id = _take(entry, "category_id", int, where)
-        if image_id not in places:
+        if image_id not in images:
             raise InputError(
                 f"{where} is of image {image_id}, which 'images' does not hold; add the image or "
                 "delete the annotation."
             )
-        if class_id not in labels:
+        if class_id not in classes:
             raise InputError(
                 f"{where} has the class id {class_id}, which 'categories' does not hold; add the "
                 "class or correct the id."
@@ -287,11 +253,11 @@ def _read_annotations(
         _check_box(box, images[image_id][1], f"{where} of image {image_id}")
         area = entry.get("area", box[2] * box[3])
         if not _is_number(area) or area < 0:
-            raise InputError(f"{where} has the area {area!r}; expected pixels.")
+            raise InputError(f"{where} has the area {area!r}; expected a number of pixels.")
         is_crowd = entry.get("iscrowd", 0)
         if is_crowd not in (0, 1):
-            raise InputError(f"{where} has 'iscrowd' {is_crowd!r}; expected 0 or 1.")
-        found.append(_Annotation(places[image_id], labels[class_id], box, area, bool(is_crowd)))
+            raise InputError(f"{where} has {is_crowd!r} as 'iscrowd'; expected 0 or 1.")
+        found.append(Annotation(image_id, class_id, box, area, bool(is_crowd)))
     return found
 
 
@@ -302,29 +268,28 @@ def _check_box(box: list[Any], size: tuple[int, int], where: str) -> None:
     left, top, width, height = box
     if width <= 0 or height <= 0:
         raise InputError(f"{where} has the box {box}, of no area; {expected}.")
-    right, bottom = left + width, top + height
-    if (
-        min(left, top) < -_ROUNDING
-        or right > size[1] + _ROUNDING
-        or bottom > size[0] + _ROUNDING
-        # What is left of it once it is cut off.
-        or min(right, size[1]) <= max(left, 0)
-        or min(bottom, size[0]) <= max(top, 0)
-    ):
-        raise InputError(
-            f"{where} has the box {box}, outside of its {size[1]} x {size[0]} pixels; {expected}."
-        )
+    for start, end, whole in ((left, left + width, size[1]), (top, top + height, size[0])):
+        is_outside = start < -_ROUNDING or end > whole + _ROUNDING
+        if is_outside or min(end, whole) <= max(start, 0):
+            raise InputError(
+                f"{where} has the box {box}, outside of its {size[1]} x {size[0]} pixels; "
+                f"{expected}."
+            )
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    # Not NaN, and nothing that overflows a float.
+    return type(value) in (int, float) and abs(value) < _LARGEST  # type: ignore[arg-type]
 
 
 def _take(entry: Any, name: str, kind: type, where: str) -> Any:
-    if not isinstance(entry, dict) or type(entry.get(name)) is not kind:
-        found = repr(entry.get(name)) if isinstance(entry, dict) and name in entry else "nothing"
+    value = entry.get(name) if isinstance(entry, dict) else None
+    is_right = isinstance(value, kind)
+    if kind is int:
+        is_right = type(value) is int and 0 <= value < _LARGEST
+    elif kind is str:
+        is_right = isinstance(value, str) and value.isprintable()
+    if not is_right:
+        found = "nothing" if value is None else repr(value)
         raise InputError(f"{where} has {found} as {name!r}; expected {_KINDS[kind]}.")
-    return entry[name]
-
-
-_KINDS = {int: "a whole number", str: "text", list: "a list"}
+    return value

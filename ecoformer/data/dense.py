@@ -49,30 +49,31 @@ def open_boxes(name: str, path: str | None, split: str, *, side: int) -> BoxedIm
     Raises:
         InputError: the data are not there, or not as they should be; or pycocotools is not.
     """
+    _require_set(name, path, BOX_SETS, "detection")
     if importlib.util.find_spec("pycocotools") is None:
-        raise InputError(
-            "detection is measured by pycocotools: pip install 'ecoformer[detection]'."
-        )
+        raise InputError("AP is measured by pycocotools: pip install 'ecoformer[detection]'.")
     if name == "SCENES":
         return open_scenes(path, split, side=side)
-    return open_coco(_require(name, path, BOX_SETS, "detection"), split)
+    assert path is not None
+    return open_coco(path, split)
 
 
 def open_label_maps(name: str, path: str | None, split: str, *, side: int) -> LabelMaps:
     """Open one split of a data set for segmentation; as ``open_boxes``, of ``LABEL_MAP_SETS``."""
+    _require_set(name, path, LABEL_MAP_SETS, "segmentation")
     if name == "SCENES":
         return SceneMaps(open_scenes(path, split, side=side))
-    return open_label_map_folder(_require(name, path, LABEL_MAP_SETS, "segmentation"), split)
+    assert path is not None
+    return open_label_map_folder(path, split)
 
 
-def _require(name: str, path: str | None, names: Sequence[str], task: str) -> str:
+def _require_set(name: str, path: str | None, names: Sequence[str], task: str) -> None:
     if name not in names:
         raise InputError(
             f"--data-set {name} has nothing for --task {task}; there are: {', '.join(names)}."
         )
-    if not path:
+    if not path and name != "SCENES":
         raise InputError(f"data set {name} needs its folder; give --data-path.")
-    return path
 
 
 def build_box_transform(*, short_side: int, long_side: int, hflip: float = 0.0) -> BoxTransform:
@@ -100,8 +101,9 @@ def build_box_transform(*, short_side: int, long_side: int, hflip: float = 0.0) 
             corners = torch.stack([width - right, top, width - left, bottom], dim=-1)
         return pixels, {
             "boxes": corners,
-            "labels": torch.from_numpy(boxes.labels),
-            "is_crowd": torch.from_numpy(boxes.is_crowd),
+            # Copies: the set's own must not change with a batch.
+            "labels": torch.tensor(boxes.labels),
+            "is_crowd": torch.tensor(boxes.is_crowd),
             "image_id": torch.tensor(boxes.image_id),
             "original_size": torch.tensor(boxes.size),
         }
@@ -157,16 +159,11 @@ def build_eval_map_transform(*, side: int) -> MapTransform:
 def fit_size(size: Sequence[int], short_side: int, long_side: int) -> tuple[int, int]:
     """Scale a height and a width so that the short one fits, or the long one if that is less."""
     short, long = sorted(size)
-    wanted, given = (
-        (short_side, short)
-        if short_side * long <= long_side * short
-        else (
-            long_side,
-            long,
-        )
-    )
-    # In whole numbers: a quotient of floats may end just below one.
-    height, width = (max((2 * wanted * one + given) // (2 * given), 1) for one in size)
+    wanted, given = short_side, short
+    if short_side * long > long_side * short:
+        wanted, given = long_side, long
+    # In whole numbers: a product of floats may end just below one.
+    height, width = (max((2 * wanted * side + given) // (2 * given), 1) for side in size)
     return height, width
 
 

@@ -125,9 +125,15 @@ def _list(folder: Path, extensions: tuple[str, ...]) -> dict[str, str]:
 
 def _read_map(path: Path) -> np.ndarray:
     with open_regular(path) as file:
-        opened = Image.open(file, formats=["PNG"])
+        try:
+            opened = Image.open(file, formats=["PNG"])
+            opened.load()
+        # Pillow raises whatever its decoder meets.
+        except Exception as error:
+            raise InputError(f"its map {path} is no whole PNG file") from error
+        # Grey values, or places in a palette.
         if opened.mode not in ("L", "P"):
-            raise InputError(f"its map {path} is of mode {opened.mode}, expected 8 bits a pixel")
+            raise InputError(f"its map {path} has mode {opened.mode}; expected 8 bits a pixel")
         return np.asarray(opened)
 
 

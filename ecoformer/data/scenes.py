@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ecoformer.data.boxes import Boxes
+from ecoformer.data.boxes import Annotation, Boxes, lay_out
 from ecoformer.data.datasets import (
     DIGIT_CLASSES,
     Fingerprint,
@@ -102,11 +102,17 @@ class Scenes:
 
     def ground_truth(self) -> dict[str, Any]:
         assert self.split != "train", "training canvases change from epoch to epoch"
-        boxes = [
-            self._find_boxes(self._draw_items(self._start(index)), index)
-            for index in range(len(self))
-        ]
-        return as_coco(boxes, self.class_ids, self.class_names)
+        annotations = []
+        for index in range(len(self)):
+            boxes = self._find_boxes(self._draw_items(self._start(index)), index)
+            for (left, top, right, bottom), label in zip(
+                boxes.boxes.tolist(), boxes.labels.tolist(), strict=True
+            ):
+                box = (left, top, right - left, bottom - top)
+                area = box[2] * box[3]
+                annotations.append(Annotation(index, self.class_ids[label], box, area, False))
+        sizes = dict.fromkeys(range(len(self)), (self.side, self.side))
+        return lay_out(sizes, annotations, dict(zip(self.class_ids, self.class_names, strict=True)))
 
     def describe(self, index: int) -> str:
         return f"SCENES canvas {index}"
@@ -199,44 +205,13 @@ def open_scenes(path: str | None, split: str, *, side: int) -> Scenes:
     Raises:
         InputError: its files are not there, or a side that there are no canvases of.
     """
-    if path is None:
+    if not path:
         items = ImageArray("SCENES", *read_digits(split), DIGIT_CLASSES)
     else:
         fashion = open_dataset("FMNIST", path, split, input_size=0)
         assert isinstance(fashion, ImageArray)
         items = fashion
     return Scenes(items, split, side=side)
-
-
-def as_coco(
-    boxes: Sequence[Boxes], class_ids: Sequence[int], class_names: Sequence[str]
-) -> dict[str, Any]:
-    """Lay boxes out in COCO's format; annotations are numbered from 1, as its evaluation needs."""
-    annotations: list[dict[str, Any]] = []
-    for one in boxes:
-        for (left, top, right, bottom), label, is_crowd in zip(
-            one.boxes.tolist(), one.labels.tolist(), one.is_crowd.tolist(), strict=True
-        ):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": one.image_id,
-                    "category_id": class_ids[label],
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": (right - left) * (bottom - top),
-                    "iscrowd": int(is_crowd),
-                }
-            )
-    return {
-        "images": [
-            {"id": one.image_id, "height": one.size[0], "width": one.size[1]} for one in boxes
-        ],
-        "annotations": annotations,
-        "categories": [
-            {"id": number, "name": name}
-            for number, name in zip(class_ids, class_names, strict=True)
-        ],
-    }
 
 
 def _draw_ground(generator: random.Random, side: int) -> Image.Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ecoformer.errors import InputError, NonFiniteError
-from ecoformer.ranks import broadcast_object, gather_objects, is_main
+from ecoformer.ranks import broadcast_object, gather_objects, run_on_main
 
 # As pycocotools orders them.
 _NAMES = (
@@ -48,11 +47,14 @@ class AveragePrecision:
         """
         assert image_id not in self._rows, f"image {image_id} was evaluated twice"
         corners = boxes.double().cpu().numpy()
+        sides = corners[:, 2:] - corners[:, :2]
+        # pycocotools leaves out what has a negative area.
+        assert not (np.isfinite(sides) & (sides < 0)).any(), "a box is inside out"
         self._rows[image_id] = np.column_stack(
             [
                 np.full(len(corners), image_id),
                 corners[:, :2],
-                corners[:, 2:] - corners[:, :2],
+                sides,
                 scores.double().cpu().numpy(),
                 self.class_ids[labels.cpu().numpy()],
             ]
@@ -65,7 +67,7 @@ class AveragePrecision:
         none, are left out.
 
         Raises:
-            InputError: no rank had an image.
+            InputError: no rank had an image, or none has a box.
             NonFiniteError: a box or a score is not finite.
         """
         parts = gather_objects(self._rows)
@@ -81,8 +83,12 @@ class AveragePrecision:
                 "a detected box or its score is not finite; check the model's weights, or evaluate "
                 "with --amp-dtype none."
             )
-        values = evaluate(self.ground_truth, detections, sorted(rows)) if is_main() else {}
-        return broadcast_object(values)
+        values: dict[str, float] = {}
+        run_on_main(lambda: values.update(evaluate(self.ground_truth, detections, sorted(rows))))
+        values = broadcast_object(values)
+        if not values:
+            raise InputError("the evaluated images have no box to find.")
+        return values
 
 
 def evaluate(
@@ -110,5 +116,6 @@ def evaluate(
     return {
         name: 100 * value
         for name, value in zip(_NAMES, evaluation.stats.tolist(), strict=True)
-        if value >= 0 and math.isfinite(value)
+        # -1 where there is nothing to find.
+        if value >= 0
     }

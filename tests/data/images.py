@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import struct
 import zlib
@@ -19,6 +20,21 @@ def write_images(root: Path, num_train: int, num_val: int) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (48, 44), (2 * number,) * 3).save(file)
     return root
+
+
+def write_idx(file: Path, values: np.ndarray, *, header: tuple[int, ...] | None = None) -> None:
+    numbers = header or (0, 0, 8, values.ndim)
+    data = struct.pack(f">4B{values.ndim}i", *numbers, *values.shape) + values.tobytes()
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+
+
+def write_fashion(folder: Path, train: np.ndarray, held_out: np.ndarray) -> Path:
+    """The four files of Fashion-MNIST, of images [n, 28, 28], uint8, in ten classes by turns."""
+    for prefix, images in (("train", train), ("t10k", held_out)):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
+        labels = (np.arange(len(images)) % 10).astype(np.uint8)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+    return folder
 
 
 def png_of(width: int, height: int) -> bytes:

@@ -23,6 +23,7 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 from ecoformer.data.datasets import EXTENSIONS, ImageFolder, open_dataset, read_image
 from ecoformer.data.digits import load_digits, write_digits_folder
 from ecoformer.errors import InputError
+from tests.data.images import write_idx
 
 
 def write_files(root: Path, *names: str) -> Path:
@@ -282,12 +283,6 @@ def test_linked_folders_and_files_are_read(tmp_path: Path) -> None:
         str(root / name)
         for name in ("cat/deep/1.png", "dog/2.png", "dog/more/deep/1.png", "lynx/deep/1.png")
     ]
-
-
-def write_idx(file: Path, values: np.ndarray, *, header: tuple[int, ...] | None = None) -> None:
-    numbers = header or (0, 0, 8, values.ndim)
-    data = struct.pack(f">4B{values.ndim}i", *numbers, *values.shape) + values.tobytes()
-    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
 
 
 def write_fashion(root: Path, suffix: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import random
-import struct
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +22,7 @@ from ecoformer.data.loaders import Loaders
 from ecoformer.data.pairs import NUM_CANVASES, Pairs
 from ecoformer.engine.session import move_to
 from ecoformer.errors import InputError
+from tests.data.images import write_fashion
 
 # All that could change a canvas is on, but for mixing.
 CPU = torch.device("cpu")
@@ -191,20 +190,10 @@ def test_a_linear_model_stays_near_chance() -> None:
     assert 0.07 < top1 < 0.2
 
 
-def write_fashion(folder: Path) -> Path:
-    for prefix, shade in (("train", 40), ("t10k", 200)):
-        images = np.full((20, 28, 28), shade, np.uint8)
-        labels = np.arange(20, dtype=np.uint8) % 10
-        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = struct.pack(f">4B{array.ndim}i", 0, 0, 8, array.ndim, *array.shape)
-            file = folder / f"{prefix}-{name}-ubyte.gz"
-            file.write_bytes(gzip.compress(header + array.tobytes()))
-    return folder
-
-
 def test_items_are_fashion_where_its_files_are_given(tmp_path: Path) -> None:
+    write_fashion(tmp_path, *(np.full((20, 28, 28), shade, np.uint8) for shade in (40, 200)))
     for split, shade in (("train", 40), ("val", 200)):
-        pairs = open_pairs(split, path=write_fashion(tmp_path))
+        pairs = open_pairs(split, path=tmp_path)
         assert pairs.class_names[9] == "Ankle boot"
         assert np.asarray(pairs.read(0)[0]).max() == shade
         assert pairs.fingerprint() != open_pairs(split).fingerprint()
