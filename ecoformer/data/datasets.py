@@ -149,6 +149,12 @@ class ImageArray:
         """Take an image out of the array, as RGB."""
         return Image.fromarray(self.images[index]).convert("RGB"), int(self.labels[index])
 
+    def by_class(self) -> list[list[int]]:
+        """Give the numbers of each class's images."""
+        order = np.argsort(self.labels, kind="stable")
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        return [part.tolist() for part in np.split(order, np.cumsum(counts)[:-1])]
+
     def describe(self, index: int) -> str:
         """Give the set's name and the image's number in it."""
         return f"{self.name} image {index}"

@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from ecoformer.seeding import derive_seed
@@ -53,9 +52,7 @@ class Pairs:
         self.split = split
         self.side = side
         self.class_names = items.class_names
-        order = np.argsort(items.labels, kind="stable")
-        counts = np.bincount(items.labels, minlength=len(self.class_names))
-        self._by_class = [part.tolist() for part in np.split(order, np.cumsum(counts)[:-1])]
+        self._by_class = items.by_class()
         low, high = (round(share * side) for share in _ITEM_SIDES)
         self._item_sides = range(low, high + 1)
 
@@ -102,11 +99,7 @@ class Pairs:
             num_places = self.side - side + 1
             for _ in range(_MAX_TRIES):
                 top, left = _choose(draw, num_places), _choose(draw, num_places)
-                if all(
-                    abs(2 * (top - y) + side - size) >= side + size
-                    or abs(2 * (left - x) + side - size) >= side + size
-                    for y, x, size in squares
-                ):
+                if all(are_apart((top, left, side), square) for square in squares):
                     squares.append((top, left, side))
                     break
             else:
@@ -119,6 +112,15 @@ class Pairs:
     def fingerprint(self) -> Fingerprint:
         """That of the items, which are what can differ, beside the number of canvases."""
         return {**self.items.fingerprint(), "num_images": len(self)}
+
+
+def are_apart(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    """Tell whether two squares (top, left, side) share no pixel."""
+    side, size = one[2], other[2]
+    return any(
+        abs(2 * (a - b) + side - size) >= side + size
+        for a, b in zip(one[:2], other[:2], strict=True)
+    )
 
 
 def _choose(draw: Draw, num_choices: int) -> int:

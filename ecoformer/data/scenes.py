@@ -19,26 +19,28 @@ from ecoformer.data.datasets import (
     DIGIT_CLASSES,
     Fingerprint,
     ImageArray,
-    LabelledSamples,
     open_dataset,
 )
 from ecoformer.data.digits import read_digits
+from ecoformer.data.pairs import are_apart
 from ecoformer.errors import InputError
 from ecoformer.seeding import derive_seed
 
-# Pixels; a canvas has one item in 64 to one in 21 of them, along a side.
+# Of a canvas, pixels.
 MIN_SIDE, MAX_SIDE = 64, 1024
 NUM_CANVASES = {"train": 4096, "val": 500}
-# The smallest item, pixels, and the largest, share of the canvas.
+# The side of the smallest item, pixels, and of the largest, share of the canvas.
 _MIN_ITEM, _MAX_ITEM = 20, 1 / 4
-_PIXELS_AN_ITEM = (21, 64)
+# A canvas has an item for so many pixels of its side: at 256 px 4 to 12 items.
+_PIXELS_AN_ITEM = (64, 21)
 # Random places for one item before it is left out.
 _MAX_TRIES = 50
 # Of 255: an item is where it is at least as bright as that, before it is coloured.
 _EDGE = 64
-# Grey values: of the ground, at most, and of items, at least. The ground changes every so many
-# pixels.
-_GROUND, _COLOUR, _GRAIN = 100, 128, 16
+# Of a channel: the ground has at most, items at least.
+_GROUND, _COLOUR = 100, 128
+# The ground is of squares of this side, pixels, blurred.
+_GRAIN = 16
 
 
 class Item(NamedTuple):
@@ -59,7 +61,7 @@ class Scenes:
     alone. A box ends where its item's mask does.
 
     Args:
-        items: grey images; no other split may have them too.
+        items: grey images of each class; no other split may have them too.
         side: of a canvas, pixels.
 
     Raises:
@@ -70,13 +72,14 @@ class Scenes:
         if not MIN_SIDE <= side <= MAX_SIDE:
             raise InputError(
                 f"a canvas of SCENES has {MIN_SIDE} to {MAX_SIDE} pixels a side, not {side}; give "
-                "--input-size 256 or another of these."
+                "--short-side 256 or another of these."
             )
         self.items = items
         self.split = split
         self.side = side
         self.class_names: Sequence[str] = items.class_names
         self.class_ids: Sequence[int] = range(1, len(items.class_names) + 1)
+        self._by_class = items.by_class()
 
     def __len__(self) -> int:
         return NUM_CANVASES[self.split]
@@ -88,13 +91,17 @@ class Scenes:
     def draw(self, index: int) -> tuple[Image.Image, list[Item]]:
         """Draw a canvas, RGB, and tell what is where."""
         generator = self._start(index)
-        items = self._draw_items(generator)
+        items = self._place(generator)
         canvas = _draw_ground(generator, self.side)
         for item in items:
             image = self._enlarge(item)
             square = (item.left, item.top, item.left + item.side, item.top + item.side)
             canvas.paste(item.colour, square, Image.fromarray(image))
         return canvas, items
+
+    def draw_items(self, index: int) -> list[Item]:
+        """Tell what is where on a canvas, without drawing it."""
+        return self._place(self._start(index))
 
     def mask(self, item: Item) -> np.ndarray:
         """Tell which pixels of its square are an item's, [side, side], bool."""
@@ -104,7 +111,7 @@ class Scenes:
         assert self.split != "train", "training canvases change from epoch to epoch"
         annotations = []
         for index in range(len(self)):
-            boxes = self._find_boxes(self._draw_items(self._start(index)), index)
+            boxes = self._find_boxes(self.draw_items(index), index)
             for (left, top, right, bottom), label in zip(
                 boxes.boxes.tolist(), boxes.labels.tolist(), strict=True
             ):
@@ -127,26 +134,23 @@ class Scenes:
             random.getrandbits(63) if is_train else derive_seed("SCENES", self.side, index)
         )
 
-    def _draw_items(self, generator: random.Random) -> list[Item]:
-        """Place one item after the other; every image is as likely, and small ones find room."""
-        most, fewest = (self.side // pixels for pixels in _PIXELS_AN_ITEM)
+    def _place(self, generator: random.Random) -> list[Item]:
+        """Place one item after the other; all classes are as likely, and small items find room."""
+        fewest, most = (self.side // pixels for pixels in _PIXELS_AN_ITEM)
         largest = int(self.side * _MAX_ITEM)
         smallest = min(_MIN_ITEM, largest)
         items: list[Item] = []
         for _ in range(generator.randint(fewest, most)):
-            image = generator.randrange(len(self.items))
-            colour = tuple(generator.randint(_COLOUR, 255) for _ in range(3))
+            image = generator.choice(generator.choice(self._by_class))
+            red, green, blue = (generator.randint(_COLOUR, 255) for _ in range(3))
             # As many of 20 to 40 px as of 40 to 80.
             exponent = generator.uniform(math.log(smallest), math.log(largest + 1))
             side = min(int(math.exp(exponent)), largest)
             for _ in range(_MAX_TRIES):
                 top, left = (generator.randint(0, self.side - side) for _ in range(2))
-                if all(
-                    abs(2 * (top - one.top) + side - one.side) >= side + one.side
-                    or abs(2 * (left - one.left) + side - one.side) >= side + one.side
-                    for one in items
-                ):
-                    items.append(Item(image, top, left, side, (colour[0], colour[1], colour[2])))
+                square = (top, left, side)
+                if all(are_apart(square, (one.top, one.left, one.side)) for one in items):
+                    items.append(Item(image, top, left, side, (red, green, blue)))
                     break
         return items
 
@@ -174,7 +178,7 @@ class Scenes:
         )
 
 
-class SceneMaps(LabelledSamples):
+class SceneMaps:
     """One split of SCENES, as maps of labels [side, side], uint8; label 0 is the ground."""
 
     def __init__(self, scenes: Scenes) -> None:
@@ -184,7 +188,7 @@ class SceneMaps(LabelledSamples):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def read(self, index: int) -> tuple[Image.Image, Any]:
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         canvas, items = self.scenes.draw(index)
         labels = np.zeros((self.scenes.side, self.scenes.side), np.uint8)
         for item in items:
