@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from ecoformer.attention.base import Size
 from ecoformer.hash_config import HashConfig
 from ecoformer.models.base import PatchEmbed
+from ecoformer.models.mlp import is_plain, is_watched
 from ecoformer.models.pyramid import Pyramid, build_stages
+from ecoformer.ops.depthwise import depthwise_conv, has_kernel
 from twins.variants import TWINS_LAYOUTS, TwinsVariant
 
 
@@ -31,6 +33,10 @@ class PositionalConvolution(nn.Module):
         self.proj = nn.Sequential(nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim))
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
+        conv = self.proj[0]
+        if has_kernel(x) and is_plain(conv) and not is_watched(self.proj):
+            image = x.unflatten(1, size)
+            return depthwise_conv(image, *conv.parameters(), "residual").flatten(1, 2)
         image = rearrange(x, "b (h w) c -> b c h w", h=size[0], w=size[1])
         return x + rearrange(self.proj(image), "b c h w -> b (h w) c")
 

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.functional import conv2d, linear
 
 from ecoformer.attention.base import Size
+from ecoformer.ops.depthwise import Form, depthwise_conv, has_kernel
 
 # An MLP's hidden map of more values than this is made in blocks on a CPU; in float32, 8 MB.
 _MAX_WHOLE_MAP = 2**21
@@ -78,10 +79,29 @@ class Mlp(nn.Module):
                 return self._sum_parts(x, size, _NUM_PART_CHANNELS * self.fc2.out_features)
         elif self._pays_in_blocks(x):
             return self._forward_in_blocks(x, size)
-        x = self.relu(self.fc1(x))
-        if self.dwconv is not None:
-            x = self.dwconv(x, size)
-        return self.drop(self.fc2(self.drop(self.act(x))))
+        x = self.fc1(x)
+        if self._is_fused(x):
+            x = self._fuse(x, size)
+        else:
+            x = self.relu(x)
+            if self.dwconv is not None:
+                x = self.dwconv(x, size)
+            x = self.act(x)
+        return self.drop(self.fc2(self.drop(x)))
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether one kernel does it all, and nothing needs the layers to be called as modules."""
+        if self.dwconv is None or not has_kernel(x):
+            return False
+        is_built = type(self.relu) in (nn.ReLU, nn.Identity) and isinstance(self.act, nn.GELU)
+        layers = (self.relu, self.dwconv, self.dwconv.dwconv, self.act)
+        return is_built and self.act.approximate == "none" and all(map(is_plain, layers))
+
+    def _fuse(self, x: Tensor, size: Size) -> Tensor:
+        assert self.dwconv is not None
+        form: Form = "relu gelu" if isinstance(self.relu, nn.ReLU) else "gelu"
+        image = x.unflatten(1, size)
+        return depthwise_conv(image, *self.dwconv.dwconv.parameters(), form).flatten(1, 2)
 
     def _pays_in_blocks(self, x: Tensor) -> bool:
         """Whether blocks are faster, and nothing needs the layers to be called as modules."""
@@ -100,7 +120,7 @@ class Mlp(nn.Module):
     def _is_plain(self) -> bool:
         drops = self.training and self.drop.p
         return not drops and all(
-            _is_plain(layer) for child in self.children() for layer in child.modules()
+            is_plain(layer) for child in self.children() for layer in child.modules()
         )
 
     def _forward_in_blocks(self, x: Tensor, size: Size) -> Tensor:
@@ -137,12 +157,18 @@ class Mlp(nn.Module):
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is what it was built as: nothing replaces, wraps or watches it."""
+def is_plain(layer: nn.Module) -> bool:
+    """Tell whether a layer is what it was built as: nothing replaces, wraps or watches it."""
     return (
         type(layer) in _PLAIN_LAYERS
         and getattr(layer, "bias", True) is not None
         # Not quantized or sharded ones, which slices take apart.
         and all(type(p) in _PLAIN_TENSORS for p in layer.parameters(recurse=False))
-        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+        and not is_watched(layer)
     )
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Tell whether something hangs on the calls of a layer, and would miss them."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return bool(hooks or layer._backward_hooks or "forward" in vars(layer))

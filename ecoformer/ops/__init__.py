@@ -11,6 +11,7 @@ from ecoformer.ops.codes import (
     normalize_rows,
     sign_straight_through,
 )
+from ecoformer.ops.depthwise import depthwise_conv
 from ecoformer.ops.operator import kernelized_hash_attention
 from ecoformer.ops.packing import pack_codes, unpack_codes
 from ecoformer.ops.precision import as_full_precision, without_autocast
@@ -18,6 +19,7 @@ from ecoformer.ops.precision import as_full_precision, without_autocast
 __all__ = [
     "as_full_precision",
     "binarize",
+    "depthwise_conv",
     "encode",
     "hash_attention",
     "hash_attention_weights",

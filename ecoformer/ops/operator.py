@@ -71,10 +71,10 @@ def kernelized_hash_attention(
 
 def run(*inputs: Any) -> Tensor:
     """Call ``attend``, also inside function transforms as ``torch.func.grad``; only its output."""
-    return _Attend.apply(*inputs)[0] if _is_transformed() else attend(*inputs)[0]
+    return _Attend.apply(*inputs)[0] if is_transformed() else attend(*inputs)[0]
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Tell whether a function transform is active: PyTorch knows no operator's gradient there."""
     # Private, but there is no public way, and Dynamo does not look into it.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -153,7 +153,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     *tensors, key_mask = ctx.saved_tensors
     inputs = (grad, *tensors, ctx.is_normalized, ctx.backend, key_mask)
-    grads = _AttendBackward.apply(*inputs) if _is_transformed() else _attend_backward(*inputs)
+    grads = _AttendBackward.apply(*inputs) if is_transformed() else _attend_backward(*inputs)
     return *grads, None, None, None, None, None, None
 
 

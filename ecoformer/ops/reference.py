@@ -105,6 +105,19 @@ def kernelized_hash_attention(
     return hash_attention(codes, v, value_bias, key_mask=key_mask)
 
 
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """Convolve maps [B, H, W, C], tap by tap; weight [C, 1, 3, 3], bias [C]."""
+    height, width = x.shape[1:3]
+    taken = x.clamp_min(0) if form == "relu gelu" else x
+    padded = torch.nn.functional.pad(taken, (0, 0, 1, 1, 1, 1))
+    out = torch.zeros_like(x) if bias is None else bias.expand_as(x)
+    for i in range(3):
+        for j in range(3):
+            out = out + weight[:, 0, i, j] * padded[:, i : i + height, j : j + width]
+    out = x + out if form == "residual" else out * (1 + torch.erf(out / 2**0.5)) / 2
+    return out.to(x.dtype)
+
+
 def similarity_targets(x: Tensor, num_similar: int, key_mask: Tensor | None = None) -> Tensor:
     """+1 at the T tokens most similar to each, -1 at the T least similar, else 0: [B, H, N, N].
 

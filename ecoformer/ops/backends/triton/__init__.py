@@ -85,3 +85,21 @@ def _can_compile(device: torch.device) -> bool:
     # PyTorch's types do not know this property.
     properties: Any = torch.cuda.get_device_properties(device)
     return bool(properties.shared_memory_per_block_optin >= _MIN_SHARED_BYTES)
+
+
+def can_convolve(x: Tensor) -> bool:
+    """Decide by device and dtype whether the kernels of ``depthwise`` run on maps like ``x``."""
+    return x.dtype in _DTYPES and (_is_interpreted() or (x.is_cuda and _is_recent(x.device)))
+
+
+@torch.compiler.assume_constant_result
+def _is_recent(device: torch.device) -> bool:
+    """Tell whether Triton is here, and the GPU has bfloat16."""
+    return _find_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _find_capability(device: torch.device) -> tuple[int, int]:
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)

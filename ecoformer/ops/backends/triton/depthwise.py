@@ -1,4 +1,7 @@
-"""Launch the kernels of the depthwise convolution. Shapes: maps [B, H, W, C], weight [C, 1, 3, 3]."""
+"""Launch the kernels of the depthwise convolution.
+
+Shapes: maps [B, H, W, C], weight [C, 1, 3, 3], bias [C].
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,15 @@ from typing import Any
 
 import torch
 import triton
+from einops import rearrange
 from torch import Tensor
 
 from ecoformer.ops.backends.triton import depthwise_kernels as kernels
 
-# Columns of a program; 56, 28, 14 and 7, the widths of a pyramid, leave little of a block empty.
-_BLOCK_COLUMNS = 8
+# Pairs of columns that a program reads at once; 56, 28, 14 and 7 columns, a pyramid's, fill them.
+_BLOCK_PAIRS = 4
 # Rows of a range, at most: two more are read.
 _RANGE_ROWS = 16
-_NUM_WARPS = 4
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
@@ -49,8 +52,10 @@ def backward(
     gate = x if has_relu else None
     source = grad if before is None else before
     _launch(kernels.convolve_kernel, source, weight, None, gate, grad_x, **flags)
-    total = sums.sum(0)
-    return grad_x, total[:9].T.reshape(weight.shape), total[9]
+    # Where the weight is in one piece, DDP wants its gradient so.
+    grad_weight, grad_bias = sums.sum(0).split((9, 1))
+    grad_weight = rearrange(grad_weight, "(i j) c -> c 1 i j", i=3).contiguous()
+    return grad_x, grad_weight, grad_bias[0].clone()
 
 
 def _find_range(height: int) -> int:
@@ -61,6 +66,7 @@ def _find_range(height: int) -> int:
 def _launch(kernel: Any, x: Tensor, *tensors: Tensor | None, **flags: bool) -> None:
     """Start a kernel on tensors in its order; maps bring their strides along."""
     num_images, height, width, num_channels = x.shape
+    has_strips = "IS_TURNED" in flags
     block_channels = 128 if num_channels % 128 == 0 else 64
     names, arguments = kernel.arg_names, list[Any]()
     for tensor in (x, *tensors):
@@ -68,8 +74,7 @@ def _launch(kernel: Any, x: Tensor, *tensors: Tensor | None, **flags: bool) -> N
         if names[len(arguments)].endswith("_strides"):
             arguments.append((0,) * 4 if tensor is None else tensor.stride())
     range_rows = _find_range(height)
-    has_strips = "IS_TURNED" in flags
-    num_strips = triton.cdiv(width, _BLOCK_COLUMNS) if has_strips else 1
+    num_strips = triton.cdiv(width, 2 * _BLOCK_PAIRS) if has_strips else 1
     num_parts = num_images * triton.cdiv(height, range_rows) * num_strips
     grid = (num_parts * triton.cdiv(num_channels, block_channels),)
     # Triton starts kernels on the current device, whatever device tensors are on.
@@ -78,8 +83,8 @@ def _launch(kernel: Any, x: Tensor, *tensors: Tensor | None, **flags: bool) -> N
             *arguments,
             *(height, width, num_channels, range_rows),
             **flags,
-            BLOCK_W=_BLOCK_COLUMNS,
+            BLOCK_P=_BLOCK_PAIRS,
             BLOCK_C=block_channels,
-            num_warps=_NUM_WARPS,
+            num_warps=block_channels // 32,
             enable_fp_fusion=True,
         )
