@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from ecoformer.data.boxes import BoxedImages, Boxes
 from ecoformer.data.coco import open_coco
 from ecoformer.data.label_maps import IGNORED, LabelMaps, open_label_map_folder
+from ecoformer.data.pixels import normalize
 from ecoformer.data.scenes import SceneMaps, open_scenes
-from ecoformer.data.transforms import build_plain_transform
 from ecoformer.errors import InputError
 
 BOX_SETS = ("SCENES", "COCO")
@@ -88,11 +88,10 @@ def build_box_transform(*, short_side: int, long_side: int, hflip: float = 0.0) 
         float32, pixels of that image; labels [n] and is_crowd [n], int64 and bool; image_id [] and
         original_size [2] (height, width), int64.
     """
-    normalise = build_plain_transform()
 
     def transform(image: Image.Image, boxes: Boxes) -> tuple[Tensor, BoxTarget]:
         height, width = fit_size(boxes.size, short_side, long_side)
-        pixels = normalise(image.resize((width, height), Image.Resampling.BILINEAR))
+        pixels = _read_pixels(image.resize((width, height), Image.Resampling.BILINEAR))
         scale = torch.tensor([width / boxes.size[1], height / boxes.size[0]]).repeat(2)
         corners = torch.from_numpy(boxes.boxes) * scale
         if hflip and float(torch.rand(())) < hflip:
@@ -120,7 +119,6 @@ def build_train_map_transform(*, side: int, hflip: float = 0.0) -> MapTransform:
         A function to [3, height, width], float32, normalised, and labels [height, width], int64,
         with None; both sides are ``side``, unless the image has less.
     """
-    normalise = build_plain_transform()
     shortest, longest = (round(scale * side) for scale in _SCALES)
 
     def transform(image: Image.Image, labels: np.ndarray) -> tuple[Tensor, MapTarget]:
@@ -128,7 +126,7 @@ def build_train_map_transform(*, side: int, hflip: float = 0.0) -> MapTransform:
         height, width = fit_size(labels.shape, short_side, _LONGEST * short_side)
         top, left = _draw(0, max(height - side, 0)), _draw(0, max(width - side, 0))
         square = (left, top, min(left + side, width), min(top + side, height))
-        pixels = normalise(image.resize((width, height), Image.Resampling.BILINEAR).crop(square))
+        pixels = _read_pixels(image.resize((width, height), Image.Resampling.BILINEAR).crop(square))
         resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
         target = _as_tensor(np.asarray(resized.crop(square)))
         if hflip and float(torch.rand(())) < hflip:
@@ -145,11 +143,10 @@ def build_eval_map_transform(*, side: int) -> MapTransform:
         A function to [3, height, width], float32, normalised, and labels of that size, int64, with
         those of the original one, [height, width], int64.
     """
-    normalise = build_plain_transform()
 
     def transform(image: Image.Image, labels: np.ndarray) -> tuple[Tensor, MapTarget]:
         height, width = fit_size(labels.shape, side, _LONGEST * side)
-        pixels = normalise(image.resize((width, height), Image.Resampling.BILINEAR))
+        pixels = _read_pixels(image.resize((width, height), Image.Resampling.BILINEAR))
         resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
         return pixels, (_as_tensor(np.asarray(resized)), _as_tensor(labels))
 
@@ -203,6 +200,10 @@ def _pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _pad(tensor: Tensor, size: Sequence[int], value: int) -> Tensor:
     below, right = (whole - part for whole, part in zip(size, tensor.shape[-2:], strict=True))
     return F.pad(tensor, (0, right, 0, below), value=value)
+
+
+def _read_pixels(image: Image.Image) -> Tensor:
+    return normalize(torch.from_numpy(np.array(image))[None])[0]
 
 
 def _as_tensor(labels: np.ndarray) -> Tensor:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ecoformer.data.datasets import FORMATS, Fingerprint, LabelledSamples, open_dataset
@@ -237,7 +237,7 @@ def build_loaders(
         )
     loaders = load_splits(
         images,
-        {split: partial(_transform_image, transform) for split, transform in transforms.items()},
+        {split: keep_label(transform) for split, transform in transforms.items()},
         data,
         seed=seed,
         rank=rank,
@@ -347,7 +347,12 @@ def describe_failure(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def _transform_image(transform: Transform, image: Image.Image, label: int) -> tuple[Picture, int]:
+def keep_label(transform: Transform) -> SampleTransform:
+    """Let a transform of images leave their labels as they are."""
+    return partial(_keep_label, transform)
+
+
+def _keep_label(transform: Transform, image: Any, label: int) -> tuple[Picture, int]:
     return transform(image), label
 
 

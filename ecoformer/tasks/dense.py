@@ -138,7 +138,7 @@ class DenseMeter(Meter):
             self._is_bad |= (~output.isfinite()).any()
 
     def finish(self) -> Metrics:
-        if max_over_ranks(self._is_bad):
+        if max_over_ranks(int(self._is_bad)):
             raise NonFiniteError(
                 "the model's output is not finite; check its weights, or evaluate with "
                 "--amp-dtype none."

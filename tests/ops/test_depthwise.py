@@ -91,9 +91,7 @@ def draw_problem(
     )
 
 
-def solve(
-    convolve: Callable[..., Tensor], problem: Problem, form: str
-) -> tuple[Tensor, ...]:
+def solve(convolve: Callable[..., Tensor], problem: Problem, form: str) -> tuple[Tensor, ...]:
     """The output, and the gradients at map, weight and bias."""
     given = [problem.x, problem.weight, *([] if problem.bias is None else [problem.bias])]
     inputs = [tensor.detach().requires_grad_() for tensor in given]
@@ -260,7 +258,9 @@ def test_pytorchs_operations_equal_the_reference(shape: tuple[int, ...], form: F
 @pytest.mark.parametrize("form", FORMS)
 def test_the_gradient_of_pytorchs_operations_is_right(form: Form) -> None:
     problem = draw_problem((2, 3, 4, 3))
-    inputs = [t.requires_grad_() for t in (problem.x, problem.weight, problem.bias) if t is not None]
+    inputs = [
+        t.requires_grad_() for t in (problem.x, problem.weight, problem.bias) if t is not None
+    ]
     assert torch.autograd.gradcheck(lambda *given: compose(*given, form), inputs)
 
 

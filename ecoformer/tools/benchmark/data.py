@@ -21,7 +21,7 @@ from PIL import Image
 
 from ecoformer.config.schema import AugmentConfig
 from ecoformer.data.datasets import ImageFolder
-from ecoformer.data.loaders import Loader, num_cores
+from ecoformer.data.loaders import Loader, keep_label, num_cores
 from ecoformer.data.pixels import collate_pictures
 from ecoformer.data.samplers import DrawBatches, ShuffledSampler
 from ecoformer.data.transforms import build_train_transform
@@ -133,7 +133,7 @@ def _build_ours(
     def open_batches() -> Iterable[Any]:
         order = ShuffledSampler(images, **ranks)
         batches = DrawBatches(order, batch_size=batch_size, drop_last=True, **ranks)
-        return Loader(images, transform, batches, num_workers=num_workers)
+        return Loader(images, keep_label(transform), batches, num_workers=num_workers)
 
     return Pipeline(
         name, lambda index: images.read(index)[0], transform, collate_pictures, open_batches
