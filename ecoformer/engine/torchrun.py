@@ -48,9 +48,9 @@ def end_hanging_torchrun(timeout_s: float) -> None:
     """End the torchrun that started this rank, if it neither ends nor starts ranks after it.
 
     For a rank that cannot reach the others. A torchrun with c10d rendezvous asks the store of
-    another host without a limit, and was still there 518 s after its ranks behind a dead link, deaf
-    to SIGTERM. A process of its own watches it from the end of this rank on. A parent whose command
-    is not torchrun's is left alone, whatever the environment says.
+    another host without a limit: behind a dead link it was still there 518 s after its ranks, deaf
+    to SIGTERM. A process of its own watches it from the end of this rank on. A parent whose
+    command is not torchrun's is left alone, whatever the environment says.
 
     Args:
         timeout_s: how long torchrun may wait for the other hosts where it has restarts left;

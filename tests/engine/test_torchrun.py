@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,18 @@ time.sleep(2)
 
 
 def launch(
-    path: Path, then: str = "", *, seconds: float = 0.5, **environment: str
+    path: Path,
+    then: str = "",
+    *,
+    seconds: float = 0.5,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """A launcher of some name, and what it does after its rank's end but wait for the watcher."""
     path.write_text(LAUNCHER.format(then=then))
     inherited = {name: value for name, value in os.environ.items() if "TORCHELASTIC" not in name}
     return subprocess.run(
         [sys.executable, path, RANK.format(seconds=seconds)],
-        env={**inherited, "TORCHELASTIC_RUN_ID": "one", **environment},
+        env={**inherited, "TORCHELASTIC_RUN_ID": "one", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=30,
@@ -68,7 +73,7 @@ def test_one_that_ends_is_not_waited_for(tmp_path: Path) -> None:
 def test_one_with_restarts_left_may_wait_for_the_others(tmp_path: Path) -> None:
     restarts = {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "1"}
     then = "time.sleep(3); sys.exit(0)"
-    assert launch(tmp_path / "torchrun", then, **restarts).returncode == 0
+    assert launch(tmp_path / "torchrun", then, environment=restarts).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["pytest", "srun"])

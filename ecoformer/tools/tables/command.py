@@ -222,7 +222,7 @@ def _add_sequences(table: argparse.ArgumentParser) -> None:
     for flag, default, meaning in (
         ("--epochs", 10, "after each the rate falls"),
         ("--steps", 100, "of an epoch"),
-        ("--eval-samples", 2000, "held-out sequences to evaluate on"),
+        ("--eval-samples", 1000, "held-out sequences to evaluate on"),
     ):
         table.add_argument(flag, type=int, default=default, help=f"{meaning} (%(default)s)")
     table.add_argument(
