@@ -44,9 +44,9 @@ def test_a_package_gives_the_models_logits_in_cpp(program: Path, tmp_path: Path)
     ecoformer.export(model, draw_images(), package)
     for images in (draw_images(), draw_images(3, 21, 37)):
         images.numpy().tofile(tmp_path / "in")
-        words = [program, package, tmp_path / "in", tmp_path / "out", *map(str, images.shape)]
+        words = [program, package, tmp_path / "in", tmp_path / "out", *images.shape]
         # It finds nothing of Python's in its environment.
-        subprocess.run(words, check=True, env={})
+        subprocess.run(list(map(str, words)), check=True, env={})
         with torch.no_grad():
             expected = model(images)
         out = torch.from_numpy(np.fromfile(tmp_path / "out", np.float32)).view_as(expected)

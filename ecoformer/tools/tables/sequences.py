@@ -141,7 +141,7 @@ def run_sequences(
                 curves[data_set, arm.name], first if arm is not arms[0] else {}
             )
             rows.append(row)
-        full = {"data": data_set, "protocol": "full, published", "steps": 50_000}
+        full: dict[str, Value] = {"data": data_set, "protocol": "full, published", "steps": 50_000}
         rows += [full | {"name": n, "published": top1} for n, top1 in _PUBLISHED[data_set].items()]
     return rows
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 import pvt
 from ecoformer.errors import InputError
+from ecoformer.hashing import with_random_hash_functions
+from ecoformer.models.registry import find_family
 from ecoformer.ops import kernelized_hash_attention
 from ecoformer.ops.backends.triton import TritonBackend
 from ecoformer.tools import measure
@@ -252,15 +254,15 @@ def test_steps_of_sequences_are_timed_over_their_length(
 
 
 def test_a_step_changes_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[torch.nn.Module] = []
-    real = sequences.with_random_hash_functions
-    monkeypatch.setattr(
-        sequences, "with_random_hash_functions", lambda model: made.append(real(model)) or made[0]
+    model = find_family("encoder").create_model(
+        "encoder", "ecoformer", num_classes=10, num_words=256, max_tokens=33
     )
+    model = with_random_hash_functions(model)
+    monkeypatch.setattr(sequences, "with_random_hash_functions", lambda _: model)
     step = sequences.build_step("ecoformer", 2, 33, CPU, torch.float32)
-    before = [parameter.clone() for parameter in made[0].parameters()]
+    before = [parameter.clone() for parameter in model.parameters()]
     step()
-    assert not any(old.equal(new) for old, new in zip(before, made[0].parameters(), strict=True))
+    assert not any(old.equal(new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_a_step_with_softmax_is_left_out_where_it_takes_minutes(
