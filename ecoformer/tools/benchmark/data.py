@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Pipeline:
         decode: reads image i of the folder.
         transform: makes a sample of what was read.
         collate: makes a batch of (sample, label).
-        open_batches: starts processes that read all images once, in random order.
+        open_batches: starts processes that read all images, in random order, in each iteration.
     """
 
     name: str
@@ -79,11 +80,12 @@ def measure_loaders(
     with _gather(folder, num_images) as root:
         num_bytes = statistics.mean(file.stat().st_size for file in root.glob("*/*"))
         pipelines = _build(root, batch_size=batch_size, side=side, num_workers=num_workers)
+        started = {pipeline.name: _start(pipeline) for pipeline in pipelines}
         for turn in range(num_rounds):
             for pipeline in pipelines:
                 seconds = _time_parts(pipeline, num_images, batch_size, seed=turn)
                 parts.setdefault(pipeline.name, []).append(seconds)
-                wholes.setdefault(pipeline.name, []).append(_time_whole(pipeline))
+                wholes.setdefault(pipeline.name, []).append(_time_whole(*started[pipeline.name]))
     num_read = num_images // batch_size * batch_size
     rows = [
         _summarize(name, parts[name], wholes[name], wholes[_BASELINE], num_read) for name in parts
@@ -103,7 +105,7 @@ def measure_loaders(
         f"read. Medians of {num_rounds} turns; ratios are those of turns side by side.",
         "A core's rate is by CPU time, of all processes together, so that other jobs count little; "
         "images/s is by the clock. Parts are timed in one process, an image; hand-over is what the "
-        "whole takes beyond them: seeds, queues, shared memory, and starting processes.",
+        "whole takes beyond them: seeds, queues and shared memory.",
         f"{_BASELINE} normalises and erases while it reads. With its prefetcher the device "
         "does, and for ecoformer, too; that is not in the figures.",
     ]
@@ -123,6 +125,17 @@ def _build(root: Path, *, batch_size: int, side: int, num_workers: int) -> list[
     ]
 
 
+class _Epochs:
+    """Draws anew in each iteration, as timm's loader does."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader, self._numbers = loader, count()
+
+    def __iter__(self) -> Iterator[Any]:
+        self._loader.set_epoch(next(self._numbers))
+        return iter(self._loader)
+
+
 def _build_ours(
     name: str, root: Path, augment: AugmentConfig, *, side: int, batch_size: int, num_workers: int
 ) -> Pipeline:
@@ -133,7 +146,9 @@ def _build_ours(
     def open_batches() -> Iterable[Any]:
         order = ShuffledSampler(images, **ranks)
         batches = DrawBatches(order, batch_size=batch_size, drop_last=True, **ranks)
-        return Loader(images, keep_label(transform), batches, num_workers=num_workers)
+        return _Epochs(
+            Loader(images, keep_label(transform), batches, num_workers=num_workers)
+        )
 
     return Pipeline(
         name, lambda index: images.read(index)[0], transform, collate_pictures, open_batches
@@ -171,7 +186,6 @@ def _build_timm(
             interpolation=augment.train_interpolation,
             num_workers=num_workers,
             use_prefetcher=is_prefetched,
-            persistent_workers=False,
             device=torch.device("cpu"),
         )
         # What the prefetcher takes batches from; behind that is the device's work.
@@ -212,24 +226,27 @@ def _time_parts(pipeline: Pipeline, num_images: int, batch_size: int, *, seed: i
     return [total / (len(starts) * batch_size) for total in totals]
 
 
-def _time_whole(pipeline: Pipeline) -> tuple[float, float]:
-    """CPU seconds, of this process and those that read, and seconds by the clock, of all images."""
+def _time_whole(batches: Iterable[Any], workers: Collection[BaseProcess]) -> tuple[float, float]:
+    """CPU seconds, of this process and its workers, and seconds by the clock, of all images."""
+    cpu, clock = _cpu_seconds(workers), time.perf_counter()
+    for _ in batches:
+        pass
+    return _cpu_seconds(workers) - cpu, time.perf_counter() - clock
+
+
+def _start(pipeline: Pipeline) -> tuple[Iterable[Any], Collection[BaseProcess]]:
+    """Start processes and let them read all images once; they read on in later iterations."""
     others = active_children()
-    cpu, clock = _cpu_seconds(), time.perf_counter()
     batches = pipeline.open_batches()
     for _ in batches:
         pass
-    clock = time.perf_counter() - clock
-    del batches
-    # The system counts a process once it has ended, and its parent has seen that.
-    while set(active_children()) - set(others):
-        time.sleep(0.01)
-    return _cpu_seconds() - cpu, clock
+    return batches, [worker for worker in active_children() if worker not in others]
 
 
-def _cpu_seconds() -> float:
-    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+def _cpu_seconds(workers: Collection[BaseProcess]) -> float:
+    # Linux numbers the clock of another process by its own number.
+    numbers = [~worker.pid << 3 | 2 for worker in workers if worker.pid is not None]
+    return time.process_time() + sum(map(time.clock_gettime, numbers))
 
 
 def _summarize(
