@@ -40,42 +40,50 @@ def create_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradSca
 
 
 @contextmanager
-def settled_arithmetic(*, is_deterministic: bool, convolutions: str = "ieee") -> Iterator[None]:
+def settled_arithmetic(*, is_deterministic: bool, has_tf32: bool = False) -> Iterator[None]:
     """Settle for a block how PyTorch computes on CUDA, whatever its defaults are.
 
     float32 is float32, and cuDNN does not choose by timing.
 
     Args:
-        convolutions: ``"tf32"`` keeps 10 bits of what they multiply, as PyTorch does by default.
         is_deterministic: take kernels that give equal bits each time, in which atomic additions
             and choices by timing have no part. An operation without one raises RuntimeError.
+        has_tf32: convolutions multiply 10 bits of float32, as they do by PyTorch's default.
     """
-    cudnn: Any = torch.backends.cudnn
-    products = torch.backends.cuda.matmul, cudnn.rnn
-    settings: list[tuple[Any, str, Any]] = [
-        *((part, "fp32_precision", "ieee") for part in products),
-        (cudnn.conv, "fp32_precision", convolutions),
-        (cudnn, "benchmark", False),
-    ]
-    if is_deterministic:
-        # Takes a second.
-        from torch._inductor import config
-
-        # Read when the first product makes cuBLAS start.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        settings += [
-            (cudnn, "deterministic", True),
-            # Would write to all memory that is taken.
-            (torch.utils.deterministic, "fill_uninitialized_memory", False),
-            (config, "deterministic", True),
-        ]
     with ExitStack() as stack:
-        for owner, name, value in settings:
+
+        def settle(owner: Any, name: str, value: Any) -> None:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
+
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+        cudnn: Any = torch.backends.cudnn
+        stack.callback(_set_cudnn, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
+        cudnn.allow_tf32 = has_tf32
+        settle(cudnn, "benchmark", False)
         if is_deterministic:
+            # Takes a second.
+            from torch._inductor import config
+
+            # Read when the first product makes cuBLAS start.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             warns = torch.is_deterministic_algorithms_warn_only_enabled()
             before = torch.are_deterministic_algorithms_enabled()
             stack.callback(torch.use_deterministic_algorithms, before, warn_only=warns)
             torch.use_deterministic_algorithms(True)
+            settle(cudnn, "deterministic", True)
+            settle(config, "deterministic", True)
+            # Would write to all memory that is taken.
+            settle(torch.utils.deterministic, "fill_uninitialized_memory", False)
         yield
+
+
+def _set_cudnn(conv: str, rnn: str) -> None:
+    cudnn: Any = torch.backends.cudnn
+    # The older of PyTorch's two settings, which it refuses to tell where the newer one differs.
+    cudnn.allow_tf32 = conv == "tf32"
+    if cudnn.conv.fp32_precision != conv:
+        cudnn.conv.fp32_precision = conv
+    if cudnn.rnn.fp32_precision != rnn:
+        cudnn.rnn.fp32_precision = rnn

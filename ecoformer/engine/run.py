@@ -133,7 +133,7 @@ def time_model(
     convolutions, which a GPU computes in TF32 there.
     """
     batch_size = config.data.batch_size
-    with _prepared(config, convolutions="tf32") as device:
+    with _prepared(config, has_tf32=True) as device:
         amp_dtype = choose_amp_dtype(config.run.amp_dtype or "none", device)
         made = create_task(config, task)
         _logger.info("timing %d batches of %d %s", NUM_BATCHES, batch_size, made.samples)
@@ -161,11 +161,11 @@ def time_model(
 
 
 @contextmanager
-def _prepared(config: Config, convolutions: str = "ieee") -> Iterator[torch.device]:
+def _prepared(config: Config, *, has_tf32: bool = False) -> Iterator[torch.device]:
     """Join the ranks and settle the arithmetic for a block; yields this process's device."""
     run = config.run
     with (
-        settled_arithmetic(is_deterministic=run.deterministic, convolutions=convolutions),
+        settled_arithmetic(is_deterministic=run.deterministic, has_tf32=has_tf32),
         process_group(run.device, run.dist_timeout) as device,
     ):
         yield device

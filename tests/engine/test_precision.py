@@ -46,8 +46,9 @@ def arithmetic() -> dict[str, object]:
     cudnn: Any = torch.backends.cudnn
     memory: Any = torch.utils.deterministic
     return {
-        "matmul": torch.backends.cuda.matmul.fp32_precision,
-        "conv": cudnn.conv.fp32_precision,
+        "products": torch.get_float32_matmul_precision(),
+        # Raises where the newer settings contradict it.
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32),
         "benchmark": cudnn.benchmark,
         "deterministic": cudnn.deterministic,
         "algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -59,22 +60,37 @@ def arithmetic() -> dict[str, object]:
 def test_arithmetic_is_settled_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    torch.set_float32_matmul_precision("high")
     before = arithmetic()
     # What explicit settings are for.
-    assert before["conv"] == "tf32"
-    exact = before | {"matmul": "ieee", "conv": "ieee", "benchmark": False}
-    with settled_arithmetic(is_deterministic=False):
-        assert arithmetic() == exact
-    assert arithmetic() == before
-    with settled_arithmetic(is_deterministic=False, convolutions="tf32"):
-        assert arithmetic() == exact | {"conv": "tf32"}
-    with pytest.raises(KeyError), settled_arithmetic(is_deterministic=True):
-        assert arithmetic() == exact | {
-            "deterministic": True,
-            "algorithms": True,
-            "fill": False,
-            "compiler": True,
-        }
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        raise KeyError
-    assert arithmetic() == before
+    assert before["tf32"] == (True, True)
+    exact = before | {"products": "highest", "tf32": (False, False), "benchmark": False}
+    try:
+        with settled_arithmetic(is_deterministic=False):
+            assert arithmetic() == exact
+        assert arithmetic() == before
+        with settled_arithmetic(is_deterministic=False, has_tf32=True):
+            assert arithmetic() == exact | {"tf32": (False, True)}
+        with pytest.raises(KeyError), settled_arithmetic(is_deterministic=True):
+            assert arithmetic() == exact | {
+                "deterministic": True,
+                "algorithms": True,
+                "fill": False,
+                "compiler": True,
+            }
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            raise KeyError
+        assert arithmetic() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_newer_settings_of_a_caller_come_back() -> None:
+    cudnn: Any = torch.backends.cudnn
+    cudnn.conv.fp32_precision = "ieee"
+    try:
+        with settled_arithmetic(is_deterministic=False):
+            assert cudnn.allow_tf32 is False
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+    finally:
+        cudnn.allow_tf32 = True

@@ -130,3 +130,19 @@ def test_no_step_waits_for_a_gpu(amp_dtype: str) -> None:
     with refused_waits():
         train_epoch(session, state, model, saver)
     assert state.step == NUM_STEPS
+
+
+@pytest.mark.gpu
+def test_batches_cross_whole_beside_what_computes() -> None:
+    """Memory of a batch is used again only when what reads it is done."""
+    session, *_ = open_run(torch.device("cuda"), Mixed, "none")
+    busy = torch.randn(2048, 2048, device="cuda")
+    images = [torch.full((64, 3, 224, 224), number, dtype=torch.uint8) for number in range(20)]
+    sums = []
+    for batch in images:
+        moved, _ = session.move((batch.pin_memory(), 0))
+        for _ in range(5):
+            busy = busy @ busy / 2048
+        sums.append(moved.sum(dtype=torch.int64))
+        del moved
+    assert [total.item() for total in sums] == [n * 64 * 3 * 224 * 224 for n in range(20)]
