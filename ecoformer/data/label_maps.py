@@ -44,21 +44,18 @@ class LabelMapFolder:
         self.root = root
         self.images = root / "images" / _FOLDERS[split]
         self.maps = root / "annotations" / _FOLDERS[split]
-        images = _list(self.images, EXTENSIONS)
-        maps = _list(self.maps, (".png",))
-        for stems, folder, others in (
-            (sorted(images.keys() - maps.keys()), self.images, self.maps),
-            (sorted(maps.keys() - images.keys()), self.maps, self.images),
-        ):
-            if stems:
-                name = (images if folder is self.images else maps)[stems[0]]
-                raise InputError(
-                    f"{folder / name} has no partner in {others}, nor have {len(stems) - 1} others;"
-                    " expected a map for each image, of the same name."
-                )
+        images, maps = _list(self.images, EXTENSIONS), _list(self.maps, (".png",))
+        alone = [self.images / images[stem] for stem in sorted(images.keys() - maps.keys())]
+        alone += [self.maps / maps[stem] for stem in sorted(maps.keys() - images.keys())]
+        if alone:
+            raise InputError(
+                f"{alone[0]}, and {len(alone) - 1} others, have no partner; expected a map in "
+                f"{self.maps} for each image in {self.images}, of the same name."
+            )
         if not images:
             raise InputError(f"{self.images} holds no image ({' '.join(EXTENSIONS)}).")
         self.names = np.array([os.fsencode(images[stem]) for stem in sorted(images)])
+        self.map_names = np.array([os.fsencode(maps[stem]) for stem in sorted(images)])
         self.class_names: Sequence[str] = _read_classes(root)
 
     def __len__(self) -> int:
@@ -71,9 +68,8 @@ class LabelMapFolder:
             Exception: what Pillow says of a file that is not a whole image.
             InputError: the map is none of this image or of these classes.
         """
-        path = Path(self.describe(index))
-        image = read_image(path)
-        map_path = self.maps / f"{path.stem}.png"
+        image = read_image(Path(self.describe(index)))
+        map_path = self.maps / os.fsdecode(self.map_names[index])
         labels = _read_map(map_path)
         if labels.shape != (image.height, image.width):
             raise InputError(
@@ -119,8 +115,15 @@ def _list(folder: Path, extensions: tuple[str, ...]) -> dict[str, str]:
             f"cannot read {folder} ({error.strerror}); expected images/ and annotations/ in "
             "--data-path, each with training/ and validation/, as in ADE20K."
         ) from error
-    visible = [name for name in names if not name.startswith(".")]
-    return {Path(name).stem: name for name in visible if name.lower().endswith(extensions)}
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        if name.startswith(".") or not name.lower().endswith(extensions):
+            continue
+        stem = Path(name).stem
+        if stem in found:
+            raise InputError(f"{folder / name} has the name of {found[stem]} there; expected one.")
+        found[stem] = name
+    return found
 
 
 def _read_map(path: Path) -> np.ndarray:

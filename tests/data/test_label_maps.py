@@ -55,6 +55,8 @@ def test_images_may_be_photographs(tmp_path: Path) -> None:
             image.save(file.with_suffix(".jpg"))
         file.unlink()
     (folder / ".hidden.jpg").touch()
+    first = tmp_path / "annotations" / "training" / "000.png"
+    first.rename(first.with_suffix(".PNG"))
     maps = open_label_map_folder(str(tmp_path), "train")
     assert maps.describe(0).endswith("000.jpg") and maps.read(0)[0].mode == "RGB"
 
@@ -117,10 +119,17 @@ def test_files_without_their_partner_are_refused(tmp_path: Path) -> None:
     assert f"cannot read {images} (No such file" in refusal(tmp_path)
     write_label_maps(tmp_path)
     (maps / "001.png").unlink()
-    assert refusal(tmp_path).startswith(f"{images / '001.png'} has no partner in {maps}")
+    message = refusal(tmp_path)
+    assert message.startswith(f"{images / '001.png'}, and 0 others, have no partner; expected a")
+    assert f"{maps} for each image in {images}" in message
     (images / "001.png").unlink()
     (images / "002.png").unlink()
-    assert refusal(tmp_path).startswith(f"{maps / '002.png'} has no partner in {images}")
+    assert refusal(tmp_path).startswith(f"{maps / '002.png'}, and 0 others, have no partner")
+    (images / "002.jpg").touch()
+    (images / "002.webp").touch()
+    assert (
+        refusal(tmp_path) == f"{images / '002.webp'} has the name of 002.jpg there; expected one."
+    )
     for folder in (images, maps):
         for file in folder.iterdir():
             file.unlink()
