@@ -18,6 +18,7 @@ from ecoformer.data.pairs import Pairs
 from ecoformer.errors import InputError
 from ecoformer.files import open_regular
 
+IMAGE_SETS = ("IMNET", "CIFAR", "FMNIST", "DIGITS", "PAIRS")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Pillow's readers of these alone, whatever a file is called: others start programs (EPS starts
 # Ghostscript) or are hardly tested.
@@ -242,7 +243,7 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
     """Open one split of a data set.
 
     Args:
-        name: ``"IMNET"``, ``"CIFAR"``, ``"FMNIST"``, ``"DIGITS"`` or ``"PAIRS"``.
+        name: one of ``IMAGE_SETS``.
         path: folder of the data; ``"DIGITS"`` needs none, nor does ``"PAIRS"`` of digits; that of
             Fashion-MNIST makes pairs of it.
         split: ``"train"`` or ``"val"``.
@@ -256,6 +257,11 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
         raise InputError(
             f"{name} has no reader of its own; lay it out as train/CLASS/*.jpg and "
             "val/CLASS/*.jpg and give --data-set IMNET."
+        )
+    if name not in IMAGE_SETS:
+        raise InputError(
+            f"--data-set {name} has no images with one label each; there are: "
+            f"{', '.join(IMAGE_SETS)}. For {name} give its --task."
         )
     if name == "DIGITS":
         images, labels = load_digits(split, size=input_size)

@@ -285,6 +285,14 @@ def test_linked_folders_and_files_are_read(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["LISTOPS", "COCO", "SCENES"])
+def test_sets_of_other_tasks_are_refused(tmp_path: Path, name: str) -> None:
+    for path in (None, tmp_path):
+        message = refusal(name, path)
+        assert message.startswith(f"--data-set {name} has no images with one label each;")
+        assert message.endswith(f"For {name} give its --task.")
+
+
 def write_fashion(root: Path, suffix: str) -> tuple[np.ndarray, np.ndarray]:
     images = np.random.RandomState(0).randint(0, 256, (5, 28, 28)).astype(np.uint8)
     labels = np.array([3, 9, 0, 3, 1], np.uint8)
