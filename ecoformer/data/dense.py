@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -88,26 +89,38 @@ def build_box_transform(*, short_side: int, long_side: int, hflip: float = 0.0) 
         float32, pixels of that image; labels [n] and is_crowd [n], int64 and bool; image_id [] and
         original_size [2] (height, width), int64.
     """
+    return partial(
+        _transform_boxes,
+        short_side=short_side,
+        long_side=long_side,
+        hflip=hflip,
+    )
 
-    def transform(image: Image.Image, boxes: Boxes) -> tuple[Tensor, BoxTarget]:
-        height, width = fit_size(boxes.size, short_side, long_side)
-        pixels = _read_pixels(image.resize((width, height), Image.Resampling.BILINEAR))
-        scale = torch.tensor([width / boxes.size[1], height / boxes.size[0]]).repeat(2)
-        corners = torch.from_numpy(boxes.boxes) * scale
-        if hflip and float(torch.rand(())) < hflip:
-            pixels = pixels.flip(-1)
-            left, top, right, bottom = corners.unbind(-1)
-            corners = torch.stack([width - right, top, width - left, bottom], dim=-1)
-        return pixels, {
-            "boxes": corners,
-            # Copies: the set's own must not change with a batch.
-            "labels": torch.tensor(boxes.labels),
-            "is_crowd": torch.tensor(boxes.is_crowd),
-            "image_id": torch.tensor(boxes.image_id),
-            "original_size": torch.tensor(boxes.size),
-        }
 
-    return transform
+def _transform_boxes(
+    image: Image.Image,
+    boxes: Boxes,
+    *,
+    short_side: int,
+    long_side: int,
+    hflip: float,
+) -> tuple[Tensor, BoxTarget]:
+    height, width = fit_size(boxes.size, short_side, long_side)
+    pixels = _read_pixels(image.resize((width, height), Image.Resampling.BILINEAR))
+    scale = torch.tensor([width / boxes.size[1], height / boxes.size[0]]).repeat(2)
+    corners = torch.from_numpy(boxes.boxes) * scale
+    if _is_flipped(hflip):
+        pixels = pixels.flip(-1)
+        left, top, right, bottom = corners.unbind(-1)
+        corners = torch.stack([width - right, top, width - left, bottom], dim=-1)
+    return pixels, {
+        "boxes": corners,
+        # Copies: the set's own must not change with a batch.
+        "labels": torch.tensor(boxes.labels),
+        "is_crowd": torch.tensor(boxes.is_crowd),
+        "image_id": torch.tensor(boxes.image_id),
+        "original_size": torch.tensor(boxes.size),
+    }
 
 
 def build_train_map_transform(*, side: int, hflip: float = 0.0) -> MapTransform:
@@ -119,21 +132,20 @@ def build_train_map_transform(*, side: int, hflip: float = 0.0) -> MapTransform:
         A function to [3, height, width], float32, normalised, and labels [height, width], int64,
         with None; both sides are ``side``, unless the image has less.
     """
-    shortest, longest = (round(scale * side) for scale in _SCALES)
+    return partial(_transform_train_map, side=side, hflip=hflip)
 
-    def transform(image: Image.Image, labels: np.ndarray) -> tuple[Tensor, MapTarget]:
-        short_side = _draw(shortest, longest)
-        height, width = fit_size(labels.shape, short_side, _LONGEST * short_side)
-        top, left = _draw(0, max(height - side, 0)), _draw(0, max(width - side, 0))
-        square = (left, top, min(left + side, width), min(top + side, height))
-        pixels = _read_pixels(image.resize((width, height), Image.Resampling.BILINEAR).crop(square))
-        resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
-        target = _as_tensor(np.asarray(resized.crop(square)))
-        if hflip and float(torch.rand(())) < hflip:
-            pixels, target = pixels.flip(-1), target.flip(-1)
-        return pixels, (target, None)
 
-    return transform
+def _transform_train_map(
+    image: Image.Image, labels: np.ndarray, *, normalise: Transform, side: int, hflip: float
+) -> tuple[Tensor, MapTarget]:
+    short_side = _draw(*(round(scale * side) for scale in _SCALES))
+    image, resized = _resize_both(image, labels, short_side)
+    top, left = (_draw(0, max(length - side, 0)) for length in (image.height, image.width))
+    square = (left, top, min(left + side, image.width), min(top + side, image.height))
+    pixels, target = _read_pixels(image.crop(square)), _as_tensor(resized.crop(square))
+    if _is_flipped(hflip):
+        pixels, target = pixels.flip(-1), target.flip(-1)
+    return pixels, (target, None)
 
 
 def build_eval_map_transform(*, side: int) -> MapTransform:
@@ -143,14 +155,22 @@ def build_eval_map_transform(*, side: int) -> MapTransform:
         A function to [3, height, width], float32, normalised, and labels of that size, int64, with
         those of the original one, [height, width], int64.
     """
+    return partial(_transform_eval_map, side=side)
 
-    def transform(image: Image.Image, labels: np.ndarray) -> tuple[Tensor, MapTarget]:
-        height, width = fit_size(labels.shape, side, _LONGEST * side)
-        pixels = _read_pixels(image.resize((width, height), Image.Resampling.BILINEAR))
-        resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
-        return pixels, (_as_tensor(np.asarray(resized)), _as_tensor(labels))
 
-    return transform
+def _transform_eval_map(
+    image: Image.Image, labels: np.ndarray, *, normalise: Transform, side: int
+) -> tuple[Tensor, MapTarget]:
+    image, resized = _resize_both(image, labels, side)
+    return normalise(image), (_as_tensor(resized), _as_tensor(labels))
+
+
+def _resize_both(
+    image: Image.Image, labels: np.ndarray, short_side: int
+) -> tuple[Image.Image, Image.Image]:
+    height, width = fit_size(labels.shape, short_side, _LONGEST * short_side)
+    resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
+    return image.resize((width, height), Image.Resampling.BILINEAR), resized
 
 
 def fit_size(size: Sequence[int], short_side: int, long_side: int) -> tuple[int, int]:
@@ -206,8 +226,12 @@ def _read_pixels(image: Image.Image) -> Tensor:
     return normalize(torch.from_numpy(np.array(image))[None])[0]
 
 
-def _as_tensor(labels: np.ndarray) -> Tensor:
-    return torch.from_numpy(labels.astype(np.int64))
+def _as_tensor(labels: np.ndarray | Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(labels).astype(np.int64))
+
+
+def _is_flipped(hflip: float) -> bool:
+    return hflip > 0 and float(torch.rand(())) < hflip
 
 
 def _draw(low: int, high: int) -> int:

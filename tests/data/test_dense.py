@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import re
 import sys
@@ -188,6 +189,22 @@ def test_an_evaluated_map_stays_as_it_was() -> None:
     np.testing.assert_array_equal(original, labels)
 
 
+def test_transforms_reach_workers_that_are_not_forked() -> None:
+    boxes = boxes_of([[1, 2, 9, 8]], (32, 40))
+    box_transform = build_box_transform(short_side=48, long_side=90, hflip=0.5)
+    map_transform = build_train_map_transform(side=40, hflip=0.5)
+    for transform, sample in (
+        (box_transform, (Image.effect_noise((40, 32), 80).convert("RGB"), boxes)),
+        (map_transform, quarters(64, 64)),
+        (build_eval_map_transform(side=40), quarters(64, 64)),
+    ):
+        copy = pickle.loads(pickle.dumps(transform))
+        torch.manual_seed(4)
+        expected = transform(*sample)
+        torch.manual_seed(4)
+        assert equal([expected], [copy(*sample)])
+
+
 def test_boxes_become_a_padded_batch() -> None:
     transform = build_box_transform(short_side=40, long_side=100)
     samples = [
@@ -276,7 +293,7 @@ def read(loader: Loader | None, num_batches: int = 3, **place: int) -> list[Batc
 def flatten(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    values = value.values() if isinstance(value, dict) else value
+    values = value.values() if isinstance(value, dict) else value or ()
     return [tensor for one in values for tensor in flatten(one)]
 
 

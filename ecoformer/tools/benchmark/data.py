@@ -146,9 +146,7 @@ def _build_ours(
     def open_batches() -> Iterable[Any]:
         order = ShuffledSampler(images, **ranks)
         batches = DrawBatches(order, batch_size=batch_size, drop_last=True, **ranks)
-        return _Epochs(
-            Loader(images, keep_label(transform), batches, num_workers=num_workers)
-        )
+        return _Epochs(Loader(images, keep_label(transform), batches, num_workers=num_workers))
 
     return Pipeline(
         name, lambda index: images.read(index)[0], transform, collate_pictures, open_batches
