@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ecoformer.data.boxes import BoxedImages
 from ecoformer.data.dense import build_box_transform, collate_boxes, open_boxes
 from ecoformer.data.loaders import Collate, SampleTransform
-from ecoformer.errors import InputError
 from ecoformer.models.dense import RetinaNet
 from ecoformer.tasks.average_precision import AveragePrecision
 from ecoformer.tasks.base import Metrics, Network
@@ -39,8 +38,6 @@ class DetectionMeter(DenseMeter):
 
     def measure(self) -> Metrics:
         values = self._precision.finish()
-        if "AP" not in values:
-            raise InputError("no image to evaluate on has an object; give others.")
         return Metrics({f"test_{name}": value for name, value in values.items()}, "test_AP")
 
 

@@ -7,17 +7,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ecoformer.checkpoint import read_checkpoint
 from ecoformer.config import Config, make_config
 from ecoformer.config.merge import merge
 from ecoformer.data import scenes
+from ecoformer.data.boxes import Boxes
 from ecoformer.engine.run import evaluate, load_run, time_model, train
 from ecoformer.engine.session import create_task
 from ecoformer.errors import InputError, NonFiniteError, Preempted
+from ecoformer.models.dense import RetinaNet
+from ecoformer.tasks import detection, segmentation
 from ecoformer.tasks.dense import DensePrediction
 from tests.engine.ranks import run_ranks
 from tests.engine.training import assert_same_state
@@ -213,6 +218,96 @@ def test_what_is_found_does_not_depend_on_the_rest_of_a_batch(task: str, tmp_pat
         found.append(meter.finish().values)
     assert found[0] == found[1]
     assert network.seen == [(1, 3, 64, 64)] * 6
+
+
+class Picture:
+    """One image of 40 x 60 pixels, grey, which is to be looked at twice as large."""
+
+    class_names = ("left", "right")
+    class_ids = (7, 3)
+    boxes = ((4.0, 6.0, 20.0, 30.0), (31.0, 5.0, 58.0, 38.0))
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, index: int) -> tuple[Image.Image, Any]:
+        labels = np.repeat(np.arange(2, dtype=np.uint8), 30)[None].repeat(40, axis=0)
+        found = Boxes(
+            boxes=np.array(self.boxes, np.float32),
+            labels=np.arange(2),
+            is_crowd=np.zeros(2, bool),
+            image_id=5,
+            size=(40, 60),
+        )
+        return Image.new("RGB", (60, 40)), found if self.task == "detection" else labels
+
+    def ground_truth(self) -> dict[str, Any]:
+        annotations = [
+            {"id": number, "image_id": 5, "category_id": id_, "iscrowd": 0}
+            | {"bbox": [left, top, right - left, bottom - top], "area": 400.0}
+            for number, (id_, (left, top, right, bottom)) in enumerate(
+                zip(self.class_ids, self.boxes, strict=True), 1
+            )
+        ]
+        return {
+            "images": [{"id": 5, "height": 40, "width": 60}],
+            "annotations": annotations,
+            "categories": [{"id": id_, "name": str(id_)} for id_ in self.class_ids],
+        }
+
+    def describe(self, index: int) -> str:
+        return "a picture"
+
+    def fingerprint(self) -> Any:
+        return {}
+
+
+def know_boxes(model: RetinaNet, images: Tensor) -> dict[str, Any]:
+    """What a network gives that knows the boxes of the picture, twice as large."""
+    outputs = model(images)
+    outputs["cls_logits"].fill_(-9)
+    anchors = model._draw_anchors(outputs)
+    for label, corners in enumerate(Picture.boxes):
+        box = 2 * torch.tensor(corners)
+        place = (anchors - box).abs().sum(-1).argmin()
+        [offsets] = model.box_coder.encode([box[None]], [anchors[place, None]])
+        outputs["bbox_regression"][0, place] = offsets[0]
+        outputs["cls_logits"][0, place, label] = 4
+    return outputs
+
+
+def know_halves(model: nn.Module, images: Tensor) -> Tensor:
+    """The same of halves: logits of the padded image."""
+    assert images.shape == (1, 3, 96, 128)
+    logits = torch.zeros(1, 2, 96, 128)
+    logits[:, 0, :, :60] = logits[:, 1, :, 60:] = 5
+    return logits
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("task", "know", "perfect"),
+    [
+        ("detection", know_boxes, {"test_AP": 100.0, "test_AP75": 100.0}),
+        ("segmentation", know_halves, {"test_mIoU": 100.0, "test_aAcc": 100.0}),
+    ],
+)
+def test_who_knows_it_all_is_perfect_in_pixels_of_the_original(
+    task: str, know: Any, perfect: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((detection, "open_boxes"), (segmentation, "open_label_maps")):
+        monkeypatch.setattr(module, name, lambda *_, **__: Picture(task))
+    made = create(configure(tmp_path, task=task, short_side=80, data_set="COCO"))
+    data = made.open_data(torch.device("cpu"), is_train=False)
+    model = made.build_network(FAMILY.create_model("tiny_pyramid", "msa"), 2).eval()
+    meter = made.start_evaluation(torch.device("cpu"))
+    for batch in data.eval:
+        meter.add(lambda images: know(model, images), batch)
+    values = meter.finish().values
+    assert {name: values[name] for name in perfect} == pytest.approx(perfect)
 
 
 @pytest.mark.parametrize("task", TASKS)
