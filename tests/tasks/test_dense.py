@@ -21,11 +21,13 @@ from ecoformer.data.boxes import Boxes
 from ecoformer.engine.run import evaluate, load_run, time_model, train
 from ecoformer.engine.session import create_task
 from ecoformer.errors import InputError, NonFiniteError, Preempted
+from ecoformer.hashing import fit_hash_functions
 from ecoformer.models.dense import RetinaNet
 from ecoformer.tasks import detection, segmentation
 from ecoformer.tasks.dense import DensePrediction
 from tests.engine.ranks import run_ranks
 from tests.engine.training import assert_same_state
+from tests.problems import LargestTensor
 from tests.tasks.tiny_pyramid import FAMILY, shrink
 from tests.tasks.toy import stop_at
 
@@ -185,6 +187,18 @@ def test_a_fit_sees_whole_images_and_no_padding(task: str, tmp_path: Path) -> No
     inputs = made.fit_inputs((images, sizes, []))
     assert inputs.shape == (2, 3, 50, 60)
     assert inputs.unique().tolist() == [2, 4]
+
+
+def test_a_fit_on_a_large_image_never_holds_all_pairs_of_tokens(tmp_path: Path) -> None:
+    made = create(configure(tmp_path, task="detection"))
+    hashing = made.config.hashing
+    model = made.build_network(FAMILY.create_model("tiny_pyramid", "ecoformer", hashing=hashing), 3)
+    images, sizes = torch.randn(1, 3, 320, 544), torch.tensor([[320, 533]])
+    num_tokens = 80 * 134
+    with LargestTensor() as largest:
+        fits = fit_hash_functions(model, made.fit_inputs((images, sizes, [])))
+    assert len(fits) == 3
+    assert largest.numel < num_tokens**2 / 20
 
 
 class Recorder(nn.Module):

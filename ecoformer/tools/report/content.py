@@ -69,6 +69,11 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
                 f"{folder} is a run on {family.inputs}, and a report counts what an image costs; "
                 "leave it out, and draw its curves by ecoformer plots curves."
             )
+        if run.log and "test_acc1" not in run.log[-1]:
+            raise InputError(
+                f"{folder} classifies no images: its log has no test_acc1, and a report compares "
+                "that; leave it out."
+            )
         variant, attention = family.resolve(model.model, model.attn_type)
         group = groups.setdefault(key, Group(folder.resolve().name, variant, attention, {}))
         seed = run.config.run.seed

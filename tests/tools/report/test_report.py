@@ -139,6 +139,13 @@ def test_the_same_run_twice(tmp_path: Path) -> None:
         read_groups([run, run])
 
 
+def test_a_run_that_classifies_nothing_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "boxes", "msa")
+    (run / "log.txt").write_text('{"epoch": 0, "train_loss": 1.5, "test_AP": 37.2}\n')
+    with pytest.raises(InputError, match="boxes classifies no images: its log has no test_acc1"):
+        read_groups([run])
+
+
 def test_a_run_on_sequences_is_refused(tmp_path: Path) -> None:
     fields = {"epochs": 1, "epoch_samples": 16, "attn_type": "msa"}
     train(configure(tmp_path / "pixels", **fields))
