@@ -136,7 +136,7 @@ def build_train_map_transform(*, side: int, hflip: float = 0.0) -> MapTransform:
 
 
 def _transform_train_map(
-    image: Image.Image, labels: np.ndarray, *, normalise: Transform, side: int, hflip: float
+    image: Image.Image, labels: np.ndarray, *, side: int, hflip: float
 ) -> tuple[Tensor, MapTarget]:
     short_side = _draw(*(round(scale * side) for scale in _SCALES))
     image, resized = _resize_both(image, labels, short_side)
@@ -159,10 +159,10 @@ def build_eval_map_transform(*, side: int) -> MapTransform:
 
 
 def _transform_eval_map(
-    image: Image.Image, labels: np.ndarray, *, normalise: Transform, side: int
+    image: Image.Image, labels: np.ndarray, *, side: int
 ) -> tuple[Tensor, MapTarget]:
     image, resized = _resize_both(image, labels, side)
-    return normalise(image), (_as_tensor(resized), _as_tensor(labels))
+    return _read_pixels(image), (_as_tensor(resized), _as_tensor(labels))
 
 
 def _resize_both(

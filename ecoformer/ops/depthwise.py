@@ -3,12 +3,18 @@
 On CUDA it is ``ecoformer::depthwise_conv``, which compiling goes through without looking inside;
 elsewhere PyTorch's operations.
 
-Predicted, not measured, for 16 bits and PVTv2's forms, in bytes a value: forward 4, read and
-written, where PyTorch has 8 for convolution and GELU; backward 10, map, gradient, and that before
-GELU written and read, where PyTorch has 14. So x 2.0 and x 1.4 where all is bound by memory; on an
-H200 the kernels issue some 45 and 82 instructions a value for 28 and 70 that memory leaves time
-for, which makes it x 1.2 and x 1.2, times whatever cuDNN takes above its memory time. A step keeps
-one hidden map a block instead of two, and casts no parameter.
+Predicted for CUDA, not measured: bytes that GELU(conv(x)) moves for each value in 16 bits.
+
+======== ============================================== ==========================================
+forward  4: map and output                              PyTorch 8: each of convolution and GELU
+backward 10: map, gradient and that before GELU; then   PyTorch 14: GELU 6, gradients of the map
+         that again and the map's gradient              and of the weight 4 each
+======== ============================================== ==========================================
+
+A thread issues 45 instructions a value forward, and 60 and 21 backward (compiled for sm_90). An
+H200 moves 4.3 TB/s and issues 29.6e12 a second: 1.5 and 3.0 ps a value, the first bound by issue,
+beside 1.9 and 3.3 ps of PyTorch if memory alone bound its convolutions. cuDNN's are predicted at 3
+to 10 times that. A step keeps one hidden map a block, not two, and casts no parameter.
 
 Shapes: B batch, H height, W width, C channels.
 """

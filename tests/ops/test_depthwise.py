@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,8 +21,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-import pvt
-import twins
 from ecoformer.errors import InputError
 from ecoformer.models.mlp import Mlp
 from ecoformer.ops import depthwise_conv, reference, use_backend
@@ -32,15 +31,12 @@ from twins.model import PositionalConvolution
 
 FORMS: list[Any] = [*get_args(Form)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# [B, H, W, C]: odd, one value, past a range and a strip, two blocks of channels; last the largest
-# block of all.
-SHAPES = [(2, 5, 7, 13), (1, 1, 1, 1), (1, 17, 9, 3), (1, 2, 3, 70), (1, 3, 2, 128)]
+# [B, H, W, C]: odd, one value, past a range and a strip, two blocks of channels, the largest block.
+SHAPES = [(2, 3, 5, 13), (1, 1, 1, 1), (1, 17, 9, 3), (1, 2, 3, 70), (1, 2, 1, 128)]
 # Rounding of 16 bits; the interpreter's bfloat16 is cut off rather than rounded.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
-needs_triton = pytest.mark.skipif(
-    triton_ops.importlib.util.find_spec("triton") is None, reason="needs Triton"
-)
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run by the test of all of them"
 )
@@ -113,19 +109,24 @@ def check(problem: Problem, form: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_interpreted_kernels_equal_the_reference_and_themselves(
-    dtype: torch.dtype, form: Form, shape: tuple[int, ...]
+    dtype: torch.dtype, form: Form
 ) -> None:
-    check(draw_problem(shape, dtype), form)
+    check(draw_problem((2, 3, 5, 13), dtype), form)
 
 
 @interpreted
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_interpreted_kernels_equal_the_reference_at_the_edges(shape: tuple[int, ...]) -> None:
+    check(draw_problem(shape, torch.float32), "gelu")
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(4))
 def test_interpreted_kernels_equal_the_reference_on_any_size(seed: int) -> None:
-    sizes = torch.randint(1, 20, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
+    sizes = torch.randint(1, 9, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
     problem = draw_problem((2, *sizes), torch.float32, seed=seed)
     if seed % 2:
         problem = Problem(problem.x, problem.weight, None, problem.grad)
@@ -135,7 +136,7 @@ def test_interpreted_kernels_equal_the_reference_on_any_size(seed: int) -> None:
 @interpreted
 @pytest.mark.parametrize("form", FORMS)
 def test_interpreted_kernels_take_any_strides(form: Form) -> None:
-    whole = draw_problem((2, 6, 10, 8), torch.float32)
+    whole = draw_problem((1, 6, 10, 8), torch.float32)
     weight = whole.weight.transpose(2, 3)
     x = rearrange(whole.x, "b h w c -> b c h w").contiguous().movedim(1, 3)[:, ::2, 1:8]
     grad = whole.grad[0, 0, 0, :1].expand(x.shape)
@@ -147,7 +148,7 @@ def test_interpreted_kernels_take_any_strides(form: Form) -> None:
 def test_interpreted_kernels_keep_what_is_not_finite_to_its_neighbours(value: float) -> None:
     problem = draw_problem((1, 6, 7, 3), torch.float32)
     problem.x[0, 2, 3, 1] = value
-    for form in FORMS:
+    for form in FORMS[1:]:
         expected = solve(reference.depthwise_conv, problem, form)[0]
         found = solve(depthwise_conv, problem, form)[0]
         is_near = torch.zeros(found.shape, dtype=torch.bool)
@@ -169,6 +170,11 @@ def test_interpreted_operator_passes_pytorchs_checks() -> None:
 def layers(has_relu: bool) -> list[nn.Module]:
     torch.manual_seed(0)
     return [Mlp(4, 6, has_dwconv=True, has_relu=has_relu), PositionalConvolution(4)]
+
+
+def find_convolution(layer: nn.Module) -> nn.Conv2d:
+    (conv,) = (module for module in layer.modules() if isinstance(module, nn.Conv2d))
+    return conv
 
 
 @interpreted
@@ -227,7 +233,7 @@ def test_interpreted_autocast_leaves_parameters_as_they_are() -> None:
 def test_interpreted_watched_layers_are_called() -> None:
     x, called = draw(2, 15, 4).float(), list[nn.Module]()
     for layer in layers(False):
-        (conv,) = (module for module in layer.modules() if isinstance(module, nn.Conv2d))
+        conv = find_convolution(layer)
         conv.register_forward_hook(lambda module, *_: called.append(module))
         layer(x, (3, 5))
         assert called.pop() is conv
@@ -271,6 +277,17 @@ def test_a_backend_that_cannot_run_refuses(monkeypatch: pytest.MonkeyPatch) -> N
         depthwise_conv(problem.x, problem.weight, problem.bias, "gelu")
 
 
+@needs_triton
+def test_what_a_gpu_can_do_is_a_constant_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "_find_capability", lambda device: (9, 0))
+
+    def choose(x: Tensor) -> Tensor:
+        return x + 1 if triton_ops._is_recent(x.device) else x
+
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == 1
+
+
 def test_products_are_counted_as_pytorchs() -> None:
     problem = draw_problem((2, 4, 5, 6), torch.float32).to("meta")
     totals = []
@@ -278,26 +295,18 @@ def test_products_are_counted_as_pytorchs() -> None:
         with FlopCounterMode(display=False) as counter:
             solve(function, problem, "gelu")
         totals.append(counter.get_total_flops())
-    # PyTorch counts no groups in a convolution's weight gradient in all of its versions.
-    assert totals[0] == 3 * 2 * 9 * problem.x.numel()
-    assert totals[0] <= totals[1]
+    assert totals[0] == totals[1]
 
 
-@triton_ops.torch.no_grad()
-@pytest.mark.parametrize("name", ["pvt_v2_b0", "alt_gvt_small"])
-def test_without_kernels_models_run_the_layers_they_have(name: str) -> None:
-    package = pvt if name.startswith("pvt") else twins
-    model = package.create_model(name, "msa").eval()
-    called = list[str]()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
-            module.register_forward_hook(lambda *_, name=name: called.append(name))
-    image = draw(1, 3, 64, 64).float()
-    watched = model(image)
-    assert called
-    for module in model.modules():
-        module._forward_hooks.clear()
-    assert torch.equal(model(image), watched)
+@pytest.mark.parametrize("has_relu", [False, True])
+def test_without_kernels_layers_are_called_and_nothing_changes(has_relu: bool) -> None:
+    x, called = draw(2, 15, 4).float(), list[nn.Module]()
+    for layer in layers(has_relu):
+        conv = find_convolution(layer)
+        expected = layer(x, (3, 5))
+        conv.register_forward_hook(lambda module, *_: called.append(module))
+        assert torch.equal(layer(x, (3, 5)), expected)
+        assert called.pop() is conv
 
 
 def on_gpu(problem: Problem) -> Problem:

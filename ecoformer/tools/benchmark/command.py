@@ -22,11 +22,12 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _PARTS = {
     "readme": ("attention", "fit", "model"),
     "attention": ("attention",),
+    "convolution": ("convolution",),
     "fit": ("fit",),
     "model": ("model",),
     "train": ("train",),
     "dense": ("dense",),
-    "gpu": ("attention", "fit", "model", "train"),
+    "gpu": ("attention", "convolution", "fit", "model", "train"),
     "sequences": ("sequences",),
     "threads": (),
     "deploy": (),
@@ -35,6 +36,7 @@ _PARTS = {
 # Image sides at which it does, in pixels; of sequences numbers of tokens.
 _SIDES = {
     "attention": (224, 112, 448, 512, 1024),
+    "convolution": (224,),
     "fit": (224, 512),
     "model": (224, 448),
     "train": (224,),
@@ -46,6 +48,8 @@ _EPILOG = """\
 readme     attention cores, fit and evaluation at the sizes of the README (the default)
 attention  every core at the first resolution, forward and with backward; then cores over all
            resolutions, B * N near 131,072, evaluation
+convolution
+           depthwise convolution and GELU of a block, forward and with backward
 fit        one layer's hash fit
 model      evaluation of a backbone with every kind of attention, at each resolution
 train      training steps of the same

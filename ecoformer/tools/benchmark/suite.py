@@ -14,6 +14,7 @@ from ecoformer.files import write_text
 from ecoformer.tools.benchmark import sequences
 from ecoformer.tools.benchmark.backbones import Workload, measure_model
 from ecoformer.tools.benchmark.comparison import Setup
+from ecoformer.tools.benchmark.convolutions import measure_convolutions
 from ecoformer.tools.benchmark.cores import count_tokens, measure_attention, measure_attention_sweep
 from ecoformer.tools.benchmark.correctness import Check, check_core
 from ecoformer.tools.benchmark.dense import measure_dense
@@ -32,9 +33,9 @@ class Suite:
     """What is measured, at which sizes, where and how often.
 
     Args:
-        parts: ``"attention"``, ``"fit"``, ``"model"``, ``"train"`` or ``"dense"`` to image sides
-            in pixels, the short ones for ``"dense"``, and ``"sequences"`` to numbers of tokens, in
-            the order to measure them in.
+        parts: ``"attention"``, ``"convolution"``, ``"fit"``, ``"model"``, ``"train"`` or
+            ``"dense"`` to image sides in pixels, the short ones for ``"dense"``, and
+            ``"sequences"`` to numbers of tokens, in the order to measure them in.
         variant: of PVTv2.
         batch_size: images of attention cores and models, or sequences.
         is_compiled: models by ``torch.compile``.
@@ -92,6 +93,11 @@ class Suite:
                 )
                 if len(sides) > 1:
                     yield from measure_attention_sweep(setup, token_counts=sorted(token_counts))
+            elif part == "convolution":
+                for num_tokens in token_counts:
+                    yield from measure_convolutions(
+                        setup, batch_size=self.batch_size, num_tokens=num_tokens
+                    )
             elif part == "fit":
                 for num_tokens in token_counts:
                     yield from measure_fit(

@@ -23,7 +23,15 @@ from ecoformer.models.registry import find_family
 from ecoformer.ops import kernelized_hash_attention
 from ecoformer.ops.backends.triton import TritonBackend
 from ecoformer.tools import measure
-from ecoformer.tools.benchmark import cores, correctness, dense, fits, sequences, suite
+from ecoformer.tools.benchmark import (
+    convolutions,
+    cores,
+    correctness,
+    dense,
+    fits,
+    sequences,
+    suite,
+)
 from ecoformer.tools.benchmark.command import main
 from ecoformer.tools.benchmark.comparison import Comparison, Contender, Setup, compare
 from ecoformer.tools.benchmark.correctness import check_core
@@ -201,6 +209,7 @@ def test_core_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     ("task", "expected"),
     [
         ("attention", {"ecoformer", "reference", "sdpa", "performer", "spatial reduction"}),
+        ("convolution", {"ecoformer", "pytorch", "pytorch, channels first", "reference"}),
         ("fit", {"ecoformer", "reference"}),
         ("model", {"ecoformer", "ecoformer, reference ops", "msa", "sra", "timm"}),
         ("train", {"ecoformer", "performer", "timm"}),
@@ -342,6 +351,8 @@ def test_gpu_preset_runs_in_the_interpreter_without_what_a_gpu_machine_may_lack(
     assert {row["task"] for row in content["rows"] if row["name"] == "ecoformer"} == {
         cores.EVALUATION,
         cores.TRAINING,
+        convolutions.EVALUATION,
+        convolutions.TRAINING,
         fits.TASK,
         "pvt_v2_b0, evaluation",
         "pvt_v2_b0, training step",
