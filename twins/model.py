@@ -35,8 +35,8 @@ class PositionalConvolution(nn.Module):
     def forward(self, x: Tensor, size: Size) -> Tensor:
         conv = self.proj[0]
         if has_kernel(x) and is_plain(conv) and not is_watched(self.proj):
-            image = x.unflatten(1, size)
-            return depthwise_conv(image, *conv.parameters(), "residual").flatten(1, 2)
+            weight, bias = conv.parameters()
+            return depthwise_conv(x.unflatten(1, size), weight, bias, "residual").flatten(1, 2)
         image = rearrange(x, "b (h w) c -> b c h w", h=size[0], w=size[1])
         return x + rearrange(self.proj(image), "b c h w -> b (h w) c")
 

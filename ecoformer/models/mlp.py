@@ -100,8 +100,8 @@ class Mlp(nn.Module):
     def _fuse(self, x: Tensor, size: Size) -> Tensor:
         assert self.dwconv is not None
         form: Form = "relu gelu" if isinstance(self.relu, nn.ReLU) else "gelu"
-        image = x.unflatten(1, size)
-        return depthwise_conv(image, *self.dwconv.dwconv.parameters(), form).flatten(1, 2)
+        weight, bias = self.dwconv.dwconv.parameters()
+        return depthwise_conv(x.unflatten(1, size), weight, bias, form).flatten(1, 2)
 
     def _pays_in_blocks(self, x: Tensor) -> bool:
         """Whether blocks are faster, and nothing needs the layers to be called as modules."""

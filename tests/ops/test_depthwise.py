@@ -32,7 +32,7 @@ from twins.model import PositionalConvolution
 FORMS: list[Any] = [*get_args(Form)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # [B, H, W, C]: odd, one value, past a range and a strip, two blocks of channels, the largest block.
-SHAPES = [(2, 3, 5, 13), (1, 1, 1, 1), (1, 17, 9, 3), (1, 2, 3, 70), (1, 2, 1, 128)]
+SHAPES = [(2, 3, 5, 13), (1, 1, 1, 1), (1, 17, 1, 3), (1, 1, 9, 3), (1, 1, 3, 70), (1, 2, 1, 128)]
 # Rounding of 16 bits; the interpreter's bfloat16 is cut off rather than rounded.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
@@ -95,7 +95,7 @@ def solve(convolve: Callable[..., Tensor], problem: Problem, form: str) -> tuple
     return (out.detach(), *torch.autograd.grad(out, inputs, problem.grad))
 
 
-def check(problem: Problem, form: str) -> None:
+def check(problem: Problem, form: str) -> tuple[Tensor, ...]:
     """Hold output and gradients against the reference in float64 on the same numbers."""
     assert has_kernel(problem.x)
     expected = solve(reference.depthwise_conv, problem.to(torch.float64), form)
@@ -104,17 +104,25 @@ def check(problem: Problem, form: str) -> None:
     for index, (tensor, truth) in enumerate(zip(found, expected, strict=True)):
         assert tensor.dtype == (problem.x if index < 2 else problem.weight).dtype
         assert (tensor.double() - truth).norm() <= tolerance * truth.norm(), index
-    again = solve(depthwise_conv, problem, form)
-    assert all(map(torch.equal, found, again))
+    return found
 
 
 @interpreted
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        *((torch.float32, form) for form in FORMS),
+        (torch.bfloat16, "gelu"),
+        (torch.bfloat16, "residual"),
+        (torch.float16, "relu gelu"),
+    ],
+)
 def test_interpreted_kernels_equal_the_reference_and_themselves(
     dtype: torch.dtype, form: Form
 ) -> None:
-    check(draw_problem((2, 3, 5, 13), dtype), form)
+    problem = draw_problem((2, 2, 5, 13), dtype)
+    found = check(problem, form)
+    assert all(map(torch.equal, found, solve(depthwise_conv, problem, form)))
 
 
 @interpreted
@@ -124,10 +132,10 @@ def test_interpreted_kernels_equal_the_reference_at_the_edges(shape: tuple[int, 
 
 
 @interpreted
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_interpreted_kernels_equal_the_reference_on_any_size(seed: int) -> None:
-    sizes = torch.randint(1, 9, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
-    problem = draw_problem((2, *sizes), torch.float32, seed=seed)
+    sizes = torch.randint(1, 6, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
+    problem = draw_problem((1, *sizes), torch.float32, seed=seed)
     if seed % 2:
         problem = Problem(problem.x, problem.weight, None, problem.grad)
     check(problem, FORMS[seed % 3])
@@ -136,7 +144,7 @@ def test_interpreted_kernels_equal_the_reference_on_any_size(seed: int) -> None:
 @interpreted
 @pytest.mark.parametrize("form", FORMS)
 def test_interpreted_kernels_take_any_strides(form: Form) -> None:
-    whole = draw_problem((1, 6, 10, 8), torch.float32)
+    whole = draw_problem((1, 4, 10, 8), torch.float32)
     weight = whole.weight.transpose(2, 3)
     x = rearrange(whole.x, "b h w c -> b c h w").contiguous().movedim(1, 3)[:, ::2, 1:8]
     grad = whole.grad[0, 0, 0, :1].expand(x.shape)
@@ -144,13 +152,13 @@ def test_interpreted_kernels_take_any_strides(form: Form) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1e30])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_interpreted_kernels_keep_what_is_not_finite_to_its_neighbours(value: float) -> None:
-    problem = draw_problem((1, 6, 7, 3), torch.float32)
+    problem = draw_problem((1, 5, 6, 3), torch.float32)
     problem.x[0, 2, 3, 1] = value
     for form in FORMS[1:]:
-        expected = solve(reference.depthwise_conv, problem, form)[0]
-        found = solve(depthwise_conv, problem, form)[0]
+        given = problem.x, problem.weight, problem.bias, form
+        found, expected = depthwise_conv(*given), reference.depthwise_conv(*given)
         is_near = torch.zeros(found.shape, dtype=torch.bool)
         is_near[0, 1:4, 2:5, 1] = True
         assert_close(found[~is_near], expected[~is_near])
@@ -160,7 +168,7 @@ def test_interpreted_kernels_keep_what_is_not_finite_to_its_neighbours(value: fl
 
 @interpreted
 def test_interpreted_operator_passes_pytorchs_checks() -> None:
-    problem = draw_problem((2, 3, 2, 5), torch.float32)
+    problem = draw_problem((1, 1, 2, 3), torch.float32)
     tensors = [problem.x, problem.weight, problem.bias]
     arguments = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
     torch.library.opcheck(convolve, (*arguments, "relu gelu"))
@@ -180,16 +188,16 @@ def find_convolution(layer: nn.Module) -> nn.Conv2d:
 @interpreted
 @pytest.mark.parametrize("has_relu", [False, True])
 def test_interpreted_layers_are_what_pytorch_makes_of_them(has_relu: bool) -> None:
-    x, grad = draw(2, 15, 4).float(), draw(2, 15, 4, seed=1).float()
+    x, grad = draw(1, 6, 4).float(), draw(1, 6, 4, seed=1).float()
     for layer in layers(has_relu):
-        found, expected = [], []
+        found, expected = list[Tensor](), list[Tensor]()
         for backend, results in (("triton", found), ("eager", expected)):
             inputs = [x.requires_grad_(), *layer.parameters()]
             with use_backend(backend):
-                out = layer(x, (3, 5))
+                out = layer(x, (2, 3))
             results += [out, *torch.autograd.grad(out, inputs, grad)]
         assert_close(found, expected)
-        names = {type(node[0]).__name__ for node in walk(layer(x, (3, 5)).grad_fn)}
+        names = {type(node[0]).__name__ for node in walk(layer(x, (2, 3)).grad_fn)}
         assert any("ecoformer_depthwise_conv" in name for name in names), names
 
 
@@ -202,13 +210,12 @@ def walk(node: Any) -> Any:
 
 
 @interpreted
-@pytest.mark.parametrize("has_relu", [False, True])
-def test_interpreted_layers_compile_to_one_graph(has_relu: bool) -> None:
-    x = draw(2, 15, 4).float()
-    for layer in layers(has_relu):
+def test_interpreted_layers_compile_to_one_graph() -> None:
+    x = draw(1, 6, 4).float()
+    for layer in layers(True):
         torch.compiler.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        out, expected = compiled(x, (3, 5)), layer(x, (3, 5))
+        out, expected = compiled(x, (2, 3)), layer(x, (2, 3))
         parameters = [*layer.parameters()]
         assert_close(out, expected)
         assert_close(
@@ -219,29 +226,29 @@ def test_interpreted_layers_compile_to_one_graph(has_relu: bool) -> None:
 
 @interpreted
 def test_interpreted_autocast_leaves_parameters_as_they_are() -> None:
-    x = draw(2, 15, 4).float()
+    x = draw(1, 6, 4).float()
     mlp = layers(False)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        out = mlp(x, (3, 5))
+        out = mlp(x, (2, 3))
     assert out.dtype == torch.bfloat16
-    assert_close(out.float(), mlp(x, (3, 5)), atol=2e-2, rtol=2e-2)
+    assert_close(out.float(), mlp(x, (2, 3)), atol=2e-2, rtol=2e-2)
     grads = torch.autograd.grad(out.sum(), [*mlp.parameters()])
     assert {grad.dtype for grad in grads} == {torch.float32}
 
 
 @interpreted
 def test_interpreted_watched_layers_are_called() -> None:
-    x, called = draw(2, 15, 4).float(), list[nn.Module]()
+    x, called = draw(1, 6, 4).float(), list[nn.Module]()
     for layer in layers(False):
         conv = find_convolution(layer)
         conv.register_forward_hook(lambda module, *_: called.append(module))
-        layer(x, (3, 5))
+        layer(x, (2, 3))
         assert called.pop() is conv
 
 
 @interpreted
 def test_interpreted_transforms_go_through_pytorch() -> None:
-    problem = draw_problem((2, 3, 4, 2), torch.float32)
+    problem = draw_problem((1, 2, 3, 2), torch.float32)
 
     def total(x: Tensor) -> Tensor:
         return (depthwise_conv(x, problem.weight, problem.bias, "gelu") * problem.grad).sum()
@@ -267,7 +274,7 @@ def test_the_gradient_of_pytorchs_operations_is_right(form: Form) -> None:
     inputs = [
         t.requires_grad_() for t in (problem.x, problem.weight, problem.bias) if t is not None
     ]
-    assert torch.autograd.gradcheck(lambda *given: compose(*given, form), inputs)
+    assert torch.autograd.gradcheck(lambda x, w, b: compose(x, w, b, form), inputs)
 
 
 def test_a_backend_that_cannot_run_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,12 +307,12 @@ def test_products_are_counted_as_pytorchs() -> None:
 
 @pytest.mark.parametrize("has_relu", [False, True])
 def test_without_kernels_layers_are_called_and_nothing_changes(has_relu: bool) -> None:
-    x, called = draw(2, 15, 4).float(), list[nn.Module]()
+    x, called = draw(1, 6, 4).float(), list[nn.Module]()
     for layer in layers(has_relu):
         conv = find_convolution(layer)
-        expected = layer(x, (3, 5))
+        expected = layer(x, (2, 3))
         conv.register_forward_hook(lambda module, *_: called.append(module))
-        assert torch.equal(layer(x, (3, 5)), expected)
+        assert torch.equal(layer(x, (2, 3)), expected)
         assert called.pop() is conv
 
 
@@ -320,7 +327,9 @@ def on_gpu(problem: Problem) -> Problem:
 def test_kernels_on_a_gpu_equal_the_reference_and_themselves(
     dtype: torch.dtype, form: Form, shape: tuple[int, ...]
 ) -> None:
-    check(on_gpu(draw_problem(shape, dtype)), form)
+    problem = on_gpu(draw_problem(shape, dtype))
+    found = check(problem, form)
+    assert all(map(torch.equal, found, solve(depthwise_conv, problem, form)))
 
 
 @pytest.mark.gpu
