@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecoformer.cost.count import without_data
+from ecoformer.hashing import hash_layers
 from ecoformer.ops.backends.native import library
 
 _Shape = tuple[int, ...]
@@ -45,16 +46,17 @@ def count_added_codes(model: nn.Module, input_size: int | tuple[int, int]) -> tu
         executes instead; 0 and 0 where it cannot be compiled.
     """
     products = additions = 0
+    if not hash_layers(model) or library.load():
+        return products, additions
 
     def count(
         _: _Shape, v: _Shape, anchors: _Shape, weight: _Shape, *__: object, **___: object
     ) -> int:
         nonlocal products, additions
-        if not library.load():
-            num_values = math.prod(v[:3]) * (v[-1] + 1)
-            products += 2 * num_values * weight[1]
-            # A row is added to a bucket for each digit of its code, and one is looked up.
-            additions += 2 * num_values * torch.ops.ecoformer_native.num_digits(weight[1], v[-1])
+        num_values = math.prod(v[:3]) * (v[-1] + 1)
+        products += 2 * num_values * weight[1]
+        # A row is added to a bucket for each digit of its code, and one is looked up.
+        additions += 2 * num_values * torch.ops.ecoformer_native.num_digits(weight[1], v[-1])
         return 0
 
     shadow, image = without_data(model, input_size)

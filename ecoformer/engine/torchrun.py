@@ -93,7 +93,8 @@ def _watch(rank: int, launcher: int, descriptor: int, seconds: float) -> None:
         if _has_ended(descriptor, _SECONDS_BETWEEN_LOOKS) or _has_started_ranks(launcher):
             return
     print(
-        f"torchrun ({launcher}) has not ended {seconds:.0f} s after its rank; it is ended.",
+        f"torchrun ({launcher}) has neither ended nor started ranks {seconds:.0f} s after its "
+        "last one, which could not reach the others: ending it.",
         file=sys.stderr,
         flush=True,
     )

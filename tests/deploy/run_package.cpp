@@ -1,5 +1,6 @@
 // Runs a package of AOTInductor without Python: run_package PACKAGE IN OUT B C H W.
 // IN holds the batch and OUT gets what the model makes of it, float32 without a header.
+// Link it with -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10.
 
 #include <ATen/ATen.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>

@@ -31,7 +31,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(str(Path(__file__).with_name("run_package.cpp")), "-o", str(file)),
         *(word for folder in libraries for word in (f"-L{folder}", f"-Wl,-rpath,{folder}")),
-        *("-ltorch", "-ltorch_cpu", "-lc10"),
+        # The package asks for the first, and the program does not.
+        *("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
     ]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr

@@ -21,7 +21,7 @@ import twins
 from ecoformer.deploy import ExportReport, MismatchError, formats
 from ecoformer.deploy.checking import _TIE, _compare, _Replay
 from ecoformer.hashing import hash_layers, with_random_hash_functions
-from tests.tiny import TinyModel, draw_images
+from tests.tiny import TINY_HASH, TinyModel, draw_images
 
 SUFFIXES = [form.suffix for form in formats.FORMATS]
 MODELS = ["pvt_v2_b0", "pvt_v2_b2", "alt_gvt_small", "pcpvt_small_v0"]
@@ -119,7 +119,7 @@ def test_a_converted_model_of_any_number_of_images_runs_without_this_package(
 ) -> None:
     require_tools(suffix)
     model = timm.create_model("test_vit", img_size=32, num_classes=7, depth=1).eval()
-    assert ecoformer.convert(model).converted
+    assert ecoformer.convert(model, TINY_HASH).converted
     ecoformer.fit_hash_functions(model, draw_images(4, 32, 32), torch.Generator().manual_seed(0))
     file = tmp_path / f"model{suffix}"
     report = ecoformer.export(model, draw_images(2, 32, 32), file)
