@@ -40,7 +40,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         axes = ", ".join(f"{name} from {least}" for name, least in self.axes.items())
-        sizes = f"any {axes}" if axes else "the sizes of the example alone"
+        sizes = f"any {axes} that the model takes" if axes else "the sizes of the example alone"
         head = f"{self.path} ({self.path.stat().st_size / 1e6:.1f} MB) for {self.runs_on}: {sizes}"
         return "\n  ".join([head, *map(str, self.comparisons)])
 
@@ -90,7 +90,7 @@ def export(
             raise InputError(
                 f"PyTorch cannot export this model to {form.suffix} ({describe_error(error)})."
             ) from error
-        comparisons = check_file(model, file, [example, *_other_batches(example, axes)])
+        comparisons = check_file(model, file, [example, *_other_batches(model, example, axes)])
         with open(file, "rb") as source, open_atomic(path) as target:
             shutil.copyfileobj(source, target)
     least = {_AXES[axis]: length for axis, length in axes.items()}
@@ -150,8 +150,8 @@ def _free_axes(program: ExportedProgram, example: Tensor) -> dict[int, int]:
     return free
 
 
-def _other_batches(example: Tensor, axes: Mapping[int, int]) -> Iterator[Tensor]:
-    """Smaller and larger ones, of odd sizes too, where axes are free."""
+def _other_batches(model: nn.Module, example: Tensor, axes: Mapping[int, int]) -> Iterator[Tensor]:
+    """Smaller and larger ones where axes are free, of odd sizes too if the model takes such."""
     generator = torch.Generator().manual_seed(0)
     for batch_size, scale, extra in ((1, 2, 0), (len(example) + 1, 1, 33)) if axes else ():
         shape = list(example.shape)
@@ -159,7 +159,23 @@ def _other_batches(example: Tensor, axes: Mapping[int, int]) -> Iterator[Tensor]
             shape[axis] = max(least, shape[axis] // scale + extra)
         if 0 in axes:
             shape[0] = batch_size
-        yield torch.randn(shape, generator=generator)
+        batch = torch.randn(shape, generator=generator)
+        if not _takes(model, batch):
+            # One that wants whole patches, which the example has.
+            for axis in axes.keys() - {0}:
+                shape[axis] = 2 * example.shape[axis]
+            batch = torch.randn(shape, generator=generator)
+        yield batch
+
+
+@torch.no_grad()
+def _takes(model: nn.Module, batch: Tensor) -> bool:
+    """Tell whether a model takes images of a size; one that refuses does so in ways of its own."""
+    try:
+        model(batch)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def test_backbones_run_without_this_package(
 
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
-def test_a_converted_model_of_any_number_of_images_runs_without_this_package(
+def test_a_converted_model_of_whole_patches_runs_without_this_package(
     suffix: str, tmp_path: Path
 ) -> None:
     require_tools(suffix)
@@ -123,10 +123,11 @@ def test_a_converted_model_of_any_number_of_images_runs_without_this_package(
     ecoformer.fit_hash_functions(model, draw_images(4, 32, 32), torch.Generator().manual_seed(0))
     file = tmp_path / f"model{suffix}"
     report = ecoformer.export(model, draw_images(2, 32, 32), file)
-    # A ViT has positions for one size.
-    assert report.axes == {"batch": 1}
+    # This one interpolates its positions, and takes sides of 16, 32, 48 ... alone.
+    assert report.axes == {"batch": 1, "height": 32, "width": 32}
+    assert [row.shape for row in report.comparisons[1:]] == [(1, 3, 32, 32), (3, 3, 64, 64)]
     assert all(row.difference <= 1e-4 and row.num_codes for row in report.comparisons)
-    images = draw_images(5, 32, 32, seed=1)
+    images = draw_images(5, 48, 64, seed=1)
     with torch.no_grad():
         expected = model(images)
     torch.testing.assert_close(
