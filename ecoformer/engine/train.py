@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ecoformer.config.schema import RunConfig
 from ecoformer.data.workers import end_workers
 from ecoformer.engine.compiling import compile_model
 from ecoformer.engine.evaluate import measure
@@ -44,10 +45,7 @@ def train_model(session: Session, state: TrainState, folder: RunFolder) -> None:
         Preempted: a signal asked for it, and the state is saved.
     """
     config, num_epochs = session.config, session.config.optim.epochs
-    network = state.model
-    if config.run.compile:
-        network = compile_model(network, config.run.compile_mode)
-    parallel = parallelize(network, session.device)
+    network, parallel = build_networks(state.model, config.run, session.device)
     num_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     _log_start(session, num_parameters)
 
@@ -166,6 +164,21 @@ def update_weights(state: TrainState, clip_grad: float | None) -> Tensor:
     return norm
 
 
+def build_networks(
+    model: nn.Module, run: RunConfig, device: torch.device
+) -> tuple[nn.Module, nn.Module]:
+    """Give what is evaluated and what is trained; alone, they are one."""
+    parallel = parallelize(model, device)
+    if not run.compile:
+        return model, parallel
+    network = compile_model(model, run.compile_mode)
+    if parallel is model:
+        return network, network
+    # Compiled around what joins the ranks, a model is cut where buckets end: the gradients of one
+    # are summed while those of the next are computed. Within it, all would come at the end.
+    return network, compile_model(parallel, run.compile_mode)
+
+
 def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
     """Average the gradients of all ranks; their parameters and buffers become rank 0's.
 
@@ -218,7 +231,8 @@ def _settle_buckets(parallel: DistributedDataParallel, model: nn.Module) -> None
 
 
 def _without_sync(network: nn.Module) -> AbstractContextManager[None]:
-    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+    parallel = getattr(network, "_orig_mod", network)
+    return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext()
 
 
 def _refit(model: nn.Module, inputs: Any, *, seed: int) -> None:
