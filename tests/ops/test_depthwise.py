@@ -308,6 +308,27 @@ def test_products_are_counted_as_those_of_a_convolution() -> None:
     assert counter.get_total_flops() == 3 * 2 * num_products
 
 
+@pytest.mark.parametrize("has_relu", [False, True])
+def test_without_kernels_layers_are_called_and_nothing_changes(has_relu: bool) -> None:
+    x, called = draw(1, 6, 4).float(), list[nn.Module]()
+    for layer in layers(has_relu):
+        conv = find_convolution(layer)
+        expected = layer(x, (2, 3))
+        conv.register_forward_hook(lambda module, *_: called.append(module))
+        assert torch.equal(layer(x, (2, 3)), expected)
+        assert called.pop() is conv
+
+
+@pytest.mark.parametrize("has_relu", [False, True])
+def test_exported_layers_hold_standard_operators(has_relu: bool) -> None:
+    x = draw(2, 6, 4).float()
+    for layer in layers(has_relu):
+        program = torch.export.export(layer, (x, (2, 3)))
+        targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert any("conv2d" in target for target in targets)
+        assert all(target.startswith("aten.") for target in targets), targets
+
+
 def on_gpu(problem: Problem) -> Problem:
     return problem.to("cuda")
 

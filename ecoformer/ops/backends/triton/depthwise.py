@@ -60,7 +60,7 @@ def backward(
 
 def _find_range(height: int) -> int:
     """Choose the rows of a range: about the same number in each."""
-    return triton.cdiv(height, max(1, triton.cdiv(height, _RANGE_ROWS)))
+    return max(1, triton.cdiv(height, max(1, triton.cdiv(height, _RANGE_ROWS))))
 
 
 def _launch(kernel: Any, x: Tensor, *tensors: Tensor | None, **flags: bool) -> None:
