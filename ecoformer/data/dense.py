@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from ecoformer.data.boxes import BoxedImages, Boxes
 from ecoformer.data.coco import open_coco
 from ecoformer.data.label_maps import IGNORED, LabelMaps, open_label_map_folder
-from ecoformer.data.pixels import normalize
+from ecoformer.data.pixels import PaddedBatch
 from ecoformer.data.scenes import SceneMaps, open_scenes
 from ecoformer.errors import InputError
 
@@ -85,32 +84,22 @@ def build_box_transform(*, short_side: int, long_side: int, hflip: float = 0.0) 
         hflip: probability of a flip; 0 where left and right differ, and to evaluate.
 
     Returns:
-        A function to [3, height, width], float32, normalised, and a dict of tensors: boxes [n, 4],
-        float32, pixels of that image; labels [n] and is_crowd [n], int64 and bool; image_id [] and
+        A function to [height, width, 3], uint8, and a dict of tensors: boxes [n, 4], float32,
+        pixels of that image; labels [n] and is_crowd [n], int64 and bool; image_id [] and
         original_size [2] (height, width), int64.
     """
-    return partial(
-        _transform_boxes,
-        short_side=short_side,
-        long_side=long_side,
-        hflip=hflip,
-    )
+    return partial(_transform_boxes, short_side=short_side, long_side=long_side, hflip=hflip)
 
 
 def _transform_boxes(
-    image: Image.Image,
-    boxes: Boxes,
-    *,
-    short_side: int,
-    long_side: int,
-    hflip: float,
+    image: Image.Image, boxes: Boxes, *, short_side: int, long_side: int, hflip: float
 ) -> tuple[Tensor, BoxTarget]:
     height, width = fit_size(boxes.size, short_side, long_side)
-    pixels = _read_pixels(image.resize((width, height), Image.Resampling.BILINEAR))
+    pixels = _take(image.resize((width, height), Image.Resampling.BILINEAR))
     scale = torch.tensor([width / boxes.size[1], height / boxes.size[0]]).repeat(2)
     corners = torch.from_numpy(boxes.boxes) * scale
     if _is_flipped(hflip):
-        pixels = pixels.flip(-1)
+        pixels = pixels.flip(1)
         left, top, right, bottom = corners.unbind(-1)
         corners = torch.stack([width - right, top, width - left, bottom], dim=-1)
     return pixels, {
@@ -129,8 +118,8 @@ def build_train_map_transform(*, side: int, hflip: float = 0.0) -> MapTransform:
     The short side becomes half to twice as long as ``side``; then a square of that is cut out.
 
     Returns:
-        A function to [3, height, width], float32, normalised, and labels [height, width], int64,
-        with None; both sides are ``side``, unless the image has less.
+        A function to [height, width, 3], uint8, and labels [height, width], int64, with None; both
+        sides are ``side``, unless the image has less.
     """
     return partial(_transform_train_map, side=side, hflip=hflip)
 
@@ -142,9 +131,9 @@ def _transform_train_map(
     image, resized = _resize_both(image, labels, short_side)
     top, left = (_draw(0, max(length - side, 0)) for length in (image.height, image.width))
     square = (left, top, min(left + side, image.width), min(top + side, image.height))
-    pixels, target = _read_pixels(image.crop(square)), _as_tensor(resized.crop(square))
+    pixels, target = _take(image.crop(square)), _as_tensor(resized.crop(square))
     if _is_flipped(hflip):
-        pixels, target = pixels.flip(-1), target.flip(-1)
+        pixels, target = pixels.flip(1), target.flip(1)
     return pixels, (target, None)
 
 
@@ -152,8 +141,8 @@ def build_eval_map_transform(*, side: int) -> MapTransform:
     """Build the fixed transform of evaluated images: whole, the short side ``side`` long.
 
     Returns:
-        A function to [3, height, width], float32, normalised, and labels of that size, int64, with
-        those of the original one, [height, width], int64.
+        A function to [height, width, 3], uint8, and labels of that size, int64, with those of the
+        original one, [height, width], int64.
     """
     return partial(_transform_eval_map, side=side)
 
@@ -162,7 +151,7 @@ def _transform_eval_map(
     image: Image.Image, labels: np.ndarray, *, side: int
 ) -> tuple[Tensor, MapTarget]:
     image, resized = _resize_both(image, labels, side)
-    return _read_pixels(image), (_as_tensor(resized), _as_tensor(labels))
+    return _take(image), (_as_tensor(resized), _as_tensor(labels))
 
 
 def _resize_both(
@@ -186,44 +175,45 @@ def fit_size(size: Sequence[int], short_side: int, long_side: int) -> tuple[int,
 
 def collate_boxes(
     samples: Sequence[tuple[Tensor, BoxTarget]],
-) -> tuple[Tensor, Tensor, list[BoxTarget]]:
+) -> tuple[PaddedBatch, Tensor, list[BoxTarget]]:
     """Make a batch for detection.
 
     Returns:
-        Images [B, 3, H, W], float32, padded right and below by zeros, H and W multiples of
-        ``STRIDE``; their sizes [B, 2] (height, width), int64, without padding; the targets.
+        Images, padded right and below to multiples of ``STRIDE``; their sizes [B, 2] (height,
+        width), int64, without padding; the targets.
     """
     return *_pad_images([pixels for pixels, _ in samples]), [target for _, target in samples]
 
 
 def collate_label_maps(
     samples: Sequence[tuple[Tensor, MapTarget]],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[PaddedBatch, Tensor, Tensor, list[Tensor]]:
     """Make a batch for segmentation.
 
     Returns:
-        Images and sizes as ``collate_boxes``; labels [B, H, W], int64, 255 where there are none;
-        the maps of the original images, [height, width], int64, none in training.
+        Images and sizes as ``collate_boxes``; labels [B, height, width], int64, 255 where there are
+        none; the maps of the original images, [height, width], int64, none in training.
     """
     images, sizes = _pad_images([pixels for pixels, _ in samples])
-    labels = [_pad(target, images.shape[-2:], IGNORED) for _, (target, _) in samples]
+    height, width = images.pixels.shape[1:3]
+    labels = torch.full((len(samples), height, width), IGNORED)
+    for whole, (_, (target, _)) in zip(labels, samples, strict=True):
+        whole[: target.shape[0], : target.shape[1]] = target
     originals = [original for _, (_, original) in samples if original is not None]
-    return images, sizes, torch.stack(labels), originals
+    return images, sizes, labels, originals
 
 
-def _pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    sizes = torch.tensor([image.shape[-2:] for image in images])
-    height, width = (-(-side // STRIDE) * STRIDE for side in sizes.amax(0).tolist())
-    return torch.stack([_pad(image, (height, width), 0) for image in images]), sizes
+def _pad_images(images: Sequence[Tensor]) -> tuple[PaddedBatch, Tensor]:
+    sizes = [(image.shape[0], image.shape[1]) for image in images]
+    height, width = (-(-max(sides) // STRIDE) * STRIDE for sides in zip(*sizes, strict=True))
+    pixels = torch.zeros((len(images), height, width, 3), dtype=torch.uint8)
+    for whole, image in zip(pixels, images, strict=True):
+        whole[: image.shape[0], : image.shape[1]] = image
+    return PaddedBatch(pixels, sizes), torch.tensor(sizes)
 
 
-def _pad(tensor: Tensor, size: Sequence[int], value: int) -> Tensor:
-    below, right = (whole - part for whole, part in zip(size, tensor.shape[-2:], strict=True))
-    return F.pad(tensor, (0, right, 0, below), value=value)
-
-
-def _read_pixels(image: Image.Image) -> Tensor:
-    return normalize(torch.from_numpy(np.array(image))[None])[0]
+def _take(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image))
 
 
 def _as_tensor(labels: np.ndarray | Image.Image) -> Tensor:

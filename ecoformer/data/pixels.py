@@ -65,6 +65,34 @@ class PictureBatch:
         return images
 
 
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Images of several sizes, each in the upper left corner of as many pixels.
+
+    Args:
+        pixels: [B, height, width, 3], uint8.
+        sizes: height and width of each image.
+    """
+
+    pixels: Tensor
+    sizes: Sequence[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def pin_memory(self) -> PaddedBatch:
+        """Page-lock the tensor, as ``DataLoader`` asks for."""
+        return PaddedBatch(self.pixels.pin_memory(), self.sizes)
+
+    def unpack(self, device: torch.device) -> Tensor:
+        """Make images [B, 3, height, width], float32, 0 around each; does not wait for them."""
+        images = normalize(self.pixels.to(device, non_blocking=True))
+        for image, (height, width) in zip(images, self.sizes, strict=True):
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+        return images
+
+
 def collate_pictures(samples: list[tuple[Picture, Any]]) -> tuple[PictureBatch, Any]:
     """Make a batch of pictures of one size and their labels, which are collated as usual."""
     pixels, labels = default_collate([(picture.pixels, label) for picture, label in samples])

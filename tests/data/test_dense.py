@@ -31,16 +31,17 @@ from ecoformer.data.dense import (
     open_label_maps,
 )
 from ecoformer.data.loaders import Batch, Loaders
+from ecoformer.engine.session import move_to
 from ecoformer.errors import InputError
 from tests.data.dense_files import write_coco, write_label_maps
 
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+CPU = torch.device("cpu")
 
 
 def grey(pixels: Tensor) -> np.ndarray:
-    """Undo the normalising of [3, height, width]: values of 0 to 255."""
-    values = pixels.permute(1, 2, 0).numpy() * STD + MEAN
-    return values.mean(-1) * 255
+    """Values of [height, width, 3], uint8, of 0 to 255."""
+    assert pixels.dtype == torch.uint8
+    return pixels.numpy().mean(-1)
 
 
 def boxes_of(corners: list[list[float]], size: tuple[int, int]) -> Boxes:
@@ -95,7 +96,7 @@ def test_boxes_move_with_their_pixels(size: tuple[int, int], hflip: float) -> No
         array = np.zeros((*size, 3), np.uint8)
         array[int(top) : int(bottom), int(left) : int(right)] = 255
         pixels, _ = transform(Image.fromarray(array), boxes)
-        assert pixels.shape[-2:] == fit_size(size, 240, 400) and pixels.dtype == torch.float32
+        assert pixels.shape == (*fit_size(size, 240, 400), 3)
         is_bright = grey(pixels) > 127
         rows, columns = (np.flatnonzero(is_bright.any(axis)) for axis in (1, 0))
         found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
@@ -109,7 +110,7 @@ def test_boxes_come_back_to_original_pixels() -> None:
     boxes = boxes_of([[5.25, 10.5, 35.0, 22.0]], (61, 100))
     transform = build_box_transform(short_side=240, long_side=400)
     pixels, target = transform(Image.new("RGB", (100, 61)), boxes)
-    scale = target["original_size"] / torch.tensor(pixels.shape[-2:])
+    scale = target["original_size"] / torch.tensor(pixels.shape[:2])
     back = target["boxes"] * scale.flip(0).repeat(2)
     torch.testing.assert_close(back, torch.from_numpy(boxes.boxes))
 
@@ -155,7 +156,7 @@ def test_labels_move_with_their_pixels(size: tuple[int, int], hflip: float) -> N
         torch.manual_seed(seed)
         pixels, (labels, original) = transform(*quarters(*size))
         assert original is None
-        assert labels.dtype == torch.int64 and labels.shape == pixels.shape[-2:]
+        assert labels.dtype == torch.int64 and labels.shape == pixels.shape[:2]
         assert max(labels.shape) <= 48
         # Between two fields, pixels are blended and labels are not.
         is_equal = np.abs(grey(pixels) - labels.numpy()) < 1
@@ -171,12 +172,12 @@ def test_scales_reach_from_half_to_double() -> None:
     shorts = set()
     for seed in range(300):
         torch.manual_seed(seed)
-        shorts.add(transform(*quarters(20, 60))[0].shape[-2])
+        shorts.add(transform(*quarters(20, 60))[0].shape[0])
     assert shorts == set(range(20, 41))
     is_square = []
     for seed in range(100):
         torch.manual_seed(seed)
-        is_square.append(tuple(transform(*quarters(64, 64))[0].shape[-2:]) == (40, 40))
+        is_square.append(tuple(transform(*quarters(64, 64))[0].shape) == (40, 40, 3))
     # From 20 to 80: two thirds.
     assert 50 < sum(is_square) < 85
 
@@ -184,7 +185,7 @@ def test_scales_reach_from_half_to_double() -> None:
 def test_an_evaluated_map_stays_as_it_was() -> None:
     image, labels = quarters(90, 131)
     pixels, (resized, original) = build_eval_map_transform(side=48)(image, labels)
-    assert pixels.shape[-2:] == resized.shape == fit_size((90, 131), 48, 192) == (48, 70)
+    assert pixels.shape[:2] == resized.shape == fit_size((90, 131), 48, 192) == (48, 70)
     assert original is not None and original.dtype == torch.int64
     np.testing.assert_array_equal(original, labels)
 
@@ -205,6 +206,12 @@ def test_transforms_reach_workers_that_are_not_forked() -> None:
         assert equal([expected], [copy(*sample)])
 
 
+def build_plain_image(pixels: Tensor) -> Tensor:
+    """As networks take it, [3, height, width], written anew."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((pixels / 255 - mean) / std).permute(2, 0, 1)
+
+
 def test_boxes_become_a_padded_batch() -> None:
     transform = build_box_transform(short_side=40, long_side=100)
     samples = [
@@ -215,12 +222,14 @@ def test_boxes_become_a_padded_batch() -> None:
             (40, 97, [[0.0, 0.0, 97.0, 40.0], [1.0, 1.0, 2.0, 2.0]]),
         )
     ]
-    images, sizes, targets = collate_boxes(samples)
-    assert images.shape == (3, 3, 64, 128)
+    packed, sizes, targets = collate_boxes(samples)
+    images = packed.unpack(CPU)
+    assert len(packed) == 3 and images.shape == (3, 3, 64, 128) and images.dtype == torch.float32
     assert sizes.tolist() == [[40, 60], [40, 40], [40, 97]] and sizes.dtype == torch.int64
     assert [tuple(target["boxes"].shape) for target in targets] == [(1, 4), (0, 4), (2, 4)]
     for image, (height, width), (pixels, _) in zip(images, sizes.tolist(), samples, strict=True):
-        assert torch.equal(image[:, :height, :width], pixels)
+        expected = build_plain_image(pixels)
+        torch.testing.assert_close(image[:, :height, :width], expected, atol=1e-6, rtol=0)
         assert not image[:, height:].any() and not image[:, :, width:].any()
 
 
@@ -228,7 +237,8 @@ def test_label_maps_become_a_padded_batch() -> None:
     transform = build_eval_map_transform(side=40)
     samples = [transform(*quarters(*size)) for size in ((40, 60), (80, 80), (31, 97))]
     images, sizes, labels, originals = collate_label_maps(samples)
-    assert images.shape == (3, 3, 64, 128) and labels.shape == (3, 64, 128)
+    assert images.unpack(CPU).shape == (3, 3, 64, 128) and labels.shape == (3, 64, 128)
+    assert labels.dtype == torch.int64
     assert sizes.tolist() == [[40, 60], [40, 40], [40, 125]]
     assert [tuple(original.shape) for original in originals] == [(40, 60), (80, 80), (31, 97)]
     for one, (height, width), (_, (target, _)) in zip(labels, sizes.tolist(), samples, strict=True):
@@ -287,7 +297,7 @@ def _build(
 def read(loader: Loader | None, num_batches: int = 3, **place: int) -> list[Batch]:
     assert loader is not None
     loader.set_epoch(place.get("epoch", 0), place.get("start_step", 0))
-    return [batch for _, batch in zip(range(num_batches), loader, strict=False)]
+    return [move_to(batch, CPU) for _, batch in zip(range(num_batches), loader, strict=False)]
 
 
 def flatten(value: Any) -> list[Tensor]:

@@ -19,7 +19,7 @@ from ecoformer.config.merge import merge
 from ecoformer.data import scenes
 from ecoformer.data.boxes import Boxes
 from ecoformer.engine.run import evaluate, load_run, time_model, train
-from ecoformer.engine.session import create_task
+from ecoformer.engine.session import create_task, move_to
 from ecoformer.errors import InputError, NonFiniteError, Preempted
 from ecoformer.hashing import fit_hash_functions
 from ecoformer.models.dense import RetinaNet
@@ -222,7 +222,7 @@ def test_what_is_found_does_not_depend_on_the_rest_of_a_batch(task: str, tmp_pat
     data = made.open_data(torch.device("cpu"), is_train=False)
     torch.manual_seed(0)
     network = Recorder(made.build_network(FAMILY.create_model("tiny_pyramid", "msa"), 11)).eval()
-    [(images, sizes, *rest)] = list(data.eval)
+    [(images, sizes, *rest)] = [move_to(batch, torch.device("cpu")) for batch in data.eval]
     wide = torch.nn.functional.pad(images, (0, 32, 0, 64))
     found = []
     for batch in (images, wide):
@@ -333,7 +333,7 @@ def test_an_output_that_is_not_finite_is_no_figure(task: str, tmp_path: Path) ->
     nn.init.constant_(next(network.get_submodule("backbone.fpn").parameters()), float("nan"))
     meter = made.start_evaluation(torch.device("cpu"))
     with torch.inference_mode():
-        meter.add(network, next(iter(data.eval)))
+        meter.add(network, move_to(next(iter(data.eval)), torch.device("cpu")))
     with pytest.raises(NonFiniteError, match="not finite"):
         meter.finish()
 
