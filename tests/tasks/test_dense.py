@@ -366,3 +366,15 @@ def test_a_backbone_without_a_pyramid_is_refused(model: str, tmp_path: Path) -> 
     )  # fmt: skip
     with pytest.raises(InputError, match=r"takes maps of strides 8, 16, 32, and this backbone"):
         train(config)
+
+
+def test_a_detector_learns_from_its_softmax_parent(tmp_path: Path) -> None:
+    parent = configure(tmp_path / "parent", task="detection", attn_type="msa", epochs=1)
+    train(parent, family=FAMILY)
+    file = str(tmp_path / "parent" / "last_checkpoint.pth")
+    fields = {"task": "detection", "epochs": 1, "finetune": file}
+    plain, distilled = (
+        train(configure(tmp_path / name, **fields, **more), family=FAMILY).log[-1]["train_loss"]
+        for name, more in (("plain", {}), ("distilled", {"distill": "output", "teacher": file}))
+    )
+    assert distilled > plain
