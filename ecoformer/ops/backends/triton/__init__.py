@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ from ecoformer.ops.backends.base import FusedBackend, HashFunctions
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 128
 _MAX_CODE_DIM = 64
-# What the largest kernels take of a program's shared memory.
-_MIN_SHARED_BYTES = 160_000
+# NVIDIA's first with bfloat16 in its tensor cores: A100 and RTX 3090.
+_MIN_CAPABILITY = (8, 0)
 
 
 class TritonBackend(FusedBackend):
@@ -24,20 +23,25 @@ class TritonBackend(FusedBackend):
 
     name = "triton"
     needs = (
-        "Triton, an NVIDIA GPU with the shared memory of an A100, float32 or 16-bit rows, head "
-        f"dims up to {_MAX_HEAD_DIM}, and up to {_MAX_CODE_DIM} bits and anchors"
+        "Triton, an NVIDIA GPU of the generation of an A100 or later, float32 or 16-bit rows, head "
+        f"dims up to {_MAX_HEAD_DIM}, up to {_MAX_CODE_DIM} bits and anchors, and shared memory "
+        "for these sizes"
     )
 
+    # ``launch`` imports Triton, which many runs do without.
+
     def can_run(self, q: Tensor, v: Tensor, functions: HashFunctions) -> bool:
-        return (
+        if not (
             (_is_interpreted() or (q.is_cuda and _can_compile(q.device)))
             and q.dtype in _DTYPES
             and v.dtype in _DTYPES
             and q.shape[-1] <= _MAX_HEAD_DIM
             and max(functions.weight.shape[-2:]) <= _MAX_CODE_DIM
-        )
+        ):
+            return False
+        from ecoformer.ops.backends.triton import launch
 
-    # ``launch`` imports Triton, which many runs do without.
+        return launch.fits(q, functions)
 
     def forward(
         self,
@@ -78,13 +82,10 @@ def _is_interpreted() -> bool:
 
 @functools.cache
 def _can_compile(device: torch.device) -> bool:
-    # PyTorch brings Triton along on Linux only; older devices than the A100 have too little
-    # shared memory and no TF32, and on others than NVIDIA's nobody has tried.
+    # PyTorch brings Triton along on Linux only; nobody has tried other devices than NVIDIA's.
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
         return False
-    # PyTorch's types do not know this property.
-    properties: Any = torch.cuda.get_device_properties(device)
-    return bool(properties.shared_memory_per_block_optin >= _MIN_SHARED_BYTES)
+    return torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
 
 
 def can_convolve(x: Tensor) -> bool:
@@ -94,12 +95,5 @@ def can_convolve(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _is_recent(device: torch.device) -> bool:
-    """Tell whether Triton is here, and the GPU has bfloat16."""
-    return _find_capability(device) >= (8, 0)
-
-
-@functools.cache
-def _find_capability(device: torch.device) -> tuple[int, int]:
-    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
-        return 0, 0
-    return torch.cuda.get_device_capability(device)
+    """``_can_compile``, which a graph does not look into."""
+    return _can_compile(device)

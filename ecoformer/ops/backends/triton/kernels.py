@@ -13,6 +13,8 @@ A masked token is treated as those beyond N are. Kernels are compiled anew where
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -22,6 +24,13 @@ _MIN_NORM = tl.constexpr(MIN_NORM)
 # Mean squared distance below which rows and anchors are equal but for rounding: an approximate
 # reciprocal made the unit rows, a division the anchors.
 _MIN_BANDWIDTH = tl.constexpr(2**-40)
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LN_2 = tl.constexpr(math.log(2))
+# Keeps products of raw rows and anchors finite: 2^128 sqrt(D) for a row times 2^41 for an anchor,
+# twice the largest scale.
+_SHRINK = tl.constexpr(2.0**-48)
+# Triton's interpreter takes bfloat16 factors of a product for the integers that it keeps them in.
+_PART_TYPE = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
 @triton.jit
@@ -38,7 +47,9 @@ def _load_rows(
     tensor, strides, group, num_heads, tokens, is_token, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """A tile of rows [B, H, N, D], in float32."""
-    mask = is_token[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    mask = is_token[:, None]
+    if D < BLOCK_D:
+        mask &= (tl.arange(0, BLOCK_D) < D)[None, :]
     pointers = _row_pointers(tensor, strides, group, num_heads, tokens, BLOCK_D)
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
@@ -56,7 +67,9 @@ def _store_rows(
     BLOCK_D: tl.constexpr,
 ):
     """Undo ``_load_rows``."""
-    mask = is_token[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    mask = is_token[:, None]
+    if D < BLOCK_D:
+        mask &= (tl.arange(0, BLOCK_D) < D)[None, :]
     pointers = _row_pointers(tensor, strides, group, num_heads, tokens, BLOCK_D)
     tl.store(pointers, tile.to(tensor.dtype.element_ty), mask=mask)
 
@@ -111,7 +124,8 @@ def _load_anchors(
     tile = _load_matrix(anchors, M, D, BLOCK_M, BLOCK_D, D)
     first = _load_vector(anchors, D, BLOCK_D, 1)
     is_anchor = (tl.arange(0, BLOCK_M) < M)[:, None]
-    center = first + tl.sum(tl.where(is_anchor, tile - first[None, :], 0.0), 0) / M
+    # Transposed, or rows would be moved to the layout of anchors at each step of a loop.
+    center = first + tl.sum(tl.trans(tl.where(is_anchor, tile - first[None, :], 0.0)), 1) / M
     return tl.where(is_anchor, tile - center[None, :], 0.0), center
 
 
@@ -179,53 +193,57 @@ def _store_sums(
 
 
 @triton.jit
-def _split(x):
-    """Three numbers of 11 bits, each exact in TF32, that add up to a float32."""
-    high = (x.to(tl.int32, bitcast=True) & -(2**13)).to(tl.float32, bitcast=True)
-    rest = x - high
-    middle = (rest.to(tl.int32, bitcast=True) & -(2**13)).to(tl.float32, bitcast=True)
-    return high, middle, rest - middle
+def _take_part(x):
+    """The leading 8 bits of float32, and the rest."""
+    bits = x.to(tl.int32, bitcast=True)
+    # Not a conversion, which is slow where it rounds.
+    part = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True).to(_PART_TYPE)
+    return part, x - (bits & -(2**16)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _dot(a, b, A_IS_SHORT: tl.constexpr, B_IS_SHORT: tl.constexpr, PRECISION: tl.constexpr):
-    """Matrix product in full precision, by plain arithmetic ("ieee") or by tensor cores ("tf32").
-
-    Tensor cores multiply no float32, but TF32 exactly, so the products of parts add up. A short
-    factor is one part: signs, and what was stored in 16 bits. Of two long factors, the products
-    left out are below float32's rounding. The parts of a factor that stays the same in a loop
-    are made once, before it.
-    """
-    if PRECISION == "ieee":
-        product = tl.dot(a, b, input_precision="ieee")
-    elif A_IS_SHORT and B_IS_SHORT:
-        product = tl.dot(a, b, input_precision="tf32")
-    elif A_IS_SHORT:
-        b_high, b_middle, b_low = _split(b)
-        product = tl.dot(a, b_low, input_precision="tf32")
-        product = tl.dot(a, b_middle, product, input_precision="tf32")
-        product = tl.dot(a, b_high, product, input_precision="tf32")
-    elif B_IS_SHORT:
-        a_high, a_middle, a_low = _split(a)
-        product = tl.dot(a_low, b, input_precision="tf32")
-        product = tl.dot(a_middle, b, product, input_precision="tf32")
-        product = tl.dot(a_high, b, product, input_precision="tf32")
+def _split(x, PARTS: tl.constexpr):
+    """Three numbers, each exact in bfloat16, that add up to float32; None beyond PARTS."""
+    middle, low = None, None
+    if PARTS == 1:
+        high = x.to(_PART_TYPE)
     else:
-        a_high, a_middle, a_low = _split(a)
-        b_high, b_middle, b_low = _split(b)
-        product = tl.dot(a_low, b_high, input_precision="tf32")
-        product = tl.dot(a_middle, b_middle, product, input_precision="tf32")
-        product = tl.dot(a_high, b_low, product, input_precision="tf32")
-        product = tl.dot(a_middle, b_high, product, input_precision="tf32")
-        product = tl.dot(a_high, b_middle, product, input_precision="tf32")
-        product = tl.dot(a_high, b_high, product, input_precision="tf32")
-    return product
+        high, rest = _take_part(x)
+        middle, rest = _take_part(rest)
+        if PARTS == 3:
+            low, rest = _take_part(rest)
+    return high, middle, low
 
 
 @triton.jit
-def _is_short(rows):
-    """Whether rows are stored in 16 bits."""
-    return rows.dtype.element_ty.primitive_bitwidth == 16
+def _dot(a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
+    """Matrix product of float32 in full precision, by tensor cores.
+
+    These multiply bfloat16 exactly, so the products of parts add up. A float32 has three parts,
+    float16 two; bfloat16 and signs are one. Products left out are below float32's rounding. The
+    parts of a factor that stays the same in a loop are made once, before it.
+    """
+    a_high, a_middle, a_low = _split(a, A_PARTS)
+    b_high, b_middle, b_low = _split(b, B_PARTS)
+    product = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+    # Small ones first.
+    if a_low is not None:
+        product = tl.dot(a_low, b_high, product, input_precision="ieee")
+    if b_low is not None:
+        product = tl.dot(a_high, b_low, product, input_precision="ieee")
+    if a_middle is not None and b_middle is not None:
+        product = tl.dot(a_middle, b_middle, product, input_precision="ieee")
+    if a_middle is not None:
+        product = tl.dot(a_middle, b_high, product, input_precision="ieee")
+    if b_middle is not None:
+        product = tl.dot(a_high, b_middle, product, input_precision="ieee")
+    return tl.dot(a_high, b_high, product, input_precision="ieee")
+
+
+@triton.jit
+def _count_parts(rows):
+    """Parts that rows have as they are stored."""
+    return (rows.dtype.element_ty.fp_mantissa_width + 8) // 8
 
 
 @triton.jit
@@ -237,34 +255,27 @@ def _measure(q, center):
 
 
 @triton.jit
-def _project(
-    q,
-    center,
-    anchors,
-    weight,
-    kernel_mean,
-    scale,
-    Q_IS_SHORT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Inverse norms [n] of rows [n, D], exponents and kernel [n, M], and y [n, K], signs of codes.
+def _project(q, center, anchors, weight, kernel_mean, scale, Q_PARTS: tl.constexpr):
+    """Inverse norms [n] of rows [n, D], log2 of the kernel and this [n, M], and y [n, K].
 
-    The anchors are less their centre.
+    Signs of y are codes. The anchors are less their centre.
     """
     inverse_norms, x, x_squared = _measure(q, center)
-    if Q_IS_SHORT:
+    scale *= _LOG2_E
+    factors = -2 * scale * anchors
+    offsets = scale * tl.sum(anchors * anchors, 1)
+    if Q_PARTS < 3:
         # Half the products; what the centre adds comes off again, within float32's rounding of x.
-        products = _dot(q, tl.trans(anchors), True, False, PRECISION) * inverse_norms[:, None]
-        products -= tl.sum(anchors * center[None, :], 1)[None, :]
+        products = _dot(q, tl.trans(factors * _SHRINK), Q_PARTS, 3)
+        products *= (inverse_norms / _SHRINK)[:, None]
+        offsets -= tl.sum(factors * center[None, :], 1)
     else:
-        products = _dot(x, tl.trans(anchors), False, False, PRECISION)
-    exponents = (-2 * scale) * products
-    exponents += (scale * x_squared)[:, None] + (scale * tl.sum(anchors * anchors, 1))[None, :]
+        products = _dot(x, tl.trans(factors), 3, 3)
+    exponents = products + offsets[None, :] + (scale * x_squared)[:, None]
     # A distance of 0 may round to less, and where all rows are alike that is divided by little.
-    # Not tl.minimum, which would hide NaN.
-    exponents = tl.where(exponents > 0, 0.0, exponents)
-    kernel = tl.exp(exponents)
-    y = _dot(kernel - kernel_mean[None, :], tl.trans(weight), False, False, PRECISION)
+    exponents = tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    kernel = tl.exp2(exponents)
+    y = _dot(kernel - kernel_mean[None, :], tl.trans(weight), 3, 3)
     return inverse_norms, exponents, kernel, y
 
 
@@ -284,9 +295,9 @@ def measure_rows_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Sums over a range of unit rows and of their squared norms, [groups, ranges, D + 1].
+    """Sums over a range of unit rows, and of their squared norms less the centre of the anchors.
 
-    The centre of the anchors is subtracted first: distances of nearly equal rows would cancel.
+    [groups, ranges, D + 1]. Without the centre, distances of nearly equal rows would cancel.
     """
     group, part = tl.program_id(0), tl.program_id(1)
     _anchors, center = _load_anchors(anchors, group % num_heads, D, M, BLOCK_D, BLOCK_M)
@@ -297,8 +308,9 @@ def measure_rows_kernel(
         tokens = start + tl.arange(0, BLOCK_N)
         is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, tokens < last)
         q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
-        _inverse_norms, x, x_squared = _measure(q_tile, center)
-        x_sums += tl.where(is_real[:, None], x, 0.0)
+        inverse_norms, _x, x_squared = _measure(q_tile, center)
+        # Of the rows before the centre is subtracted: those that are not real are 0.
+        x_sums += q_tile * inverse_norms[:, None]
         x_squared_sums += tl.where(is_real, x_squared, 0.0)
     row_sums += (group * tl.num_programs(1) + part).to(tl.int64) * (D + 1)
     dims = tl.arange(0, BLOCK_D)
@@ -312,6 +324,7 @@ def _kernel_scale(
     group,
     num_ranges,
     count,
+    center,
     anchors,
     D: tl.constexpr,
     M: tl.constexpr,
@@ -322,15 +335,21 @@ def _kernel_scale(
     Where all are equal it is 0, which makes features of 1 without a gradient.
     """
     row_sums += (group * num_ranges).to(tl.int64) * (D + 1)
-    x_sum = tl.zeros([BLOCK_D], tl.float32)
-    x_squared_sum = 0.0
-    for _ in range(num_ranges):
-        x_sum += _load_vector(row_sums, D, BLOCK_D, 1)
-        x_squared_sum += tl.load(row_sums + D)
-        row_sums += D + 1
+    x_sums = tl.zeros([16, BLOCK_D], tl.float32)
+    x_squared_sums = tl.zeros([16], tl.float32)
+    # Loads of one step wait together.
+    for start in range(0, num_ranges, 16):
+        parts = start + tl.arange(0, 16)
+        dims = tl.arange(0, BLOCK_D)
+        pointers = row_sums + parts * (D + 1)
+        mask = (parts < num_ranges)[:, None] & (dims < D)[None, :]
+        x_sums += tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
+        x_squared_sums += tl.load(pointers + D, mask=parts < num_ranges, other=0.0)
     anchors_squared_mean = tl.sum(anchors * anchors) / M
-    cross = tl.sum(x_sum * tl.sum(anchors, 0)) / (count * M)
-    bandwidth = x_squared_sum / count + anchors_squared_mean - 2 * cross
+    # Not 0: the centre is rounded.
+    x_mean = tl.sum(x_sums, 0) / count - center
+    cross = tl.sum(x_mean * tl.sum(anchors, 0)) / M
+    bandwidth = tl.sum(x_squared_sums) / count + anchors_squared_mean - 2 * cross
     # NaN stays NaN.
     return tl.where(bandwidth < _MIN_BANDWIDTH, 0.0, -0.5 / bandwidth)
 
@@ -361,7 +380,6 @@ def sum_values_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     IS_NORMALIZED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Codes h, a bit each, [groups, N]; sums of ``[h, 1]^T [v, 1]``; scales [groups]."""
     group, part = tl.program_id(0), tl.program_id(1)
@@ -370,7 +388,7 @@ def sum_values_kernel(
         anchors, weight, kernel_mean, group % num_heads, D, K, M, BLOCK_D, BLOCK_K, BLOCK_M
     )
     count = _count_real(counts, group, num_heads, num_tokens)
-    scale = _kernel_scale(row_sums, group, num_ranges, count, anchors_tile, D, M, BLOCK_D)
+    scale = _kernel_scale(row_sums, group, num_ranges, count, center, anchors_tile, D, M, BLOCK_D)
     if part == 0:
         tl.store(scales + group, scale)
     bits = tl.full([BLOCK_K], 1, codes.dtype.element_ty) << tl.arange(0, BLOCK_K)
@@ -392,13 +410,12 @@ def sum_values_kernel(
             weight_tile,
             mean_tile,
             scale,
-            _is_short(q),
-            PRECISION,
+            _count_parts(q),
         )
         packed = tl.sum(tl.where(y > 0, bits[None, :], 0), 1)
         tl.store(codes + group.to(tl.int64) * num_tokens + tokens, packed, mask=is_token)
         h = tl.where(y > 0, 1.0, -1.0)
-        context += _dot(tl.trans(h), v_tile, True, _is_short(v), PRECISION)
+        context += _dot(tl.trans(h), v_tile, 1, _count_parts(v))
         code_sums += tl.where(is_real[:, None], h, 0.0)
         if IS_NORMALIZED:
             value_sums += v_tile
@@ -427,7 +444,6 @@ def write_output_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     IS_NORMALIZED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """The output of a range of tokens, from their codes and the sums of all."""
     group, part = tl.program_id(0), tl.program_id(1)
@@ -436,6 +452,8 @@ def write_output_kernel(
     c: tl.constexpr = K + 1
     count = _count_real(counts, group, num_heads, num_tokens)
     bits = tl.full([BLOCK_K], 1, codes.dtype.element_ty) << tl.arange(0, BLOCK_K)
+    # A column of a matrix: summed by tensor cores, codes are unpacked to factors of products only.
+    code_sums = tl.where((tl.arange(0, 16) == 0)[None, :], code_sum[:, None], 0.0)
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
@@ -443,12 +461,12 @@ def write_output_kernel(
         is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, is_token)
         packed = tl.load(codes + group.to(tl.int64) * num_tokens + tokens, mask=is_token, other=0)
         h = tl.where((packed[:, None] & bits[None, :]) != 0, 1.0, -1.0)
-        numerator = _dot(h, context, True, False, PRECISION)
+        numerator = _dot(h, context, 1, 3)
         if IS_NORMALIZED:
             numerator += c * value_sum[None, :]
         else:
             numerator += c * _load_rows(v, v_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
-        denominator = tl.sum(h * code_sum[None, :], 1) + c * count
+        denominator = tl.sum(_dot(h, code_sums, 1, 3), 1) + c * count
         out_tile = numerator * (1 / denominator)[:, None]
         if key_mask is not None:
             out_tile = tl.where(is_real[:, None], out_tile, 0.0)
@@ -466,17 +484,20 @@ def _ratio_gradient(
     count,
     K: tl.constexpr,
     IS_NORMALIZED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GRAD_PARTS: tl.constexpr,
 ):
-    """Codes h [n, K]; gradients g [n, D] of numerators and e [n] of denominators; g Z^T [n, K]."""
+    """Codes h [n, K]; inverse denominators [n]; the latter's gradients e [n]; g Z^T [n, K].
+
+    With g [n, D], the gradients of numerators: ``grad`` times the inverse denominators.
+    """
     c: tl.constexpr = K + 1
     h = tl.where(y > 0, 1.0, -1.0)
     inverse = 1 / (tl.sum(h * code_sum[None, :], 1) + c * count)
-    g = grad * inverse[:, None]
-    g_context = _dot(g, tl.trans(context), False, False, PRECISION)
-    g_bias = tl.sum(g * value_sum[None, :], 1) if IS_NORMALIZED else tl.sum(g * v, 1)
-    e = -(tl.sum(h * g_context, 1) + c * g_bias) * inverse
-    return h, g, e, g_context
+    # Of the gradient as it is stored, which has fewer parts.
+    g_context = _dot(grad, tl.trans(context), GRAD_PARTS, 3) * inverse[:, None]
+    g_bias = tl.sum(grad * value_sum[None, :], 1) if IS_NORMALIZED else tl.sum(grad * v, 1)
+    e = -(tl.sum(h * g_context, 1) + c * inverse * g_bias) * inverse
+    return h, inverse, e, g_context
 
 
 @triton.jit
@@ -506,7 +527,6 @@ def sum_gradients_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     IS_NORMALIZED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """What all tokens of a range give to the gradients of all others.
 
@@ -524,11 +544,12 @@ def sum_gradients_kernel(
     scale = tl.load(scales + group)
     count = _count_real(counts, group, num_heads, num_tokens)
     grad_context = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    grad_code_sum = tl.zeros([BLOCK_K], tl.float32)
-    grad_value_sum = tl.zeros([BLOCK_D], tl.float32)
     u_values = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    u_sum = tl.zeros([BLOCK_K], tl.float32)
-    u_grad = 0.0
+    # As in ``sum_values_kernel``, tokens are added up at the end.
+    grad_code_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    grad_value_sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    u_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    u_grads = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
     for start in range(part * range_tokens, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
@@ -543,10 +564,9 @@ def sum_gradients_kernel(
             weight_tile,
             mean_tile,
             scale,
-            _is_short(q),
-            PRECISION,
+            _count_parts(q),
         )
-        h, g, e, g_context = _ratio_gradient(
+        h, inverse, e, g_context = _ratio_gradient(
             grad_tile,
             v_tile,
             y,
@@ -556,24 +576,41 @@ def sum_gradients_kernel(
             count,
             K,
             IS_NORMALIZED,
-            PRECISION,
+            _count_parts(grad),
         )
-        grad_context += _dot(tl.trans(h), g, True, False, PRECISION)
-        grad_code_sum += tl.sum(h * e[:, None], 0)
+        grad_context += _dot(tl.trans(h * inverse[:, None]), grad_tile, 3, _count_parts(grad))
+        grad_code_sums += h * e[:, None]
         if IS_NORMALIZED:
-            grad_value_sum += tl.sum(g, 0)
-        u = _dot(exponents * kernel, tl.trans(weight_tile), False, False, PRECISION)
+            grad_value_sums += grad_tile * inverse[:, None]
+        u = _dot(exponents * kernel, tl.trans(weight_tile), 3, 3)
         u = tl.where(is_real[:, None] & (tl.abs(y) < 1), u, 0.0)
-        u_values += _dot(tl.trans(u), v_tile, False, _is_short(v), PRECISION)
-        u_sum += tl.sum(u, 0)
-        u_grad += tl.sum(u * (g_context + e[:, None] * code_sum[None, :]))
+        u_values += _dot(tl.trans(u), v_tile, 3, _count_parts(v))
+        u_sums += u
+        u_grads += u * (g_context + e[:, None] * code_sum[None, :])
     matrix: tl.constexpr = (K + 1) * (D + 1)
     grad_sums += (group * tl.num_programs(1) + part).to(tl.int64) * (2 * matrix)
     _store_sums(
-        grad_sums, grad_context, grad_code_sum, grad_value_sum, u_grad, D, K, BLOCK_D, BLOCK_K
+        grad_sums,
+        grad_context,
+        tl.sum(grad_code_sums, 0),
+        tl.sum(grad_value_sums, 0),
+        tl.sum(u_grads) * _LN_2,
+        D,
+        K,
+        BLOCK_D,
+        BLOCK_K,
     )
-    zeros = tl.zeros([BLOCK_D], tl.float32)
-    _store_sums(grad_sums + matrix, u_values, u_sum, zeros, 0.0, D, K, BLOCK_D, BLOCK_K)
+    _store_sums(
+        grad_sums + matrix,
+        u_values * _LN_2,
+        tl.sum(u_sums, 0) * _LN_2,
+        tl.zeros([BLOCK_D], tl.float32),
+        0.0,
+        D,
+        K,
+        BLOCK_D,
+        BLOCK_K,
+    )
 
 
 @triton.jit
@@ -607,7 +644,6 @@ def write_gradients_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     IS_NORMALIZED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Gradients of a range of rows, from what ``sum_gradients_kernel`` found for all."""
     group, part = tl.program_id(0), tl.program_id(1)
@@ -644,10 +680,9 @@ def write_gradients_kernel(
             weight_tile,
             mean_tile,
             scale,
-            _is_short(q),
-            PRECISION,
+            _count_parts(q),
         )
-        h, g, e, g_context = _ratio_gradient(
+        h, inverse, e, g_context = _ratio_gradient(
             grad_tile,
             v_tile,
             y,
@@ -657,13 +692,13 @@ def write_gradients_kernel(
             count,
             K,
             IS_NORMALIZED,
-            PRECISION,
+            _count_parts(grad),
         )
-        grad_v_tile = _dot(h, grad_context, True, False, PRECISION)
+        grad_v_tile = _dot(h, grad_context, 1, 3)
         if IS_NORMALIZED:
             grad_v_tile += c * grad_value_sum[None, :]
         else:
-            grad_v_tile += c * g
+            grad_v_tile += (c * inverse)[:, None] * grad_tile
         if key_mask is not None:
             grad_v_tile = tl.where(is_real[:, None], grad_v_tile, 0.0)
         _store_rows(
@@ -672,15 +707,15 @@ def write_gradients_kernel(
 
         # A code is in its own numerator and denominator, and in the sums that all share.
         grad_h = g_context + e[:, None] * code_sum[None, :] + grad_code_sum[None, :]
-        grad_h += _dot(v_tile, tl.trans(grad_context), _is_short(v), False, PRECISION)
+        grad_h += _dot(v_tile, tl.trans(grad_context), _count_parts(v), 3)
         grad_y = tl.where(tl.abs(y) < 1, grad_h, 0.0)
-        grad_exponents = _dot(grad_y, weight_tile, False, False, PRECISION) * kernel
+        grad_exponents = _dot(grad_y, weight_tile, 3, 3) * kernel
         grad_distances = tl.where(is_anchor, scale * grad_exponents + share, 0.0)
         # dx / 2 = along x - toward, less the centre; normalising takes the part along the row out,
         # but from rows that are too short for it.
         x = q_tile * inverse_norms[:, None]
         half_grad = tl.sum(grad_distances, 1)[:, None] * (x - center[None, :])
-        half_grad -= _dot(grad_distances, anchors_tile, False, False, PRECISION)
+        half_grad -= _dot(grad_distances, anchors_tile, 3, 3)
         radial = tl.where(inverse_norms * _MIN_NORM < 1, tl.sum(x * half_grad, 1), 0.0)
         grad_q_tile = (half_grad - radial[:, None] * x) * (2 * inverse_norms)[:, None]
         if key_mask is not None:
