@@ -9,6 +9,8 @@ import csv
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +48,16 @@ class Compiled:
     instructions: float  # SASS instructions of all warps for each token of the inner loop
 
 
+@dataclass(frozen=True)
+class Started:
+    """A kernel that was to run, and its constants by name."""
+
+    name: str
+    binary: bytes
+    metadata: Any
+    constants: dict[str, Any]
+
+
 class StandInDriver:
     """Take the place of the driver of a GPU: kernels are compiled and kept, and not run.
 
@@ -55,8 +67,7 @@ class StandInDriver:
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
-        # Binary, number of warps, kernel, tile.
-        self.started: list[tuple[bytes, Any, str, int]] = []
+        self.started: list[Started] = []
         properties = {"max_shared_mem": SHARED_BYTES[capability]}
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: properties,
@@ -76,16 +87,26 @@ class StandInDriver:
         return 0
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        (tile_tokens,) = (
-            value
+        name = source.fn.__name__.removesuffix("_kernel")
+        constants = {
+            source.fn.arg_names[path[0]]: value
             for path, value in source.constants.items()
-            if source.fn.arg_names[path[0]] == "BLOCK_N"
-        )
+            if len(path) == 1
+        }
 
         def start(_x: int, _y: int, _z: int, _stream: int, binary: bytes, *_: Any) -> None:
-            self.started.append((binary, metadata, source.fn.__name__, tile_tokens))
+            self.started.append(Started(name, binary, metadata, constants))
 
         return start
+
+
+@contextmanager
+def stand_in(capability: int) -> Iterator[StandInDriver]:
+    """Let kernels be compiled for a chip in a block."""
+    device = StandInDriver(capability)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", device)
+        yield device
 
 
 def describe(capability: int) -> launch.Device:
@@ -122,29 +143,27 @@ def compile_all(
     functions = make_functions(heads, dim, num_bits, num_anchors)
     key_mask = torch.empty(images, tokens, dtype=torch.bool, device="meta") if is_masked else None
     options: dict[str, Any] = {"is_normalized": is_normalized, "key_mask": key_mask}
-    device = StandInDriver(capability)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_active", device)
+    with stand_in(capability) as device, pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_tiles", {})
         patch.setattr(launch, "find_device", lambda _: describe(capability))
         q, v, grad = rows(), rows(), rows()
         _, *left = launch.forward(q, v, functions, **options)
         launch.backward(grad, q, v, functions, *left, **options)
-    return [
-        Compiled(
-            capability,
-            dtype,
-            dim,
-            name.removesuffix("_kernel"),
-            tile,
-            *_count(binary, metadata, tile),
-        )
-        for binary, metadata, name, tile in device.started
-    ]
+    return [_count(kernel, capability, dtype, dim) for kernel in device.started]
 
 
-def _count(binary: bytes, metadata: Any, tile_tokens: int) -> tuple[int, int, int, int, float]:
-    """The fields of ``Compiled`` from ``num_warps`` on."""
+def _count(kernel: Started, capability: int, dtype: str, dim: int) -> Compiled:
+    registers, stack_bytes, loops = inspect(kernel.binary)
+    tile, num_warps = kernel.constants["BLOCK_N"], kernel.metadata.num_warps
+    return Compiled(
+        *(capability, dtype, dim, kernel.name, tile, num_warps),
+        *(registers, stack_bytes, kernel.metadata.shared),
+        instructions=round(max(loops) * num_warps / tile, 1),
+    )
+
+
+def inspect(binary: bytes) -> tuple[int, int, list[int]]:
+    """Registers and bytes of stack of a thread, and instructions of each loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -153,28 +172,15 @@ def _count(binary: bytes, metadata: Any, tile_tokens: int) -> tuple[int, int, in
         dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
     assert usage
-    instructions = _count_loop(dump) * metadata.num_warps / tile_tokens
-    return (
-        metadata.num_warps,
-        int(usage[1]),
-        int(usage[2]),
-        metadata.shared,
-        round(instructions, 1),
-    )
-
-
-def _count_loop(dump: str) -> int:
-    """Instructions of the longest loop: of the jumps back, the one that jumps farthest."""
-    lines = [
-        (int(address, 16), text)
-        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", dump)
-    ]
-    lengths = []
-    for address, text in lines:
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", dump)
+    addresses = [int(address, 16) for address, _ in code]
+    loops = []
+    for address, (_, text) in zip(addresses, code, strict=True):
         jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        # Jumps back are the ends of loops.
         if jump and int(jump[1], 16) < address:
-            lengths.append(sum(int(jump[1], 16) <= other <= address for other, _ in lines))
-    return max(lengths)
+            loops.append(sum(int(jump[1], 16) <= other <= address for other in addresses))
+    return int(usage[1]), int(usage[2]), loops
 
 
 def read_table() -> tuple[str, dict[tuple[int, str, int, str], dict[str, str]]]:

@@ -6,14 +6,7 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,10 +14,9 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from ecoformer.ops.backends.triton import depthwise
+from tests.ops.compiled import Started, inspect, stand_in
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -47,70 +39,6 @@ class Compiled:
     instructions: float  # of a thread in the innermost loop, for each value
 
 
-class StandIn:
-    """Take the place of a GPU's driver: keep what is started, and run nothing."""
-
-    def __init__(self, capability: int) -> None:
-        self.started: list[Compiled] = []
-        self._capability = capability
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 2**17},
-            load_binary=lambda name, binary, *_: (None, binary, 0, 0, 1024),
-            unload_module=lambda module: None,
-        )
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._capability, 32)
-
-    def get_current_device(self) -> int:
-        # Triton keeps what it compiled by device.
-        return self._capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        names, constants = source.fn.arg_names, source.constants
-        sizes = {names[path[0]]: value for path, value in constants.items() if len(path) == 1}
-        thread_values = 2 * sizes["BLOCK_P"] * sizes["BLOCK_C"] / (32 * metadata.num_warps)
-
-        def start(_x: int, _y: int, _z: int, _stream: int, binary: bytes, *_: Any) -> None:
-            registers, stack, loop = inspect(binary)
-            name = source.fn.__name__.removesuffix("_kernel")
-            figures = (registers, stack, metadata.shared, round(loop / thread_values, 1))
-            self.started.append(Compiled(name, *figures))
-
-        return start
-
-
-def inspect(binary: bytes) -> tuple[int, int, int]:
-    """Registers and bytes of stack of a thread, and instructions of the innermost loop."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
-        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
-    assert usage
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", dump)
-    addresses = [int(address, 16) for address, _ in code]
-    loops = []
-    for address, (_, text) in zip(addresses, code, strict=True):
-        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < address:
-            loops.append(sum(int(jump[1], 16) <= other <= address for other in addresses))
-    return int(usage[1]), int(usage[2]), min(loops)
-
-
-@contextmanager
-def stand_in(capability: int) -> Iterator[StandIn]:
-    with pytest.MonkeyPatch.context() as patch:
-        device = StandIn(capability)
-        patch.setattr(driver, "_active", device)
-        yield device
-
-
 def compile_all(
     capability: int, dtype: torch.dtype, form: str, num_channels: int
 ) -> list[Compiled]:
@@ -121,7 +49,17 @@ def compile_all(
     with stand_in(capability) as device:
         depthwise.forward(x, weight, bias, form)
         depthwise.backward(x, x, weight, bias, form)
-    return device.started
+    return [_count(kernel) for kernel in device.started]
+
+
+def _count(kernel: Started) -> Compiled:
+    registers, stack_bytes, loops = inspect(kernel.binary)
+    num_values = 2 * kernel.constants["BLOCK_P"] * kernel.constants["BLOCK_C"]
+    thread_values = num_values / (32 * kernel.metadata.num_warps)
+    shared_bytes = kernel.metadata.shared
+    return Compiled(
+        kernel.name, registers, stack_bytes, shared_bytes, round(min(loops) / thread_values, 1)
+    )
 
 
 # Hidden maps of PVTv2; maps of Twins, in float32 under autocast; what neither has.
