@@ -63,7 +63,7 @@ _DEFAULTS: dict[str, dict[str, object]] = {
         "data_set": "PAIRS",
         "input_size": 48,
         "batch_size": 64,
-        "epochs": [16, 2],
+        "epochs": [64, 8],
         "seeds": [0, 1, 2],
     },
     "conversion": {
