@@ -56,7 +56,8 @@ train      training steps of the same
 sequences  training steps of the sequence encoder at each number of --tokens
 dense      for detection at 800 x 1,333 pixels: a backbone's maps, a training step, the fit of all
            layers on one image; --resolutions are short sides
-gpu        attention to train at sizes that fill a GPU, models compiled; what matters most first
+gpu        attention to train at sizes that fill a GPU, models compiled; what matters most first;
+           by --time-budget in calls of some minutes
 threads    evaluation, training step and fit on one thread and on all, alone and beside a busy
            process on every core
 deploy     evaluation in eager mode, compiled, by AOTInductor and by ONNX Runtime, beside timm's
@@ -113,6 +114,12 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--images", type=int, default=512, help="for data: images a turn (512)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument(
+        "--time-budget",
+        type=float,
+        metavar="MINUTES",
+        help="begin no further part after so many; the same command goes on from --json",
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves over N")
     return parser.parse_args(words)
 
@@ -121,6 +128,11 @@ def _run(options: argparse.Namespace, command: str) -> bool:
     for name in ("rounds", "batch_size", "images"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
+    if options.time_budget is not None and not (options.json and _PARTS[options.task]):
+        raise InputError(
+            f"--time-budget is for {', '.join(name for name, parts in _PARTS.items() if parts)}, "
+            "and needs --json FILE, from which the next call goes on."
+        )
     if any(side < 32 for side in options.resolutions or ()):
         raise InputError("--resolutions start at 32 pixels: the model's last stage has 1/32 of it.")
     if any(number < 32 for number in options.tokens or ()):
@@ -152,7 +164,9 @@ def _run(options: argparse.Namespace, command: str) -> bool:
     )
     if options.plot:
         suite.check_plot(options.plot)
-    return run_suite(suite, command, json=options.json, plot=options.plot)
+    return run_suite(
+        suite, command, json=options.json, plot=options.plot, time_budget=options.time_budget
+    )
 
 
 def _run_threads(options: argparse.Namespace, command: str) -> bool:

@@ -86,6 +86,7 @@ class Report:
         rows: in the order measured.
         checks: a line each.
         slope_from: N from which on slopes are fitted.
+        done: parts that are measured, and the number of rows after each.
     """
 
     environment: dict[str, str]
@@ -93,6 +94,23 @@ class Report:
     rows: list[Measurement] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
     slope_from: int = 0
+    done: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what ``to_json`` wrote, as far as parts are done.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is something else.
+        """
+        content = json.loads(text)
+        del content["slopes"]
+        rows = content.pop("rows")[: max(content["done"].values(), default=0)]
+        report = cls(**content)
+        for row in rows:
+            timing = row.pop("timing")
+            report.rows.append(Measurement(**row, timing=Timing(**timing) if timing else None))
+        return report
 
     def curves(self) -> dict[tuple[str, str], list[Measurement]]:
         """Find what ran at three N or more: by task and contender, N rising."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ecoformer.engine.launch import choose_device
-from ecoformer.errors import InputError
+from ecoformer.errors import InputError, describe_error
 from ecoformer.files import write_text
 from ecoformer.tools.benchmark import sequences
 from ecoformer.tools.benchmark.backbones import Workload, measure_model
@@ -78,62 +79,77 @@ class Suite:
             for count in (num_tokens, num_tokens - 1):
                 yield check_core(setup.device, setup.dtype, num_tokens=count)
 
-    def measure(self, setup: Setup) -> Iterator[list[Measurement]]:
-        """Yield comparisons, one after the other."""
-        for part, sides in self.parts.items():
+    def units(self, setup: Setup) -> Iterator[tuple[str, Iterator[list[Measurement]]]]:
+        """Name what is measured, and measure it, comparison by comparison, once it is asked for."""
+        for part, sizes in self.parts.items():
+            counts = sizes if part == "sequences" else [count_tokens(side) for side in sizes]
             if part == "sequences":
-                yield from sequences.measure_sequences(
-                    setup, batch_size=self.batch_size, token_counts=sorted(sides)
+                yield (
+                    part,
+                    sequences.measure_sequences(
+                        setup, batch_size=self.batch_size, token_counts=sorted(counts)
+                    ),
                 )
-                continue
-            token_counts = [count_tokens(side) for side in sides]
-            if part == "attention":
-                yield from measure_attention(
-                    setup, batch_size=self.batch_size, num_tokens=token_counts[0]
+            elif part == "attention":
+                yield (
+                    part,
+                    measure_attention(setup, batch_size=self.batch_size, num_tokens=counts[0]),
                 )
-                if len(sides) > 1:
-                    yield from measure_attention_sweep(setup, token_counts=sorted(token_counts))
-            elif part == "convolution":
-                for num_tokens in token_counts:
-                    yield from measure_convolutions(
-                        setup, batch_size=self.batch_size, num_tokens=num_tokens
-                    )
-            elif part == "fit":
-                for num_tokens in token_counts:
-                    yield from measure_fit(
-                        setup, batch_size=self.fit_batch_size, num_tokens=num_tokens
-                    )
-            elif part == "dense":
-                for side in sides:
-                    yield from measure_dense(
-                        setup, variant=self.variant, batch_size=self.batch_size, short_side=side
-                    )
+                if len(counts) > 1:
+                    sweep = measure_attention_sweep(setup, token_counts=sorted(counts))
+                    yield f"{part} over sizes", sweep
             else:
-                for side in sides:
-                    work = Workload(
-                        self.variant,
-                        self.batch_size,
-                        side,
-                        is_training=part == "train",
-                        is_compiled=self.is_compiled,
-                    )
-                    yield from measure_model(setup, work)
+                for side in sizes:
+                    yield f"{part} at {side} px", self._measure_side(setup, part, side)
+
+    def _measure_side(self, setup: Setup, part: str, side: int) -> Iterator[list[Measurement]]:
+        num_tokens = count_tokens(side)
+        if part == "convolution":
+            return measure_convolutions(setup, batch_size=self.batch_size, num_tokens=num_tokens)
+        if part == "fit":
+            return measure_fit(setup, batch_size=self.fit_batch_size, num_tokens=num_tokens)
+        if part == "dense":
+            return measure_dense(
+                setup, variant=self.variant, batch_size=self.batch_size, short_side=side
+            )
+        work = Workload(
+            self.variant,
+            self.batch_size,
+            side,
+            is_training=part == "train",
+            is_compiled=self.is_compiled,
+        )
+        return measure_model(setup, work)
 
 
-def run_suite(suite: Suite, command: str, *, json: Path | None, plot: Path | None) -> bool:
+def run_suite(
+    suite: Suite,
+    command: str,
+    *,
+    json: Path | None,
+    plot: Path | None,
+    time_budget: float | None = None,
+) -> bool:
     """Check, measure and print; write ``json`` after each comparison, ``plot`` at the end.
+
+    Args:
+        time_budget: minutes after which nothing more is begun, at least one part though; ``json``
+            goes on where it ended then.
 
     Returns:
         Whether all checks are passed.
 
     Raises:
-        InputError: no such device or model, or the disk refuses.
+        InputError: no such device or model, the disk refuses, or ``json`` cannot go on.
     """
+    began = time.monotonic()
     device = choose_device(suite.device)
     environment = describe_environment(command, device) | {"dtype": suite.dtype}
     settle_allocator()
     slope_from = sequences.SLOPE_FROM if "sequences" in suite.parts else 0
     report = Report(environment, copy_bandwidth(device), slope_from=slope_from)
+    if json and time_budget is not None and json.exists():
+        report = _go_on(report, json)
 
     def tell(lines: Iterable[str]) -> None:
         """Print and write what there is so far, which may be all that there will be."""
@@ -146,12 +162,44 @@ def run_suite(suite: Suite, command: str, *, json: Path | None, plot: Path | Non
     with PeakMemory(device) as memory:
         setup = Setup(device, getattr(torch, suite.dtype), suite.num_rounds, memory)
         checks = list(suite.check(setup))
-        report.checks.extend(map(str, checks))
+        report.checks[:] = map(str, checks)
         tell(report.checks)
-        for rows in suite.measure(setup):
-            report.rows.extend(rows)
-            tell([report.describe_comparison(rows)])
+        left = []
+        has_begun = False
+        for name, comparisons in suite.units(setup):
+            if name in report.done:
+                continue
+            is_late = time_budget is not None and time.monotonic() - began > 60 * time_budget
+            if has_begun and is_late:
+                left.append(name)
+                continue
+            has_begun = True
+            for rows in comparisons:
+                report.rows.extend(rows)
+                tell([report.describe_comparison(rows)])
+            report.done[name] = len(report.rows)
+    if left:
+        tell([f"left for the next call of the same command: {', '.join(left)}"])
+        return all(check.is_passed for check in checks)
     tell([report.describe_slopes()])
     if plot:
         report.draw(plot)
     return all(check.is_passed for check in checks)
+
+
+def _go_on(report: Report, json: Path) -> Report:
+    """Take what an earlier call of the same command finished, beside how it was measured."""
+    try:
+        earlier = Report.from_json(json.read_text())
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"--json {json} holds no figures to go on from ({describe_error(error)}); give another "
+            "name."
+        ) from error
+    for name in ("command", "hardware", "versions"):
+        if earlier.environment.get(name) != report.environment.get(name):
+            raise InputError(
+                f"--json {json} holds figures of another {name} ({earlier.environment.get(name)}); "
+                "give another name."
+            )
+    return earlier

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,10 @@ def read_cells(text: str) -> list[list[str]]:
     """The cells of a table that follows a line and an empty one, head first."""
     head, _, *lines = text.splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
+
+
+def read_out(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
 
 
 def test_report_compares_and_fits_slopes(tmp_path: Path) -> None:
@@ -277,17 +282,63 @@ def test_a_step_changes_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_with_softmax_is_left_out_where_it_takes_minutes(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = dense.DenseInputs(2, 48, CPU)
-    assert (inputs.long_side, inputs.num_tokens) == (80, 12 * 20)
-    assert inputs.draw_images().shape == (2, 3, 48, 80)
+    inputs = dense.DenseInputs(2, 96, CPU)
+    assert (inputs.long_side, inputs.num_tokens) == (160, 24 * 40)
+    assert inputs.draw_images().shape == (2, 3, 96, 160)
     for target in inputs.draw_targets():
         sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
         assert (sides > 0).all() and (target["boxes"] >= 0).all()
-    monkeypatch.setitem(dense._MAX_PAIRS, "cpu", 2 * 240**2 - 1)
-    maps, step, fit = dense.measure_dense(setup, variant="pvt_v2_b0", batch_size=2, short_side=48)
+    monkeypatch.setitem(dense._MAX_PAIRS, "cpu", 2 * 960**2 - 1)
+    maps, step, fit = dense.measure_dense(setup, variant="pvt_v2_b0", batch_size=2, short_side=96)
     assert all(row.timing for row in (*maps, *fit))
     assert {row.name: row.note for row in step if row.note} == {"msa": "not run: takes minutes"}
     assert [row.batch_size for row in (*maps, *fit)] == [2, 2, 2, 1]
+
+
+def test_a_benchmark_goes_on_in_the_next_call(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    words = ["convolution", "--device", "cpu", "--resolutions", "32", "64", "--batch-size", "1"]
+    words += ["--rounds", "1", "--json", str(file), "--time-budget", "0"]
+    assert main(words) == 0
+    assert "left for the next call of the same command: convolution at 64 px" in read_out(capsys)
+    first = json.loads(file.read_text())
+    assert list(first["done"]) == ["convolution at 32 px"]
+    # As by a call that is cut off in its second part.
+    file.write_text(json.dumps(first | {"rows": [*first["rows"], first["rows"][0]]}))
+    assert main(words) == 0
+    assert "left for" not in read_out(capsys)
+    both = json.loads(file.read_text())
+    assert both["done"] == {
+        "convolution at 32 px": len(first["rows"]),
+        "convolution at 64 px": len(both["rows"]),
+    }
+    assert both["rows"][: len(first["rows"])] == first["rows"]
+    assert main(words) == 0
+    assert json.loads(file.read_text())["rows"] == both["rows"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "needs --json FILE"),
+        ("{}", "holds no figures to go on from"),
+        ('{"environment": {"command": "x"}, "copy_bytes_per_s": 1', "holds no figures"),
+        (Report({"command": "x"}, 1e9).to_json(), "figures of another command \\(x\\)"),
+    ],
+)
+def test_a_benchmark_that_cannot_go_on(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    words = ["convolution", "--device", "cpu", "--time-budget", "1"]
+    if content is not None:
+        file.write_text(content)
+        words += ["--json", str(file)]
+    assert main(words) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert content is None or file.read_text() == content
 
 
 def test_what_is_measured_is_written_before_the_next(
