@@ -12,6 +12,7 @@ import contextlib
 import gzip
 import importlib
 import io
+import json
 import re
 import shlex
 import subprocess
