@@ -244,6 +244,8 @@ class _Rows(NamedTuple):
         norms = torch.linalg.vector_norm(q, dim=-1).unsqueeze(-2)
         inverse_norms = norms.clamp_min(MIN_NORM).reciprocal_()
         # A row with an infinite norm is a zero row, as where each is divided by it.
+        if not inverse_norms.all():
+            q = torch.where(inverse_norms.mT == 0, q * 0, q)
         return cls(q, inverse_norms, norms.mul_(inverse_norms).nan_to_num_(0).square_(), mask)
 
     def move(self, center: Tensor) -> _Rows:

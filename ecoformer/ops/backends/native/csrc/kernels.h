@@ -504,6 +504,18 @@ static void move_block(const Problem& p, const Layout& s, const Group& g, int64_
     }
 }
 
+// A row with an infinite norm counts as 0; products with its values would overflow.
+static inline void zero_rows(const Layout& s, Workspace& w) {
+  bool is_any = false;
+  for (int i = 0; i < TB; ++i) is_any |= w.inverse_norms[i] == 0;
+  if (!is_any) return;
+  for (int64_t d = 0; d < s.D; ++d)
+    for (int n = 0; n < NV; ++n) {
+      float* x = w.x + d * TB + n * W;
+      store(x, load(w.inverse_norms + n * W) == 0 ? load(x) * 0 : load(x));
+    }
+}
+
 // Make unit rows in w.x [D, TB], features in w.features, and the bits of codes in w.words; of a
 // backward also features as they are, and which bits a gradient passes.
 static void encode_block(const Problem& p, const Layout& s, const Group& g, int64_t begin,
@@ -524,6 +536,7 @@ static void encode_block(const Problem& p, const Layout& s, const Group& g, int6
       const F x = load(w.squares + n * W);
       store(w.squares + n * W, x == x ? x * x : fill(0));
     }
+    zero_rows(s, w);
   }
   F factor[NV], addend[NV];
   for (int n = 0; n < NV; ++n) {
