@@ -74,7 +74,9 @@ def test_a_disk_without_locks_is_said_to_have_none(
 
 
 def remove(folder: Path) -> None:
-    shutil.rmtree(folder)
+    # The saver renames files while they are removed.
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def rename(folder: Path) -> None:

@@ -319,7 +319,7 @@ def test_who_knows_it_all_is_perfect_in_pixels_of_the_original(
     model = made.build_network(FAMILY.create_model("tiny_pyramid", "msa"), 2).eval()
     meter = made.start_evaluation(torch.device("cpu"))
     for batch in data.eval:
-        meter.add(lambda images: know(model, images), batch)
+        meter.add(lambda images: know(model, images), move_to(batch, torch.device("cpu")))
     values = meter.finish().values
     assert {name: values[name] for name in perfect} == pytest.approx(perfect)
 

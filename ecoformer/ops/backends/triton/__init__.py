@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
+from wrapt import when_imported
 
 from ecoformer.ops.backends.base import FusedBackend, HashFunctions
 
@@ -93,7 +95,12 @@ def can_convolve(x: Tensor) -> bool:
     return x.dtype in _DTYPES and (_is_interpreted() or (x.is_cuda and _is_recent(x.device)))
 
 
-@torch.compiler.assume_constant_result
 def _is_recent(device: torch.device) -> bool:
-    """``_can_compile``, which a graph does not look into."""
     return _can_compile(device)
+
+
+# Which takes a second to import.
+@when_imported("torch._dynamo")
+def _mark_constant(dynamo: ModuleType) -> None:
+    """Let graphs take the answer as it is, and not look into the question."""
+    dynamo.assume_constant_result(_is_recent)
