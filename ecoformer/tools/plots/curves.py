@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,10 +62,17 @@ def draw_tradeoff(tables: Sequence[Path]) -> Figure:
 def draw_points(rows: Sequence[Row]) -> Figure:
     """Draw accuracy against energy of rows with ``name, energy_pj, top1`` and maybe an interval."""
     figure, (axes,) = make_figure(width=6.0)
-    for row in rows:
-        energy_mj = float(row["energy_pj"] or 0) / 1e9
-        interval = row.get("top1_ci95")
-        axes.errorbar(energy_mj, row["top1"], interval, fmt="o", capsize=3, label=row["name"])  # type: ignore[arg-type]
+    # There are ten colours; then they come again with another marker.
+    markers = (marker for marker in cycle("os^D") for _ in range(10))
+    for row, marker in zip(rows, markers, strict=False):
+        axes.errorbar(
+            float(row["energy_pj"] or 0) / 1e9,
+            float(row["top1"] or 0),
+            row.get("top1_ci95"),  # type: ignore[arg-type]
+            fmt=marker,
+            capsize=3,
+            label=row["name"],
+        )
     axes.set(xlabel="energy an image, mJ (45 nm model)", ylabel="top-1 %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
