@@ -68,7 +68,7 @@ def draw_points(rows: Sequence[Row]) -> Figure:
         axes.errorbar(
             float(row["energy_pj"] or 0) / 1e9,
             float(row["top1"] or 0),
-            row.get("top1_ci95"),  # type: ignore[arg-type]
+            row.get("top1_ci95"),
             fmt=marker,
             capsize=3,
             label=row["name"],
