@@ -266,8 +266,8 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
     if name == "DIGITS":
         images, labels = load_digits(split, size=input_size)
         return ImageArray(name, images, labels, DIGIT_CLASSES)
-    if name == "PAIRS" and not path:
-        return Pairs(ImageArray(name, *read_digits(split), DIGIT_CLASSES), split, side=input_size)
+    if name == "PAIRS":
+        return Pairs(open_items(name, path or None, split), split, side=input_size)
     if not path:
         raise InputError(f"data set {name} needs its folder; give --data-path.")
     if not os.path.isdir(path):
@@ -276,12 +276,29 @@ def open_dataset(name: str, path: str | None, split: str, *, input_size: int) ->
         "IMNET": _open_folder,
         "CIFAR": _open_cifar,
         "FMNIST": _open_fashion,
-        "PAIRS": lambda path, split: Pairs(_open_fashion(path, split), split, side=input_size),
     }
     try:
         return readers[name](Path(path), split)
     except OSError as error:
         raise InputError(f"cannot read {error.filename} ({error.strerror}).") from error
+
+
+def open_items(name: str, path: str | None, split: str) -> ImageArray:
+    """Open the small grey images that other sets are made of.
+
+    Args:
+        name: of the set that is made of them.
+        path: folder of Fashion-MNIST; None: they are the digits.
+        split: ``"train"`` or ``"val"``.
+
+    Raises:
+        InputError: the files are not there, or not as they should be.
+    """
+    if path is None:
+        return ImageArray(name, *read_digits(split), DIGIT_CLASSES)
+    images = open_dataset("FMNIST", path, split, input_size=0)
+    assert isinstance(images, ImageArray)
+    return images
 
 
 def _open_folder(path: Path, split: str) -> ImageFolder:

@@ -15,13 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ecoformer.data.boxes import Annotation, Boxes, lay_out
-from ecoformer.data.datasets import (
-    DIGIT_CLASSES,
-    Fingerprint,
-    ImageArray,
-    open_dataset,
-)
-from ecoformer.data.digits import read_digits
+from ecoformer.data.datasets import Fingerprint, ImageArray, open_items
 from ecoformer.data.pairs import are_apart
 from ecoformer.errors import InputError
 from ecoformer.seeding import derive_seed
@@ -209,13 +203,7 @@ def open_scenes(path: str | None, split: str, *, side: int) -> Scenes:
     Raises:
         InputError: its files are not there, or a side that there are no canvases of.
     """
-    if not path:
-        items = ImageArray("SCENES", *read_digits(split), DIGIT_CLASSES)
-    else:
-        fashion = open_dataset("FMNIST", path, split, input_size=0)
-        assert isinstance(fashion, ImageArray)
-        items = fashion
-    return Scenes(items, split, side=side)
+    return Scenes(open_items("SCENES", path or None, split), split, side=side)
 
 
 def _draw_ground(generator: random.Random, side: int) -> Image.Image:

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ecoformer.data.datasets import (
-    DIGIT_CLASSES,
-    Fingerprint,
-    ImageArray,
-    LabelledSamples,
-    open_dataset,
-)
-from ecoformer.data.digits import read_digits
+from ecoformer.data.datasets import Fingerprint, ImageArray, LabelledSamples, open_items
 from ecoformer.data.listops import ListOps
 from ecoformer.data.pathfinder import Pathfinder
 from ecoformer.errors import InputError
@@ -81,7 +74,7 @@ def open_sequences(name: str, path: str | None, split: str, *, max_tokens: int) 
     elif name == "PATHFINDER":
         sequences = Pathfinder(split)
     elif name == "PIXELS":
-        sequences = Pixels(_open_images(path, split))
+        sequences = Pixels(open_items("DIGITS", path, split))
     else:
         raise InputError(
             f"--data-set {name} has no sequences; for --task sequence there are: "
@@ -93,14 +86,6 @@ def open_sequences(name: str, path: str | None, split: str, *, max_tokens: int) 
             f"for {max_tokens}; give --max-tokens {sequences.max_tokens}."
         )
     return sequences
-
-
-def _open_images(path: str | None, split: str) -> ImageArray:
-    if path is None:
-        return ImageArray("DIGITS", *read_digits(split), DIGIT_CLASSES)
-    images = open_dataset("FMNIST", path, split, input_size=0)
-    assert isinstance(images, ImageArray)
-    return images
 
 
 def pad_sequences(samples: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor | None, Tensor]:
