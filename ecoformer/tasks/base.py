@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ecoformer.checkpoint import LoadReport, load_checkpoint
+from ecoformer.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from ecoformer.config import Config
@@ -103,6 +104,13 @@ class Meter(ABC):
             InputError: no rank had a sample.
             NonFiniteError: the model's output is not finite.
         """
+
+
+def non_finite_output() -> NonFiniteError:
+    """Make the error of a model whose output is not finite."""
+    return NonFiniteError(
+        "the model's output is not finite; check its weights, or evaluate with --amp-dtype none."
+    )
 
 
 class Task(ABC):

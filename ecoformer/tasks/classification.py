@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecoformer.data import Loaders, build_loaders
-from ecoformer.errors import InputError, NonFiniteError
+from ecoformer.errors import InputError
 from ecoformer.ops import as_full_precision
 from ecoformer.ranks import rank, sum_over_ranks, world_size
 from ecoformer.sums import ExactMean
-from ecoformer.tasks.base import Meter, Metrics, Network
+from ecoformer.tasks.base import Meter, Metrics, Network, non_finite_output
 from ecoformer.tasks.loading import LoadedTask
 
 # Of a model that is timed without data.
@@ -85,10 +85,7 @@ class AccuracyMeter(Meter):
             raise InputError("there is no image to evaluate on.")
         loss = self._loss.mean()
         if math.isnan(loss):
-            raise NonFiniteError(
-                "the model's output is not finite; check its weights, or evaluate with "
-                "--amp-dtype none."
-            )
+            raise non_finite_output()
         return Accuracy.count(num_images, num_top1, num_top5, loss)
 
 

@@ -19,13 +19,12 @@ from ecoformer.data.datasets import LabelledSamples
 from ecoformer.data.dense import STRIDE
 from ecoformer.data.digits import SPLITS
 from ecoformer.data.loaders import Collate, SampleTransform
-from ecoformer.errors import InputError, NonFiniteError
 from ecoformer.ranks import max_over_ranks, rank, world_size
-from ecoformer.tasks.base import Meter, Metrics
+from ecoformer.tasks.base import Meter, Metrics, non_finite_output
 from ecoformer.tasks.loading import LoadedTask
 
 if TYPE_CHECKING:
-    from ecoformer.config import Config
+    pass
 
 # Where the networks have their backbone.
 _BODY = "backbone.body"
@@ -45,16 +44,13 @@ class DensePrediction(LoadedTask):
     inputs = "images"
     # Of a model that is timed without data.
     default_classes: int
+    without_meaning = DENSE_WITHOUT_MEANING
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        settings = config.to_flat()
-        for name, off in DENSE_WITHOUT_MEANING.items():
-            if settings[name] != off:
-                raise InputError(
-                    f"{name} {settings[name]} is for classification, and --task {config.run.task} "
-                    f"has {off}; leave it out (sizes are --short-side and --long-side)."
-                )
+    def explain(self, off: object) -> str:
+        return (
+            f"classification, and --task {self.config.run.task} has {off}; leave it out (sizes "
+            "are --short-side and --long-side)."
+        )
 
     @abstractmethod
     def open_split(self, split: str) -> LabelledSamples: ...
@@ -139,10 +135,7 @@ class DenseMeter(Meter):
 
     def finish(self) -> Metrics:
         if max_over_ranks(int(self._is_bad)):
-            raise NonFiniteError(
-                "the model's output is not finite; check its weights, or evaluate with "
-                "--amp-dtype none."
-            )
+            raise non_finite_output()
         return self.measure()
 
     @abstractmethod

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 
 from ecoformer.data import Loaders
+from ecoformer.errors import InputError
 from ecoformer.tasks.base import Data, Task
 
 if TYPE_CHECKING:
@@ -16,11 +18,26 @@ if TYPE_CHECKING:
 
 
 class LoadedTask(Task):
-    """Opens loaders once, and names the samples of a step by what they drew."""
+    """Opens loaders once, and names the samples of a step by what they drew.
+
+    Raises:
+        InputError: a setting has a value that has no meaning here.
+    """
+
+    # Settings of no meaning, and the value that each has then.
+    without_meaning: Mapping[str, object] = MappingProxyType({})
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._loaders: Loaders | None = None
+        settings = config.to_flat()
+        for name, off in self.without_meaning.items():
+            if settings[name] != off:
+                raise InputError(f"{name} {settings[name]} is for {self.explain(off)}")
+
+    def explain(self, off: object) -> str:
+        """Say what a setting is for that must be ``off``, and what to do, to the end of a line."""
+        raise NotImplementedError
 
     @abstractmethod
     def open_loaders(self, *, is_train: bool, pin_memory: bool) -> Loaders:

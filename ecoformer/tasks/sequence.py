@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from ecoformer.config.recipes import NOT_AUGMENTED
 from ecoformer.data import Loaders, load_splits
 from ecoformer.data.sequences import Sequences, open_sequences, pad_sequences
-from ecoformer.errors import InputError
 from ecoformer.ranks import rank, world_size
 from ecoformer.tasks.classification import Classification
 
 if TYPE_CHECKING:
-    from ecoformer.config import Config
+    pass
 
 # Of a model that is timed without data.
 _NUM_CLASSES, _NUM_WORDS = 10, 256
@@ -31,16 +30,10 @@ class SequenceClassification(Classification):
 
     samples = "sequences"
     inputs = "tokens"
+    without_meaning = NOT_AUGMENTED
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        settings = config.to_flat()
-        for name, off in NOT_AUGMENTED.items():
-            if settings[name] != off:
-                raise InputError(
-                    f"{name} {settings[name]} is for images, and this task has sequences; leave "
-                    "it out."
-                )
+    def explain(self, off: object) -> str:
+        return "images, and this task has sequences; leave it out."
 
     def open_loaders(self, *, is_train: bool, pin_memory: bool) -> Loaders:
         data, max_tokens = self.config.data, self.config.model.max_tokens
