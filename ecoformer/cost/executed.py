@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,7 +16,6 @@ from ecoformer.ops.backends.native import library
 _Shape = tuple[int, ...]
 
 
-@torch.no_grad()
 def count_executed(model: nn.Module, input_size: int | tuple[int, int]) -> int:
     """Count the multiply-adds of matrix products and convolutions of one image, as they run.
 
@@ -28,16 +28,10 @@ def count_executed(model: nn.Module, input_size: int | tuple[int, int]) -> int:
     Args:
         input_size: pixels, a side or (height, width).
     """
-    shadow, image = without_data(model, input_size)
-    # PyTorch's counter cannot look inside an operator of our own.
-    ours = {torch.ops.ecoformer.kernelized_hash_attention: _count_hash_attention}
-    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
-        shadow(image)
     # The counter takes a multiply-add for two operations.
-    return int(counter.get_total_flops()) // 2
+    return _run_counter(model, input_size, _count_hash_attention) // 2
 
 
-@torch.no_grad()
 def count_added_codes(model: nn.Module, input_size: int | tuple[int, int]) -> tuple[int, int]:
     """Count the products with codes that this CPU executes as additions, for one image.
 
@@ -59,11 +53,20 @@ def count_added_codes(model: nn.Module, input_size: int | tuple[int, int]) -> tu
         additions += 2 * num_values * torch.ops.ecoformer_native.num_digits(weight[1], v[-1])
         return 0
 
-    shadow, image = without_data(model, input_size)
-    ours = {torch.ops.ecoformer.kernelized_hash_attention: count}
-    with FlopCounterMode(display=False, custom_mapping=ours):
-        shadow(image)
+    _run_counter(model, input_size, count)
     return products, additions
+
+
+@torch.no_grad()
+def _run_counter(
+    model: nn.Module, input_size: int | tuple[int, int], count_attention: Callable[..., int]
+) -> int:
+    """Sum PyTorch's counts of one image, and those of our operator, which it cannot look into."""
+    shadow, image = without_data(model, input_size)
+    ours = {torch.ops.ecoformer.kernelized_hash_attention: count_attention}
+    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
+        shadow(image)
+    return int(counter.get_total_flops())
 
 
 def _count_hash_attention(
