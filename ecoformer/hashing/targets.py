@@ -15,6 +15,10 @@ from torch.nn.functional import embedding_bag
 
 # Similarities held at once while neighbours are searched: 16 MiB in float32.
 _CHUNK_ELEMENTS = 2**22
+# From so many tokens on, they are searched in groups of 16 first: at 16,384 in half the time, at
+# 66,800 in a quarter, at 3,136 in the same.
+_MANY_TOKENS = 2**13
+_GROUP_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,39 @@ def _choose_neighbours(x: Tensor, num_similar: int, mask: Tensor | None) -> Tens
     """
     num_groups, num_tokens, _ = x.shape
     chunk = max(1, _CHUNK_ELEMENTS // (num_groups * num_tokens))
-    chosen = []
-    for rows in x.split(chunk, dim=1):
-        similarities = rows @ x.transpose(-1, -2)  # [B * H, chunk, N]
-        halves = []
-        for largest, worst in ((True, -torch.inf), (False, torch.inf)):
+    is_grouped = num_tokens >= max(_MANY_TOKENS, 4 * _GROUP_SIZE * num_similar)
+    search = _search_groups if is_grouped else torch.topk
+    chosen = torch.empty(num_groups, num_tokens, 2, num_similar, dtype=torch.int64, device=x.device)
+    # Kept for all chunks: new memory for each, with what is chosen between, leaves holes that
+    # fit no other, of 6 GB in all at 66,800 tokens.
+    similarities = x.new_empty(num_groups, min(chunk, num_tokens), num_tokens)
+    for rows, places in zip(x.split(chunk, dim=1), chosen.split(chunk, dim=1), strict=True):
+        found = similarities[:, : rows.shape[1]]  # [B * H, chunk, N]
+        torch.matmul(rows, x.transpose(-1, -2), out=found)
+        for half, (largest, worst) in enumerate(((True, -torch.inf), (False, torch.inf))):
             if mask is not None:
-                similarities.masked_fill_(~mask.unsqueeze(-2), worst)
-            found = similarities.topk(num_similar, largest=largest, sorted=mask is not None)
-            halves.append(found.indices)
-        chosen.append(torch.cat(halves, dim=-1))
-    return torch.cat(chosen, dim=1)
+                found.masked_fill_(~mask.unsqueeze(-2), worst)
+            _, places[:, :, half] = search(
+                found, num_similar, largest=largest, sorted=mask is not None
+            )
+    return chosen.flatten(-2)
+
+
+def _search_groups(x: Tensor, k: int, *, largest: bool, sorted: bool) -> tuple[Tensor, Tensor]:
+    """Do what ``torch.topk`` does along the last dimension, of at least 16 k elements.
+
+    The k groups of the best maxima hold the k best elements; among equal ones, others may be taken.
+    """
+    num_groups = x.shape[-1] // _GROUP_SIZE
+    # Group g is g, g + num_groups ..., so that all maxima come from whole rows, and the last few
+    # elements are in none.
+    groups = x[..., : num_groups * _GROUP_SIZE].unflatten(-1, (_GROUP_SIZE, num_groups))
+    best = groups.amax(-2) if largest else groups.amin(-2)
+    chosen = best.topk(k, largest=largest, sorted=False).indices
+    members = torch.arange(_GROUP_SIZE, device=x.device) * num_groups
+    rest = torch.arange(num_groups * _GROUP_SIZE, x.shape[-1], device=x.device)
+    candidates = torch.cat(
+        [(chosen.unsqueeze(-1) + members).flatten(-2), rest.expand(*x.shape[:-1], -1)], dim=-1
+    )
+    values, places = x.gather(-1, candidates).topk(k, largest=largest, sorted=sorted)
+    return values, candidates.gather(-1, places)

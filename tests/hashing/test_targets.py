@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 
@@ -38,6 +42,45 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     # Rows in chunks of 7, the last of 5.
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 7 * 2 * 3 * 40)
     torch.testing.assert_close(SimilarityTargets.from_rows(x, 5).multiply(y), whole)
+
+
+@pytest.mark.parametrize("tokens", [320, 333])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_search_in_groups_chooses_the_same_tokens(
+    tokens: int, is_masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = draw_unit_rows(2, 3, tokens, 8), draw(2, 3, tokens, seed=1)
+    mask = draw(2, tokens, seed=2) > -0.5 if is_masked else None
+    whole = SimilarityTargets.from_rows(x, 5, mask)
+    searched = []
+    search = module._search_groups
+
+    def remember(*args: Any, **options: Any) -> Any:
+        searched.append(args)
+        return search(*args, **options)
+
+    monkeypatch.setattr(module, "_MANY_TOKENS", tokens)
+    monkeypatch.setattr(module, "_search_groups", remember)
+    grouped = SimilarityTargets.from_rows(x, 5, mask)
+    assert searched
+    assert torch.equal(grouped.row_starts, whole.row_starts)
+    torch.testing.assert_close(grouped.multiply(y), whole.multiply(y))
+
+
+def test_search_keeps_no_chunk() -> None:
+    # 64 chunks of 16 MiB; the tokens that are chosen, and their matrix, take 60 MB.
+    code = """
+import resource, torch
+from ecoformer.hashing.targets import SimilarityTargets
+x = torch.nn.functional.normalize(torch.randn(1, 1, 16_384, 32), dim=-1)
+SimilarityTargets.from_rows(x[:, :, :1024], 10)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+SimilarityTargets.from_rows(x, 10)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    words = [sys.executable, "-c", code]
+    kilobytes = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    assert kilobytes < 200_000
 
 
 def test_a_token_is_its_own_most_similar_one() -> None:
