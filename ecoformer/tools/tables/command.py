@@ -55,6 +55,10 @@ _TABLES = {
         "Long sequences in a short protocol",
         "kinds on ListOps and Pathfinder in few steps, published figures apart",
     ),
+    "scenes": (
+        "Detection and segmentation of SCENES",
+        "softmax, and EcoFormer made of it: AP and mIoU",
+    ),
 }
 # Of tables with data and a network of their own.
 _DEFAULTS: dict[str, dict[str, object]] = {
@@ -130,6 +134,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         table.add_argument("--device", help="cuda, cpu ... (CUDA if there is one)")
         if name == "sequences":
             _add_sequences(table)
+            continue
+        if name == "scenes":
+            _add_scenes(table)
             continue
         table.add_argument("--batch-size", type=int, default=32, help="images a step (%(default)s)")
         if name == "main":
@@ -230,6 +237,26 @@ def _add_sequences(table: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_scenes(table: argparse.ArgumentParser) -> None:
+    table.add_argument("--model", default="pvt_v2_b0", help="backbone (%(default)s)")
+    table.add_argument(
+        "--short-side", type=int, default=128, metavar="PIXELS", help="of a canvas (%(default)s)"
+    )
+    table.add_argument("--batch-size", type=int, default=8, help="canvases a step (%(default)s)")
+    table.add_argument(
+        "--epochs",
+        type=int,
+        nargs=2,
+        default=[5, 2],
+        metavar=("STAGE1", "STAGE2"),
+        help="(%(default)s)",
+    )
+    table.add_argument("--steps", type=int, default=128, help="of an epoch (%(default)s)")
+    table.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (%(default)s)"
+    )
+
+
 def _add_data(table: argparse.ArgumentParser, default: str) -> None:
     table.add_argument("--data-path", help="folder of the data; DIGITS and PAIRS need none")
     table.add_argument(
@@ -271,7 +298,7 @@ def _make(options: argparse.Namespace, command: str) -> Table:
     environment = describe_environment(command, device)
     makers = {
         **{"paper": _make_paper, "main": _make_main, "energy": _make_energy},
-        "sequences": _make_sequences,
+        **{"sequences": _make_sequences, "scenes": _make_scenes},
     }
     make = makers.get(options.table, _make_ablation)
     title, _ = _TABLES[options.table]
@@ -361,6 +388,22 @@ def _make_sequences(options: argparse.Namespace, device: torch.device) -> _Conte
     rows = sequences.run_sequences(data_sets, protocol, options.seeds)
     notes = sequences.describe_protocol(data_sets, protocol, rows)
     return sequences.SEQUENCE_COLUMNS, rows, notes
+
+
+def _make_scenes(options: argparse.Namespace, device: torch.device) -> _Content:
+    from ecoformer.tools.tables import scenes
+
+    protocol = scenes.SceneProtocol(
+        variant=options.model,
+        side=options.short_side,
+        epochs=tuple(options.epochs),
+        steps=options.steps,
+        batch_size=options.batch_size,
+        device=device,
+        folder=options.output_dir / "scenes",
+    )
+    rows = scenes.run_scenes(protocol, options.seeds)
+    return scenes.SCENE_COLUMNS, rows, scenes.describe_scenes(protocol, rows)
 
 
 def _make_ablation(options: argparse.Namespace, device: torch.device) -> _Content:

@@ -20,7 +20,7 @@ from ecoformer.models.registry import find_family
 from ecoformer.tools.runs import run_training
 
 # Light, since the runs are short, and fit for digits, which must not be flipped.
-_FIELDS: dict[str, Any] = {
+LIGHT: dict[str, Any] = {
     "repeated_aug": False,
     "scale": (0.7, 1.0),
     "hflip": 0.0,
@@ -107,7 +107,7 @@ class Recipe:
         self, attention: str, stage: int, seed: int, folder: Path, fields: Mapping[str, object]
     ) -> list[dict[str, float]]:
         own = find_family(self.variant).recipe
-        recipe = {"lr": _RATE, **_FIELDS, **(own if "lr" in own else {})}
+        recipe = {"lr": _RATE, **LIGHT, **(own if "lr" in own else {})}
         run = run_training(
             {
                 **recipe,

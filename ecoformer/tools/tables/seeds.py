@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from ecoformer.tools.table import Column, Value
 
 SEEDS_NOTE = (
-    "top-1 is the mean over seeds, std their standard deviation; vs first row is the mean of the "
-    "differences from the first row, seed by seed. +- 95 % is half the width of Student's t "
+    "A result is the mean over seeds, std their standard deviation; vs first row is the mean of "
+    "the differences from the first row, seed by seed. +- 95 % is half the width of Student's t "
     "interval of such a mean; a difference below its own is not significant over these seeds."
 )
 
