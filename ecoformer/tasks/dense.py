@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from ecoformer.data.loaders import Collate, SampleTransform
 from ecoformer.ranks import max_over_ranks, rank, world_size
 from ecoformer.tasks.base import Meter, Metrics, non_finite_output
 from ecoformer.tasks.loading import LoadedTask
-
-if TYPE_CHECKING:
-    pass
 
 # Where the networks have their backbone.
 _BODY = "backbone.body"

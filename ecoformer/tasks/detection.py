@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,26 @@ from ecoformer.tasks.base import Metrics, Network
 from ecoformer.tasks.dense import DenseMeter, DensePrediction, cut_out
 
 
+class Objects(NamedTuple):
+    """What is found in an image, the surest first."""
+
+    boxes: Tensor  # [n, 4], pixels of the original image
+    scores: Tensor  # [n]
+    labels: Tensor  # [n], int64
+
+
+def find_objects(
+    model: RetinaNet, outputs: Mapping[str, Any], size: tuple[int, int], original_size: Tensor
+) -> Objects:
+    """Read the outputs of one image, (height, width) both as it was seen and as it was."""
+    (found,) = model.detect(outputs, [size])
+    scale = original_size / torch.tensor(size, device=original_size.device)
+    boxes = found["boxes"] * scale.flip(0).repeat(2)
+    return Objects(boxes, found["scores"], found["labels"])
+
+
 class DetectionMeter(DenseMeter):
-    """Detections in pixels of the original images."""
+    """Counts what is found in each image."""
 
     def __init__(self, model: RetinaNet, precision: AveragePrecision, device: torch.device) -> None:
         super().__init__(device)
@@ -31,10 +49,8 @@ class DetectionMeter(DenseMeter):
         for image, size, target in zip(images, sizes.tolist(), targets, strict=True):
             outputs = network(cut_out(image, size))
             self.check(outputs["cls_logits"], outputs["bbox_regression"])
-            [found] = self._model.detect(outputs, [size])
-            scale = target["original_size"] / torch.tensor(size, device=image.device)
-            boxes = found["boxes"] * scale.flip(0).repeat(2)
-            self._precision.add(int(target["image_id"]), boxes, found["scores"], found["labels"])
+            found = find_objects(self._model, outputs, size, target["original_size"])
+            self._precision.add(int(target["image_id"]), *found)
 
     def measure(self) -> Metrics:
         values = self._precision.finish()

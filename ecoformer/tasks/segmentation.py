@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ from ecoformer.tasks.dense import DenseMeter, DensePrediction, cut_out
 from ecoformer.tasks.mean_iou import MeanIou
 
 
+def label_pixels(logits: Tensor, size: tuple[int, int], original_size: Sequence[int]) -> Tensor:
+    """Take logits [1, num_classes, H, W] of one image to classes of its pixels as it was, int64."""
+    height, width = size
+    logits = logits[..., :height, :width]
+    if logits.shape[-2:] != tuple(original_size):
+        logits = F.interpolate(logits, size=tuple(original_size), mode="bilinear")
+    return logits.argmax(1).squeeze(0)
+
+
 class SegmentationMeter(DenseMeter):
     """Pixels of the original images."""
 
@@ -32,13 +42,10 @@ class SegmentationMeter(DenseMeter):
 
     def add(self, network: Network, batch: Any) -> None:
         images, sizes, _, originals = batch
-        for image, (height, width), labels in zip(images, sizes.tolist(), originals, strict=True):
-            logits = as_full_precision(network(cut_out(image, (height, width))))
+        for image, size, labels in zip(images, sizes.tolist(), originals, strict=True):
+            logits = as_full_precision(network(cut_out(image, size)))
             self.check(logits)
-            logits = logits[..., :height, :width]
-            if logits.shape[-2:] != labels.shape:
-                logits = F.interpolate(logits, size=labels.shape, mode="bilinear")
-            self._iou.add(logits.argmax(1).squeeze(0), labels)
+            self._iou.add(label_pixels(logits, size, labels.shape), labels)
 
     def measure(self) -> Metrics:
         values = self._iou.finish()

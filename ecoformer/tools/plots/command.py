@@ -87,6 +87,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     codes.add_argument(
         "--token", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="of its map (the middle)"
     )
+    predictions = add("predictions", "what is detected or segmented in held-out images")
+    predictions.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    predictions.add_argument(
+        "--images", type=int, nargs="+", default=(0, 1, 2, 3), help="numbers %(default)s"
+    )
     add("method", "the method, drawn")
     return parser.parse_args(argv)
 
@@ -111,6 +116,11 @@ def _draw(options: argparse.Namespace) -> Figure:
             layer=options.layer,
             token=options.token,
         )
+    if options.plot == "predictions":
+        from ecoformer.engine.run import load_run
+        from ecoformer.tools.plots.predictions import draw_predictions
+
+        return draw_predictions([load_run(run) for run in options.runs], options.images)
     if options.plot == "energy":
         from ecoformer.cost.prices import find_prices
         from ecoformer.tools.plots.energy import draw_energy
