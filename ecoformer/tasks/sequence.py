@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from ecoformer.data import Loaders, load_splits
 from ecoformer.data.sequences import Sequences, open_sequences, pad_sequences
 from ecoformer.ranks import rank, world_size
 from ecoformer.tasks.classification import Classification
-
-if TYPE_CHECKING:
-    pass
 
 # Of a model that is timed without data.
 _NUM_CLASSES, _NUM_WORDS = 10, 256
