@@ -118,7 +118,7 @@ def build_train_map_transform(*, side: int, hflip: float = 0.0) -> MapTransform:
     The short side becomes half to twice as long as ``side``; then a square of that is cut out.
 
     Returns:
-        A function to [height, width, 3], uint8, and labels [height, width], int64, with None; both
+        A function to [height, width, 3], uint8, and labels [height, width], uint8, with None; both
         sides are ``side``, unless the image has less.
     """
     return partial(_transform_train_map, side=side, hflip=hflip)
@@ -131,7 +131,7 @@ def _transform_train_map(
     image, resized = _resize_both(image, labels, short_side)
     top, left = (_draw(0, max(length - side, 0)) for length in (image.height, image.width))
     square = (left, top, min(left + side, image.width), min(top + side, image.height))
-    pixels, target = _take(image.crop(square)), _as_tensor(resized.crop(square))
+    pixels, target = _take(image.crop(square)), _take(resized.crop(square))
     if _is_flipped(hflip):
         pixels, target = pixels.flip(1), target.flip(1)
     return pixels, (target, None)
@@ -141,8 +141,8 @@ def build_eval_map_transform(*, side: int) -> MapTransform:
     """Build the fixed transform of evaluated images: whole, the short side ``side`` long.
 
     Returns:
-        A function to [height, width, 3], uint8, and labels of that size, int64, with those of the
-        original one, [height, width], int64.
+        A function to [height, width, 3], uint8, and labels of that size, uint8, with those of the
+        original one, [height, width], uint8.
     """
     return partial(_transform_eval_map, side=side)
 
@@ -151,7 +151,7 @@ def _transform_eval_map(
     image: Image.Image, labels: np.ndarray, *, side: int
 ) -> tuple[Tensor, MapTarget]:
     image, resized = _resize_both(image, labels, side)
-    return _take(image), (_as_tensor(resized), _as_tensor(labels))
+    return _take(image), (_take(resized), _take(labels))
 
 
 def _resize_both(
@@ -191,12 +191,12 @@ def collate_label_maps(
     """Make a batch for segmentation.
 
     Returns:
-        Images and sizes as ``collate_boxes``; labels [B, height, width], int64, 255 where there are
-        none; the maps of the original images, [height, width], int64, none in training.
+        Images and sizes as ``collate_boxes``; labels [B, height, width], uint8, 255 where there are
+        none; the maps of the original images, [height, width], uint8, none in training.
     """
     images, sizes = _pad_images([pixels for pixels, _ in samples])
     height, width = images.pixels.shape[1:3]
-    labels = torch.full((len(samples), height, width), IGNORED)
+    labels = torch.full((len(samples), height, width), IGNORED, dtype=torch.uint8)
     for whole, (_, (target, _)) in zip(labels, samples, strict=True):
         whole[: target.shape[0], : target.shape[1]] = target
     originals = [original for _, (_, original) in samples if original is not None]
@@ -212,12 +212,8 @@ def _pad_images(images: Sequence[Tensor]) -> tuple[PaddedBatch, Tensor]:
     return PaddedBatch(pixels, sizes), torch.tensor(sizes)
 
 
-def _take(image: Image.Image) -> Tensor:
+def _take(image: Image.Image | np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(image))
-
-
-def _as_tensor(labels: np.ndarray | Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(labels).astype(np.int64))
 
 
 def _is_flipped(hflip: float) -> bool:

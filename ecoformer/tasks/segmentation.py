@@ -53,7 +53,7 @@ class SegmentationMeter(DenseMeter):
 
 
 class Segmentation(DensePrediction):
-    """Beside images and sizes, a batch has labels [B, H, W], int64, as ``collate_label_maps``."""
+    """Beside images and sizes, a batch has labels [B, H, W], uint8, as ``collate_label_maps``."""
 
     default_classes = 150
 
@@ -76,7 +76,8 @@ class Segmentation(DensePrediction):
     def loss(self, network: Network, batch: Any) -> Tensor:
         images, _, labels, _ = batch
         logits = as_full_precision(network(images))
-        total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        # On the device: on their way there they have a byte a pixel.
+        total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="sum")
         # A crop may show nothing that counts.
         return total / (labels != IGNORED).sum().clamp(min=1)
 

@@ -156,7 +156,7 @@ def test_labels_move_with_their_pixels(size: tuple[int, int], hflip: float) -> N
         torch.manual_seed(seed)
         pixels, (labels, original) = transform(*quarters(*size))
         assert original is None
-        assert labels.dtype == torch.int64 and labels.shape == pixels.shape[:2]
+        assert labels.dtype == torch.uint8 and labels.shape == pixels.shape[:2]
         assert max(labels.shape) <= 48
         # Between two fields, pixels are blended and labels are not.
         is_equal = np.abs(grey(pixels) - labels.numpy()) < 1
@@ -186,7 +186,7 @@ def test_an_evaluated_map_stays_as_it_was() -> None:
     image, labels = quarters(90, 131)
     pixels, (resized, original) = build_eval_map_transform(side=48)(image, labels)
     assert pixels.shape[:2] == resized.shape == fit_size((90, 131), 48, 192) == (48, 70)
-    assert original is not None and original.dtype == torch.int64
+    assert original is not None and original.dtype == torch.uint8
     np.testing.assert_array_equal(original, labels)
 
 
@@ -238,7 +238,8 @@ def test_label_maps_become_a_padded_batch() -> None:
     samples = [transform(*quarters(*size)) for size in ((40, 60), (80, 80), (31, 97))]
     images, sizes, labels, originals = collate_label_maps(samples)
     assert images.unpack(CPU).shape == (3, 3, 64, 128) and labels.shape == (3, 64, 128)
-    assert labels.dtype == torch.int64
+    # A byte a pixel on the way to the device.
+    assert labels.dtype == torch.uint8 and {one.dtype for one in originals} == {torch.uint8}
     assert sizes.tolist() == [[40, 60], [40, 40], [40, 125]]
     assert [tuple(original.shape) for original in originals] == [(40, 60), (80, 80), (31, 97)]
     for one, (height, width), (_, (target, _)) in zip(labels, sizes.tolist(), samples, strict=True):
