@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ecoformer.tools.figures import make_figure, save_figure
@@ -87,6 +87,7 @@ class Report:
         checks: a line each.
         slope_from: N from which on slopes are fitted.
         done: parts that are measured, and the number of rows after each.
+        sample: what a batch has several of.
     """
 
     environment: dict[str, str]
@@ -95,6 +96,7 @@ class Report:
     checks: list[str] = field(default_factory=list)
     slope_from: int = 0
     done: dict[str, int] = field(default_factory=dict)
+    sample: str = "image"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -151,7 +153,8 @@ class Report:
         if not (slopes := self.slopes()):
             return ""
         rows = [asdict(slope) for slope in slopes]
-        title = "exponent of N: time an image, peak memory an image (inputs aside)"
+        each = f"per {self.sample}"
+        title = f"exponent of N: time {each}, peak memory {each} (inputs aside)"
         if self.slope_from:
             title = f"{title}, from N={self.slope_from} on"
         return f"{title}\n\n{format_markdown(_SLOPE_COLUMNS, rows)}"
@@ -161,7 +164,11 @@ class Report:
         first = rows[0]
         title = f"{first.task}, B={first.batch_size} N={first.num_tokens}"
         cells = [self._describe(row, first) for row in rows]
-        return f"{title}\n\n{format_markdown(_COLUMNS, cells)}"
+        columns = [
+            replace(column, title=f"{self.sample}s/s") if column.key == "images_per_s" else column
+            for column in _COLUMNS
+        ]
+        return f"{title}\n\n{format_markdown(columns, cells)}"
 
     def _describe(self, row: Measurement, first: Measurement) -> Row:
         cells: dict[str, Value] = {"name": row.name, "note": row.note}
@@ -185,7 +192,7 @@ class Report:
         return cells
 
     def draw(self, path: Path) -> None:
-        """Draw time and memory of an image against N, a line a curve, as PNG.
+        """Draw time and memory of a sample against N, a line a curve, as PNG.
 
         Raises:
             InputError: the disk refuses.
@@ -198,8 +205,9 @@ class Report:
             if points := _memory_points(rows):
                 numbers, bytes_ = zip(*points, strict=True)
                 memory_axes.plot(numbers, [peak / 2**20 for peak in bytes_], marker="o")
-        for axes, unit in ((time_axes, "ms an image"), (memory_axes, "peak MiB an image")):
-            axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
+        for axes, unit in ((time_axes, "ms"), (memory_axes, "peak MiB")):
+            label = f"{unit} per {self.sample}"
+            axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
             axes.grid(which="both", alpha=0.3)
         figure.legend(loc="outside upper center", ncols=2, fontsize="small")
         save_figure(figure, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -146,8 +146,9 @@ def run_suite(
     device = choose_device(suite.device)
     environment = describe_environment(command, device) | {"dtype": suite.dtype}
     settle_allocator()
-    slope_from = sequences.SLOPE_FROM if "sequences" in suite.parts else 0
-    report = Report(environment, copy_bandwidth(device), slope_from=slope_from)
+    report = Report(environment, copy_bandwidth(device))
+    if "sequences" in suite.parts:
+        report = replace(report, sample="sequence", slope_from=sequences.SLOPE_FROM)
     if json and time_budget is not None and json.exists():
         report = _go_on(report, json)
 

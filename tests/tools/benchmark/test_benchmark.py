@@ -264,7 +264,9 @@ def test_steps_of_sequences_are_timed_over_their_length(
     numbers, medians = (np.log(column) for column in zip(*times, strict=True))
     (slope,) = (slope["time"] for slope in content["slopes"] if slope["name"] == "msa")
     assert slope == pytest.approx(np.polyfit(numbers, medians, 1)[0])
-    assert "exponent of N" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "exponent of N: time per sequence" in said and "| sequences/s |" in said
+    assert "image" not in said
 
 
 def test_a_step_changes_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
