@@ -152,3 +152,20 @@ def test_help_names_the_flags_that_matter(capsys: pytest.CaptureFixture[str]) ->
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert all(flag in out for flag in ("--json", "--config", "--model", "--nbits", "--input-size"))
+
+
+@pytest.mark.parametrize(("task", "size"), [("detection", [96, 160]), ("segmentation", [96, 96])])
+def test_a_dense_task_counts_its_heads_at_its_own_size(
+    task: str, size: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--task", task, "--short-side", "96", "--long-side", "160"]
+    words += ["--data-set", "COCO" if task == "detection" else "ADE20K"]
+    assert get_energy.main(words) == 0
+    assert capsys.readouterr().out.startswith(f"{task} by pvt_v2_b0, ecoformer attention, one")
+    assert get_energy.main([*words, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["task"], answer["input_size"]) == (task, size)
+    heads = [layer["mul"] for layer in answer["layers"] if ".body." not in layer["name"]]
+    # By far the most, of 256 channels in each level.
+    assert sum(heads) > answer["mul"] / 2
+    assert any("choice of boxes count nothing" in note for note in answer["notes"])

@@ -30,7 +30,8 @@ def run_get_energy(argv: Sequence[str] | None = None, family: ModelFamily | None
         "[--node NODE] [--precision PRECISION] ...",
         description="Count operations, energy, area and memory traffic of a model for one image.",
         epilog=f"Flags that shape the model are those of {train}: --config, --model, --attn_type, "
-        "--input-size, --nbits, --anchor; its others change nothing here.",
+        "--input-size, --nbits, --anchor, and --task with --short-side and --long-side; its others "
+        "change nothing here.",
     )
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON; to stdout without FILE"

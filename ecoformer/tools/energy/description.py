@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import textwrap
 from dataclasses import asdict
+from functools import partial
 
 from ecoformer.attention import attention_class, attention_kinds
 from ecoformer.config import Config
 from ecoformer.cost import Cost, Prices, count_cost
 from ecoformer.cost.count import ADD_AREA_UM2, MUL_AREA_UM2
 from ecoformer.models.registry import ModelFamily
+from ecoformer.tasks import find_task
+from ecoformer.tasks.dense import DensePrediction
 from ecoformer.tools.table import Column, Row, format_markdown
 
 _COLUMNS = (
@@ -24,6 +27,7 @@ _SCOPE = (
     "Counted are the multiplications and additions of one image. GELU, ReLU, softmax, pooling and "
     "residual sums count nothing. Energy is a model by published figures, {prices}."
 )
+_DENSE = "Group normalisation, resizing of maps and the choice of boxes count nothing either."
 _AREA = f"Area is that of a unit an operation, {MUL_AREA_UM2:,} and {ADD_AREA_UM2:,} um^2."
 _TRAFFIC = (
     "Traffic is of an image alone, beside that energy: each layer reads weights and inputs once "
@@ -33,20 +37,30 @@ _TRAFFIC = (
 
 
 def count(config: Config, family: ModelFamily) -> Cost:
-    """Count the cost of the model of a run.
+    """Count the cost of the model of a run, the heads of its task with it.
 
     Raises:
         InputError: the family has no such model, or it takes no images of that size.
     """
-    settings = config.model
-    model = family.create_empty(
+    settings, task = config.model, find_task(config.run.task)
+    create = partial(
+        family.create_empty,
         settings.model,
         settings.attn_type,
         input_size=settings.input_size,
         hashing=config.hashing,
         **settings.keywords,
     )
-    return count_cost(model, settings.input_size)
+    model = task(config).create_model(create) if issubclass(task, DensePrediction) else create()
+    return count_cost(model, find_image_size(config))
+
+
+def find_image_size(config: Config) -> tuple[int, int]:
+    """Height and width of an image of a run, of those it is timed with where sizes differ."""
+    task = find_task(config.run.task)
+    if issubclass(task, DensePrediction):
+        return task(config).input_sides
+    return config.model.input_size, config.model.input_size
 
 
 def to_text(config: Config, cost: Cost, prices: Prices) -> str:
@@ -60,9 +74,11 @@ def to_text(config: Config, cost: Cost, prices: Prices) -> str:
     model = config.model
     height, width = cost.input_size
     area = [f"area             {cost.area_um2 / 1e12:.2f} m^2"] if prices.is_papers else []
+    is_classifier = config.run.task == "classification"
     return "\n".join(
         [
-            f"{model.model}, {model.attn_type} attention, one image of {height} x {width} pixels",
+            f"{'' if is_classifier else f'{config.run.task} by '}{model.model}, {model.attn_type} "
+            f"attention, one image of {height} x {width} pixels",
             "",
             format_markdown(_COLUMNS, rows),
             "",
@@ -74,7 +90,7 @@ def to_text(config: Config, cost: Cost, prices: Prices) -> str:
             f"traffic          {_describe_traffic(cost, prices, with_maps=False)}",
             f"with N x N maps  {_describe_traffic(cost, prices, with_maps=True)}",
             "",
-            *(textwrap.fill(note, 100) for note in _list_notes(cost, prices)),
+            *(textwrap.fill(note, 100) for note in _list_notes(config, cost, prices)),
         ]
     )
 
@@ -92,6 +108,7 @@ def to_json(config: Config, cost: Cost, prices: Prices) -> str:
     """Write everything: totals, kinds of layers, and each layer."""
     model = config.model
     content = {
+        "task": config.run.task,
         "model": model.model,
         "attention": model.attn_type,
         "hashing": asdict(config.hashing) if model.attn_type == "ecoformer" else None,
@@ -112,7 +129,7 @@ def to_json(config: Config, cost: Cost, prices: Prices) -> str:
             for kind, (mul, add) in cost.by_kind().items()
         },
         "layers": [asdict(layer) for layer in cost.layers],
-        "notes": _list_notes(cost, prices),
+        "notes": _list_notes(config, cost, prices),
     }
     return json.dumps(content, indent=1)
 
@@ -123,9 +140,10 @@ def _list_traffic(cost: Cost, prices: Prices, *, with_maps: bool) -> dict[str, o
     return {"bytes": num_bytes, "energy_pj": energy_pj}
 
 
-def _list_notes(cost: Cost, prices: Prices) -> list[str]:
+def _list_notes(config: Config, cost: Cost, prices: Prices) -> list[str]:
     classes = map(attention_class, attention_kinds())
     notes = [cls.cost_note for cls in classes if f"{cls.kind} attention" in cost.by_kind()]
     area = _AREA if prices.is_papers else ""
     traffic = _TRAFFIC.format(memory=prices.memory)
-    return [*filter(None, [_SCOPE.format(prices=prices), area, traffic, *notes])]
+    dense = _DENSE if issubclass(find_task(config.run.task), DensePrediction) else ""
+    return [*filter(None, [_SCOPE.format(prices=prices), dense, area, traffic, *notes])]
