@@ -66,7 +66,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Measured values, by their names in ``log.txt``; the primary one says which epoch is best."""
+    """Measured values, by their names in ``log.txt``; the primary one says which epoch is best.
+
+    It comes first, a loss aside: so pictures of a log find it.
+    """
 
     values: Mapping[str, float]
     primary: str

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ecoformer.attention import EcoFormerAttention, SoftmaxAttention
-from ecoformer.data.datasets import LabelledImages, open_dataset
+from ecoformer.data.datasets import IMAGE_SETS, LabelledImages, open_dataset
 from ecoformer.engine.run import Run
 from ecoformer.errors import InputError
 from ecoformer.ops import hash_attention_weights
@@ -113,9 +113,15 @@ class Pair:
         """Take two runs on the same images.
 
         Raises:
-            InputError: one has another attention, or lacks its data or checkpoint.
+            InputError: one has another attention, or lacks its data or checkpoint; or its images
+                have no one label.
         """
         config = ecoformer.config
+        if config.data.data_set not in IMAGE_SETS:
+            raise InputError(
+                f"{ecoformer.folder} is a run on {config.data.data_set}, and codes are drawn on "
+                f"images with one label: give runs on {', '.join(IMAGE_SETS)}."
+            )
         side = config.model.input_size
         images = open_dataset(config.data.data_set, config.data.data_path, "val", input_size=side)
         pair = cls(softmax.model, ecoformer.model, images, side)

@@ -18,32 +18,58 @@ from ecoformer.tools.tables.costs import describe_cost
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Key in a log to a name on an axis; a task of somebody's own is measured by its key.
+_MEASURES = {"test_acc1": "top-1 %", "test_AP": "AP %", "test_mIoU": "mIoU %"}
 
-def draw_curves(runs: Sequence[Path]) -> Figure:
-    """Draw loss and accuracy over epochs on two axes, a line a run.
+
+def find_measure(runs: Sequence[Path]) -> tuple[str, str]:
+    """Find what runs are measured by: its key in their logs, and what pictures call it.
+
+    It is the first that was measured, a loss aside: ``Metrics`` begins with it.
 
     Raises:
-        InputError: a folder holds no log, or no epoch in it.
+        InputError: a folder holds no log, or no epoch in it, or runs are of different tasks.
     """
-    figure, (losses, accuracies) = make_figure(2)
-    is_ambiguous = len({run.resolve().name for run in runs}) < len(runs)
+    found: dict[str, Path] = {}
     for run in runs:
         records = read_log(run)
         if not records:
             raise InputError(f"{run} has finished no epoch yet; give a run that has.")
-        if "test_acc1" not in records[0]:
-            raise InputError(f"{run} classifies no images: its log has no test_acc1.")
+        keys = (key for key in records[0] if key.startswith("test_") and key != "test_loss")
+        key = next(keys, None)
+        if key is None:
+            raise InputError(f"{run} was never measured: its log has no test_acc1 or the like.")
+        found.setdefault(key, run)
+    (key, run), *others = found.items()
+    for other, another in others:
+        raise InputError(
+            f"{run} is measured by {key}, and {another} by {other}; give runs of one task."
+        )
+    return key, _MEASURES.get(key, key)
+
+
+def draw_curves(runs: Sequence[Path]) -> Figure:
+    """Draw the loss, and what runs are measured by, over epochs on two axes, a line a run.
+
+    Raises:
+        InputError: see ``find_measure``.
+    """
+    measure, title = find_measure(runs)
+    figure, (losses, measures) = make_figure(2)
+    is_ambiguous = len({run.resolve().name for run in runs}) < len(runs)
+    for run in runs:
+        records = read_log(run)
         epochs = [record["epoch"] + 1 for record in records]
         # Seeds of a table's runs lie in folders above them.
         label = "/".join(run.resolve().parts[-2:]) if is_ambiguous else run.resolve().name
-        for axes, key in ((losses, "train_loss"), (accuracies, "test_acc1")):
+        for axes, key in ((losses, "train_loss"), (measures, measure)):
             axes.plot(epochs, [record[key] for record in records], marker=".", label=label)
     losses.set(xlabel="epoch", ylabel="training loss")
-    accuracies.set(xlabel="epoch", ylabel="top-1 %")
-    for axes in (losses, accuracies):
+    measures.set(xlabel="epoch", ylabel=title)
+    for axes in (losses, measures):
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
-    accuracies.legend(fontsize="small")
+    measures.legend(fontsize="small")
     return figure
 
 
@@ -59,8 +85,12 @@ def draw_tradeoff(tables: Sequence[Path]) -> Figure:
     return draw_points([row for table in tables for row in _read_rows(table)])
 
 
-def draw_points(rows: Sequence[Row]) -> Figure:
-    """Draw accuracy against energy of rows with ``name, energy_pj, top1`` and maybe an interval."""
+def draw_points(rows: Sequence[Row], title: str = "top-1 %") -> Figure:
+    """Draw accuracy against energy of rows with ``name, energy_pj, top1`` and maybe an interval.
+
+    Args:
+        title: of what stands in ``top1``.
+    """
     figure, (axes,) = make_figure(width=6.0)
     # There are ten colours; then they come again with another marker.
     markers = (marker for marker in cycle("os^D") for _ in range(10))
@@ -73,7 +103,7 @@ def draw_points(rows: Sequence[Row]) -> Figure:
             capsize=3,
             label=row["name"],
         )
-    axes.set(xlabel="energy an image, mJ (45 nm model)", ylabel="top-1 %")
+    axes.set(xlabel="energy an image, mJ (45 nm model)", ylabel=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure

@@ -11,9 +11,10 @@ from ecoformer.cost.executed import count_executed
 from ecoformer.engine.run import Run, load_run
 from ecoformer.errors import InputError
 from ecoformer.models.registry import find_family
+from ecoformer.tools.energy.description import find_image_size
 from ecoformer.tools.figures import to_svg
 from ecoformer.tools.plots.codes import Pair, draw_codes
-from ecoformer.tools.plots.curves import draw_cost, draw_curves, draw_points
+from ecoformer.tools.plots.curves import draw_cost, draw_curves, draw_points, find_measure
 from ecoformer.tools.report.page import Picture, Section
 from ecoformer.tools.table import Column, Value
 from ecoformer.tools.tables.costs import EXECUTED_NOTE, add_savings, cost_columns
@@ -43,10 +44,9 @@ class Group:
     def first(self) -> Run:
         return next(iter(self.runs.values()))
 
-    @property
-    def results(self) -> dict[int, float]:
-        """Seed to top-1 after the last epoch, %."""
-        return {seed: run.log[-1]["test_acc1"] for seed, run in self.runs.items()}
+    def results(self, measure: str) -> dict[int, float]:
+        """Seed to what was measured after the last epoch, by its key in the log."""
+        return {seed: run.log[-1][measure] for seed, run in self.runs.items()}
 
 
 def read_groups(folders: Sequence[Path]) -> list[Group]:
@@ -68,11 +68,6 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
             raise InputError(
                 f"{folder} is a run on {family.inputs}, and a report counts what an image costs; "
                 "leave it out, and draw its curves by ecoformer plots curves."
-            )
-        if run.log and "test_acc1" not in run.log[-1]:
-            raise InputError(
-                f"{folder} classifies no images: its log has no test_acc1, and a report compares "
-                "that; leave it out."
             )
         variant, attention = family.resolve(model.model, model.attn_type)
         group = groups.setdefault(key, Group(folder.resolve().name, variant, attention, {}))
@@ -97,21 +92,23 @@ def write_sections(
         InputError: a run, its data or an image is not there.
     """
     # First: it reads all logs, and refuses what has none.
+    measure, title = find_measure(folders)
+    name = title.removesuffix(" %")
     curves = Picture(
         to_svg(draw_curves(folders), "curves"),
-        "Training loss and top-1 on the validation images after each epoch.",
+        f"Training loss and {name} on the validation images after each epoch.",
     )
     groups = read_groups(folders)
-    rows = _describe(groups)
-    yield _write_table(groups, rows)
+    rows = _describe(groups, measure)
+    yield _write_table(groups, rows, title)
     yield Section("Training", [curves])
     yield Section(
         "Energy against accuracy",
         [
             Picture(
-                to_svg(draw_points(rows), "tradeoff"),
-                "Arithmetic of one image in the paper's 45 nm model; top-1 after the last epoch, "
-                "with its 95 % interval where there are seeds.",
+                to_svg(draw_points(rows, title), "tradeoff"),
+                f"Arithmetic of one image in the paper's 45 nm model; {name} after the last "
+                "epoch, with its 95 % interval where there are seeds.",
             )
         ],
     )
@@ -119,26 +116,26 @@ def write_sections(
     yield _write_codes(groups, images)
 
 
-def _describe(groups: Sequence[Group]) -> list[dict[str, Value]]:
+def _describe(groups: Sequence[Group], measure: str) -> list[dict[str, Value]]:
     rows: list[dict[str, Value]] = []
     for group in groups:
         run = group.first
-        side = run.config.model.input_size
-        cost = count_cost(run.model, side)
+        size = find_image_size(run.config)
+        cost = count_cost(run.model, size)
         row: dict[str, Value] = {
             "name": group.name,
             "model": group.variant,
             "attention": find_family(group.variant).label(group.attention),
             "data": run.config.data.data_set,
-            "input_size": side,
+            "input_size": size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}",
             "epochs": len(run.log),
-            **describe_seeds(group.results, groups[0].results if rows else None),
+            **describe_seeds(group.results(measure), groups[0].results(measure) if rows else None),
             "parameters": cost.num_parameters,
             "mul": cost.mul,
             "add": cost.add,
             "energy_pj": cost.energy_pj,
             "traffic_bytes": cost.traffic_bytes(),
-            "executed": count_executed(run.model, side),
+            "executed": count_executed(run.model, size),
         }
         if rows:
             add_savings(row, rows[0])
@@ -146,7 +143,7 @@ def _describe(groups: Sequence[Group]) -> list[dict[str, Value]]:
     return rows
 
 
-def _write_table(groups: Sequence[Group], rows: Sequence[dict[str, Value]]) -> Section:
+def _write_table(groups: Sequence[Group], rows: Sequence[dict[str, Value]], title: str) -> Section:
     is_small = max(float(row["energy_pj"] or 0) for row in rows) < 1e9
     columns = (
         Column("name", "run"),
@@ -155,7 +152,7 @@ def _write_table(groups: Sequence[Group], rows: Sequence[dict[str, Value]]) -> S
         Column("data", "data"),
         Column("input_size", "px", ".0f"),
         Column("epochs", "epochs", ".0f"),
-        *seed_columns(),
+        *seed_columns(title),
         *cost_columns(is_small=is_small),
         Column("traffic_bytes", "moved MB", ".1f", 1e6),
     )
@@ -164,7 +161,7 @@ def _write_table(groups: Sequence[Group], rows: Sequence[dict[str, Value]]) -> S
         "float32 and with softmax fused."
     ]
     if any(len(group.runs) > 1 for group in groups) or len(rows) > 1:
-        notes.insert(0, SEEDS_NOTE)
+        notes.insert(0, SEEDS_NOTE.replace("top-1", title.removesuffix(" %")))
     return Section("Runs", table=(columns, rows), notes=notes)
 
 
@@ -179,8 +176,9 @@ def _write_costs(groups: Sequence[Group]) -> Section:
         pictures.append(
             Picture(
                 to_svg(figure, f"cost-{variant}"),
-                f"Arithmetic of one image through {variant} by attention kind, in the paper's 45 "
-                "nm model, with the published hash settings; both axes are logarithmic.",
+                f"Arithmetic of one image through {variant}, with a classifier, by attention kind, "
+                "in the paper's 45 nm model, with the published hash settings; both axes are "
+                "logarithmic.",
             )
         )
     return Section("Cost against resolution", pictures, notes=notes)

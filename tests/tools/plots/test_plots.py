@@ -16,12 +16,13 @@ from torch import nn
 import pvt
 from ecoformer.attention import EcoFormerAttention
 from ecoformer.cost import find_prices
+from ecoformer.engine.run import load_run
 from ecoformer.errors import InputError
 from ecoformer.hash_config import HashConfig
 from ecoformer.hashing import with_random_hash_functions
 from ecoformer.ops import hash_attention
 from ecoformer.ops.attention import ValueBias
-from ecoformer.tools.plots.codes import view_token
+from ecoformer.tools.plots.codes import Pair, view_token
 from ecoformer.tools.plots.command import main
 from ecoformer.tools.plots.curves import draw_curves, draw_tradeoff
 from ecoformer.tools.plots.energy import draw_energy
@@ -202,6 +203,29 @@ def test_a_run_without_an_epoch_has_no_curve(tmp_path: Path) -> None:
     (tmp_path / "log.txt").touch()
     with pytest.raises(InputError, match="has finished no epoch yet"):
         draw_curves([tmp_path])
+
+
+@pytest.mark.parametrize(("key", "title"), [("test_AP", "AP %"), ("test_mine", "test_mine")])
+def test_a_curve_is_of_what_the_task_measures(key: str, title: str, tmp_path: Path) -> None:
+    record = {"epoch": 0, "train_loss": 2.0, "test_loss": 1.0, key: 37.2, "test_AP50": 57.2}
+    (tmp_path / "log.txt").write_text(json.dumps(record))
+    _, measures = draw_curves([tmp_path]).axes
+    assert points(measures.lines[0]) == [[1, 37.2]] and measures.get_ylabel() == title
+
+
+def test_curves_of_different_tasks_share_no_axis(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.5, "test_mIoU": 37.2}\n')
+    with pytest.raises(InputError, match=r"msa is measured by test_acc1, and .* by test_mIoU"):
+        draw_curves([runs["msa"], tmp_path])
+
+
+def test_codes_are_drawn_on_images_with_one_label(runs: dict[str, Path]) -> None:
+    with (runs["ecoformer"] / "config.yaml").open("a") as file:
+        file.write("task: segmentation\nshort_side: 64\n")
+    text = (runs["ecoformer"] / "config.yaml").read_text().replace("DIGITS", "SCENES")
+    (runs["ecoformer"] / "config.yaml").write_text(text.replace("input_size: 32\n", ""))
+    with pytest.raises(InputError, match="ecoformer is a run on SCENES, and codes are drawn on"):
+        Pair.of(load_run(runs["msa"]), load_run(runs["ecoformer"]))
 
 
 def test_only_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

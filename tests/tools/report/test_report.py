@@ -8,12 +8,17 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 import pvt
 from ecoformer import count_cost
+from ecoformer.config import make_config, to_yaml
 from ecoformer.engine.run import train
+from ecoformer.engine.session import create_model, create_task
 from ecoformer.errors import InputError
+from ecoformer.hashing import with_random_hash_functions
 from ecoformer.tools.figures import make_figure
 from ecoformer.tools.plots.codes import Pair
 from ecoformer.tools.report import command, content
@@ -21,6 +26,7 @@ from ecoformer.tools.report.content import read_groups, write_sections
 from ecoformer.tools.report.page import Section, format_page
 from ecoformer.tools.table import Column
 from tests.tasks.test_sequence import configure
+from tests.tasks.tiny_pyramid import shrink
 from tests.tools.report.browser import Page, find_browser, open_browser
 from tests.tools.report.runs import write_run
 
@@ -139,11 +145,32 @@ def test_the_same_run_twice(tmp_path: Path) -> None:
         read_groups([run, run])
 
 
-def test_a_run_that_classifies_nothing_is_refused(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "boxes", "msa")
-    (run / "log.txt").write_text('{"epoch": 0, "train_loss": 1.5, "test_AP": 37.2}\n')
-    with pytest.raises(InputError, match="boxes classifies no images: its log has no test_acc1"):
-        read_groups([run])
+def test_detectors_are_compared_by_their_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By AP, at what they cost as a whole on images of their size."""
+    shrink(monkeypatch)
+    runs = []
+    for kind in ("msa", "ecoformer"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        words = {"task": "detection", "model": "pvt_v2_b0", "attn_type": kind, "data_set": "SCENES"}
+        config = make_config(**words, short_side=64, device="cpu", num_workers=0)
+        (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "log.txt").write_text('{"epoch": 0, "train_loss": 1.5, "test_AP": 37.2}\n')
+        model = create_model(config, create_task(config))
+        model.head.classification_head.cls_logits = nn.Conv2d(16, 90, 3, padding=1)  # type: ignore
+        torch.save(with_random_hash_functions(model).state_dict(), folder / "last_checkpoint.pth")
+        runs.append(folder)
+    table, training, *_, codes = write_sections(runs, [0])
+    assert table.table is not None
+    columns, (softmax, ours) = table.table
+    assert {"AP %", "px"} <= {column.title for column in columns}
+    assert (ours["top1"], ours["input_size"], ours["data"]) == (37.2, 64, "SCENES")
+    # The heads, which are alike, are most of it.
+    assert softmax["parameters"] > 3e6
+    assert "Training loss and AP" in training.pictures[0].caption
+    assert "codes are drawn on images with one label" in codes.notes[0]
 
 
 def test_a_run_on_sequences_is_refused(tmp_path: Path) -> None:
@@ -180,8 +207,8 @@ def refuse(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "pages" / "x.html"
     assert "give a run's folder" in refuse(capsys, tmp_path / "none", "--output", page)
-    other = write_run(tmp_path / "other", "msa", train_loss=1.0, test_map=0.5)
-    assert "classifies no images" in refuse(capsys, other, "--output", page)
+    other = write_run(tmp_path / "other", "msa", train_loss=1.0)
+    assert "was never measured" in refuse(capsys, other, "--output", page)
     runs = [write_run(tmp_path / kind, kind) for kind in ("msa", "ecoformer")]
     words = [*runs, "--output", page, "--images", 360]
     assert "there are 360 validation images" in refuse(capsys, *words)
