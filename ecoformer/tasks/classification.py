@@ -19,9 +19,6 @@ from ecoformer.sums import ExactMean
 from ecoformer.tasks.base import Meter, Metrics, Network, non_finite_output
 from ecoformer.tasks.loading import LoadedTask
 
-# Of a model that is timed without data.
-_NUM_CLASSES = 1000
-
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy(Metrics):
@@ -99,6 +96,7 @@ class Classification(LoadedTask):
     samples = "images"
     has_logits = True
     inputs: str | None = "images"
+    default_classes = 1000
 
     def open_loaders(self, *, is_train: bool, pin_memory: bool) -> Loaders:
         """Open the splits; of a batch, the labels are the last."""
@@ -113,8 +111,8 @@ class Classification(LoadedTask):
             train=is_train,
         )
 
-    def create_model(self, create: Callable[..., nn.Module]) -> nn.Module:
-        return create(num_classes=self._loaders.num_classes if self._loaders else _NUM_CLASSES)
+    def build_model(self, create: Callable[..., nn.Module], num_classes: int) -> nn.Module:
+        return create(num_classes=num_classes)
 
     def prepare(self, batch: Any) -> Any:
         mixup = self._loaders.mixup if self._loaders else None

@@ -39,8 +39,6 @@ class DensePrediction(LoadedTask):
 
     samples = "images"
     inputs = "images"
-    # Of a model that is timed without data.
-    default_classes: int
     without_meaning = DENSE_WITHOUT_MEANING
 
     def explain(self, off: object) -> str:
@@ -80,9 +78,7 @@ class DensePrediction(LoadedTask):
         """Probability of a flip in training; a digit that is flipped is none."""
         return 0.0 if self.config.data.data_set == "SCENES" else self.config.augment.hflip
 
-    def create_model(self, create: Callable[..., nn.Module]) -> nn.Module:
-        loaders = self._loaders
-        num_classes = loaders.num_classes if loaders else self.default_classes
+    def build_model(self, create: Callable[..., nn.Module], num_classes: int) -> nn.Module:
         return self.build_network(create(num_classes=0), num_classes)
 
     def start_from(

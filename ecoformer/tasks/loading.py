@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from ecoformer.data import Loaders
 from ecoformer.errors import InputError
@@ -24,6 +25,8 @@ class LoadedTask(Task):
         InputError: a setting has a value that has no meaning here.
     """
 
+    # Of a model that is built without data.
+    default_classes: int
     # Settings of no meaning, and the value that each has then.
     without_meaning: Mapping[str, object] = MappingProxyType({})
 
@@ -46,6 +49,14 @@ class LoadedTask(Task):
         Raises:
             InputError: the data are not there, or not as they should be.
         """
+
+    @abstractmethod
+    def build_model(self, create: Callable[..., nn.Module], num_classes: int) -> nn.Module:
+        """Build the model of so many classes; ``create`` as for ``create_model``."""
+
+    def create_model(self, create: Callable[..., nn.Module]) -> nn.Module:
+        loaders = self._loaders
+        return self.build_model(create, loaders.num_classes if loaders else self.default_classes)
 
     def open_data(self, device: torch.device, *, is_train: bool) -> Data:
         self._loaders = loaders = self.open_loaders(

@@ -14,8 +14,8 @@ from ecoformer.data.sequences import Sequences, open_sequences, pad_sequences
 from ecoformer.ranks import rank, world_size
 from ecoformer.tasks.classification import Classification
 
-# Of a model that is timed without data.
-_NUM_CLASSES, _NUM_WORDS = 10, 256
+# Of a model that is built without data.
+_NUM_WORDS = 256
 
 
 class SequenceClassification(Classification):
@@ -27,6 +27,7 @@ class SequenceClassification(Classification):
 
     samples = "sequences"
     inputs = "tokens"
+    default_classes = 10
     without_meaning = NOT_AUGMENTED
 
     def explain(self, off: object) -> str:
@@ -49,12 +50,12 @@ class SequenceClassification(Classification):
             collate=pad_sequences,
         )
 
-    def create_model(self, create: Callable[..., nn.Module]) -> nn.Module:
-        sizes = {"num_classes": _NUM_CLASSES, "num_words": _NUM_WORDS}
+    def build_model(self, create: Callable[..., nn.Module], num_classes: int) -> nn.Module:
+        num_words = _NUM_WORDS
         if self._loaders is not None:
-            sequences = cast(Sequences, self._loaders.eval.images)
-            sizes = {"num_classes": self._loaders.num_classes, "num_words": sequences.num_words}
-        return create(max_tokens=self.config.model.max_tokens, **sizes)
+            num_words = cast(Sequences, self._loaders.eval.images).num_words
+        max_tokens = self.config.model.max_tokens
+        return create(num_classes=num_classes, num_words=num_words, max_tokens=max_tokens)
 
     def fit_inputs(self, batch: Any) -> Any:
         return tuple(batch[:-1])
