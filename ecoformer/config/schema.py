@@ -118,6 +118,8 @@ class DataConfig:
     """Training samples of an epoch, drawn anew each time; None: all."""
     eval_samples: int | None = None
     """Held-out samples to evaluate on, the same ones in every run; None: all."""
+    eval_split: Literal["val", "test"] = "val"
+    """Split that --eval measures; LISTOPS and PATHFINDER have a test split, for the end."""
     repeated_aug: bool = True
     """An epoch is a third of the training images, three times each, augmented differently."""
     max_bad_images: int = 0

@@ -15,6 +15,8 @@ from ecoformer.data.pathfinder import Pathfinder
 from ecoformer.errors import InputError
 
 DATA_SETS = ("LISTOPS", "PATHFINDER", "PIXELS")
+# Of all data sets, those with a third split.
+TEST_SETS = ("LISTOPS", "PATHFINDER")
 
 
 class Sequences(LabelledSamples, Protocol):
@@ -62,7 +64,7 @@ def open_sequences(name: str, path: str | None, split: str, *, max_tokens: int) 
     Args:
         name: one of ``DATA_SETS``.
         path: folder of Fashion-MNIST for ``"PIXELS"``, which are those of the digits without.
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"`` or ``"val"``, or ``"test"`` of ``TEST_SETS``.
         max_tokens: what the model has positions for; ``"LISTOPS"`` are written for it.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -11,11 +12,14 @@ import torch
 from torch import nn
 
 from ecoformer.data import Loaders
+from ecoformer.data.sequences import TEST_SETS
 from ecoformer.errors import InputError
 from ecoformer.tasks.base import Data, Task
 
 if TYPE_CHECKING:
     from ecoformer.config import Config
+
+_logger = logging.getLogger(__name__)
 
 
 class LoadedTask(Task):
@@ -59,6 +63,9 @@ class LoadedTask(Task):
         return self.build_model(create, loaders.num_classes if loaders else self.default_classes)
 
     def open_data(self, device: torch.device, *, is_train: bool) -> Data:
+        if self.config.data.eval_split == "test":
+            self._check_test_split(is_train)
+            _logger.info("measuring the test split of %s", self.config.data.data_set)
         self._loaders = loaders = self.open_loaders(
             is_train=is_train, pin_memory=device.type == "cuda"
         )
@@ -70,6 +77,19 @@ class LoadedTask(Task):
             f"validation {self.samples} of {loaders.num_classes} classes",
             loaders.fingerprint(),
         )
+
+    def _check_test_split(self, is_train: bool) -> None:
+        data_set = self.config.data.data_set
+        if data_set not in TEST_SETS:
+            raise InputError(
+                f"--eval-split test: {data_set} has no third split, as {' and '.join(TEST_SETS)} "
+                "have; leave it out."
+            )
+        if is_train:
+            raise InputError(
+                "--eval-split test is for --eval: a run that is measured by it chooses its best "
+                "epoch by it; leave it out to train."
+            )
 
     def name_samples(self, epoch: int, step: int) -> Mapping[str, Sequence[int]]:
         # Seed, epoch, step and an image's place in here tell its augmentation, too.

@@ -35,9 +35,10 @@ class SequenceClassification(Classification):
 
     def open_loaders(self, *, is_train: bool, pin_memory: bool) -> Loaders:
         data, max_tokens = self.config.data, self.config.model.max_tokens
+        names = {"train": "train", "val": "val"} if is_train else {"val": data.eval_split}
         splits = {
-            split: open_sequences(data.data_set, data.data_path, split, max_tokens=max_tokens)
-            for split in (("train", "val") if is_train else ("val",))
+            use: open_sequences(data.data_set, data.data_path, name, max_tokens=max_tokens)
+            for use, name in names.items()
         }
         return load_splits(
             splits,

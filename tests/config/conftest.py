@@ -58,6 +58,7 @@ def changed() -> dict[str, Any]:
         "pin_mem": False,
         "epoch_samples": 100,
         "eval_samples": 50,
+        "eval_split": "test",
         "repeated_aug": False,
         "max_bad_images": 4,
         "scale": [0.5, 0.9],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 from pathlib import Path
 
@@ -74,6 +75,24 @@ def test_it_is_trained_evaluated_opened_and_timed(tmp_path: Path) -> None:
     assert "sequences/s" in str(time_model(config))
 
 
+def test_the_test_split_is_measured_once_a_run_is_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ecoformer")
+    fields = {"data_set": "LISTOPS", "max_tokens": 24, "epochs": 1, "eval_samples": 200}
+    train(configure(tmp_path, **fields))
+    config = configure(tmp_path, **fields, eval=True, eval_split="test")
+    seen = create_task(config).open_data(torch.device("cpu"), is_train=False)
+    tokens, key_mask, _ = next(iter(seen.eval))
+    split = open_sequences("LISTOPS", None, "test", max_tokens=24)
+    held_out = [split.read(index)[0].tolist() for index in range(len(split))]
+    assert all(one[mask].tolist() in held_out for one, mask in zip(tokens, key_mask, strict=True))
+    assert evaluate(config).values != evaluate(configure(tmp_path, **fields)).values
+    assert "measuring the test split of LISTOPS" in caplog.text
+    with pytest.raises(InputError, match="--eval-split test is for --eval"):
+        train(config)
+
+
 def test_it_learns_digits_from_their_pixels(tmp_path: Path) -> None:
     config = configure(tmp_path, attn_type="msa", epochs=3, epoch_samples=None, lr=0.1, drop=0.0)
     assert train(config).log[-1]["test_acc1"] > 20
@@ -132,6 +151,7 @@ def test_a_full_protocol_has_50000_steps(name: str) -> None:
     ("fields", "words"),
     [
         ({"data_set": "DIGITS"}, "--data-set DIGITS has no sequences"),
+        ({"eval_split": "test"}, "PIXELS has no third split, as LISTOPS and PATHFINDER have"),
         ({"max_tokens": 63}, "has 64 tokens, and the model positions for 63"),
         ({"mixup": 0.8}, "mixup 0.8 is for images"),
         ({"model": "pvt_v2_b0"}, "pvt_v2_b0 takes images, and --task sequence gives tokens"),
