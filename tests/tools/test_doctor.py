@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from ecoformer.ops.backends.native import library
 from ecoformer.tools.doctor import checks
 from ecoformer.tools.doctor.checks import Finding
 from ecoformer.tools.doctor.command import main
+from tests.data.dense_files import write_coco, write_label_maps
 from tests.data.images import BAD_IMAGES, spoil, write_images
 from tests.privileges import without_privileges
 
@@ -138,6 +140,33 @@ def test_no_data_are_a_note_and_digits_need_no_path() -> None:
     lines = examine(checks.check_data, data_set="DIGITS", quick=True)
     assert [line.split(":")[0] for line in lines] == ["ok", "ok"]
     assert "train: 1,437 images of 10 classes; of 1,000 decoded none bad" in lines[0]
+
+
+def test_folders_of_detection_and_segmentation_are_read(tmp_path: Path) -> None:
+    coco, ade = write_coco(tmp_path / "coco"), write_label_maps(tmp_path / "ade")
+    lines = examine_data(coco, data_set="COCO")
+    # To train, images without a box that counts are left out.
+    assert "ok: train: 2 images of 3 classes; of 2 decoded none bad" in lines[0]
+    assert "ok: val: 4 images of 3 classes; of 4 decoded none bad" in lines[1]
+    bad_map = ade / "annotations" / "training" / "001.png"
+    Image.new("L", (9, 9)).save(bad_map)
+    (coco / "val2017" / "0009.png").unlink()
+    first, bad, last = examine_data(ade, data_set="ADE20K")
+    assert "note: train: 3 images of 150 classes; of 3 decoded 1 bad" in first
+    image = ade / "images" / "training" / "001.png"
+    assert bad == (
+        f"problem: cannot read {image} (its map {bad_map} has 9 x 9 pixels, not 50 x 41); replace "
+        "or delete it."
+    )
+    assert last.startswith("ok: val: 3 images")
+    problem, _ = examine_data(coco, data_set="COCO")
+    assert problem.startswith("problem: ") and "image 9, and 0 others, are not there" in problem
+
+
+def test_a_sample_of_what_has_no_files_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_NUM_QUICK_IMAGES", 3)
+    lines = examine(checks.check_data, data_set="PATHFINDER")
+    assert "train: 160,000 images of 2 classes; of 3 decoded none bad" in lines[0]
 
 
 def test_output_folder_that_is_a_file(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from ecoformer.ops.backends.native import library
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-    from ecoformer.data.datasets import LabelledImages
+    from ecoformer.data.datasets import LabelledSamples
     from ecoformer.data.loaders import BadImage
 
 # Looked at also where ecoformer, which names all that it needs, is not installed.
@@ -55,6 +55,7 @@ _MODULES = {
 }
 _REINSTALL_TORCH = "pip uninstall torch torchvision, then pip install torch torchvision"
 
+_WITHOUT_FILES = ("DIGITS", "PAIRS", "SCENES", "LISTOPS", "PATHFINDER", "PIXELS")
 _NUM_QUICK_IMAGES = 1000
 _IMAGES_A_MESSAGE = 32
 # Ten workers, two batches each of 32 images of 224 pixels.
@@ -207,19 +208,16 @@ def _driver_version() -> str | None:
 
 def check_data(options: argparse.Namespace) -> Iterator[Finding]:
     """Look at both splits, decode their images, and name each bad one."""
-    from ecoformer.data.datasets import open_dataset
     from ecoformer.data.digits import SPLITS
     from ecoformer.data.loaders import require_equal_classes
 
-    if options.data_path is None and options.data_set not in ("DIGITS", "PAIRS"):
+    if options.data_path is None and options.data_set not in _WITHOUT_FILES:
         yield Finding("note", "no data were looked at; name them by --data-path and --data-set.")
         return
-    splits: dict[str, LabelledImages] = {}
+    splits: dict[str, LabelledSamples] = {}
     for split in SPLITS:
         try:
-            splits[split] = open_dataset(
-                options.data_set, options.data_path, split, input_size=_STEP_SIZE
-            )
+            splits[split] = _open_split(options.data_set, options.data_path, split)
         except InputError as error:
             yield Finding("problem", str(error))
     if len(splits) == len(SPLITS):
@@ -228,13 +226,33 @@ def check_data(options: argparse.Namespace) -> Iterator[Finding]:
         except InputError as error:
             yield Finding("problem", str(error))
     for split, images in splits.items():
-        yield from _decode(split, images, is_quick=options.quick)
+        # Where there are no files, none can be bad.
+        is_quick = options.quick or options.data_path is None
+        yield from _decode(split, images, is_quick=is_quick)
+
+
+def _open_split(name: str, path: str | None, split: str) -> LabelledSamples:
+    """Open a split as the task does that the data set is for."""
+    from ecoformer.config.schema import Config
+    from ecoformer.data import dense, sequences
+    from ecoformer.data.datasets import open_dataset
+
+    defaults = Config()
+    if name in sequences.DATA_SETS:
+        max_tokens = defaults.model.max_tokens
+        return sequences.open_sequences(name, path, split, max_tokens=max_tokens)
+    # Canvases for both tasks are the same, and maps need no pycocotools.
+    if name in dense.LABEL_MAP_SETS:
+        return dense.open_label_maps(name, path, split, side=defaults.data.short_side)
+    if name in dense.BOX_SETS:
+        return dense.open_boxes(name, path, split, side=defaults.data.short_side)
+    return open_dataset(name, path, split, input_size=_STEP_SIZE)
 
 
 class _Decoder(Dataset["BadImage | None"]):
     """Reads an image and returns it only if it is bad."""
 
-    def __init__(self, images: LabelledImages) -> None:
+    def __init__(self, images: LabelledSamples) -> None:
         self.images = images
 
     def __getitem__(self, index: int) -> BadImage | None:
@@ -248,7 +266,7 @@ class _Decoder(Dataset["BadImage | None"]):
         return None
 
 
-def _decode(split: str, images: LabelledImages, *, is_quick: bool) -> Iterator[Finding]:
+def _decode(split: str, images: LabelledSamples, *, is_quick: bool) -> Iterator[Finding]:
     from ecoformer.data.loaders import num_cores
     from ecoformer.data.workers import prepare_worker
 
