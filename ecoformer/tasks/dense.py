@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,17 +15,24 @@ from torch import Tensor, nn
 from ecoformer.checkpoint import LoadReport, load_checkpoint, read_checkpoint
 from ecoformer.checkpoint.layout import to_ours
 from ecoformer.config.recipes import DENSE_WITHOUT_MEANING
+from ecoformer.cost.count import without_data
 from ecoformer.data import Loaders, load_splits
 from ecoformer.data.datasets import LabelledSamples
 from ecoformer.data.dense import STRIDE
 from ecoformer.data.digits import SPLITS
 from ecoformer.data.loaders import Collate, SampleTransform
+from ecoformer.errors import InputError, describe_error
+from ecoformer.hashing import hash_layers
+from ecoformer.models.base import Backbone
 from ecoformer.ranks import max_over_ranks, rank, world_size
 from ecoformer.tasks.base import Meter, Metrics, non_finite_output
 from ecoformer.tasks.loading import LoadedTask
 
 # Where the networks have their backbone.
 _BODY = "backbone.body"
+# Of a batch, whose sides are multiples of ``STRIDE``; and of an image that hash functions are
+# fitted on, which is not padded.
+_TRIED_SIZES = (64, 96), (67, 93)
 
 
 class DensePrediction(LoadedTask):
@@ -79,7 +87,28 @@ class DensePrediction(LoadedTask):
         return 0.0 if self.config.data.data_set == "SCENES" else self.config.augment.hflip
 
     def build_model(self, create: Callable[..., nn.Module], num_classes: int) -> nn.Module:
-        return self.build_network(create(num_classes=0), num_classes)
+        body = create(num_classes=0)
+        network = self.build_network(body, num_classes)
+        if not isinstance(body, Backbone):
+            self._require_any_size(body, network)
+        return network
+
+    def _require_any_size(self, body: nn.Module, network: nn.Module) -> None:
+        """Refuse a backbone of one size of images before it meets another, without computing."""
+        for size in _TRIED_SIZES if hash_layers(body) else _TRIED_SIZES[:1]:
+            shadow, image = without_data(network, size)
+            try:
+                with torch.no_grad():
+                    shadow(image)
+            # It refuses in ways of its own.
+            except Exception as error:
+                name, advice = self.config.model.model, "name another --model, as pvt_v2_b0"
+                if "strict_img_size" in inspect.signature(type(body)).parameters:
+                    advice += ", or give --model-kwargs strict_img_size=False"
+                raise InputError(
+                    f"--task {self.config.run.task} has images of any size, which {name} does not "
+                    f"take ({describe_error(error)}); {advice}."
+                ) from error
 
     def start_from(
         self, model: nn.Module, source: str | PathLike[str], *, allow_missing: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ecoformer.engine.session import create_task, move_to
 from ecoformer.errors import InputError, NonFiniteError, Preempted
 from ecoformer.hashing import fit_hash_functions
 from ecoformer.models.dense import RetinaNet
+from ecoformer.models.registry import find_family
 from ecoformer.tasks import detection, segmentation
 from ecoformer.tasks.dense import DensePrediction
 from tests.engine.ranks import run_ranks
@@ -366,6 +368,29 @@ def test_a_backbone_without_a_pyramid_is_refused(model: str, tmp_path: Path) -> 
     )  # fmt: skip
     with pytest.raises(InputError, match=r"takes maps of strides 8, 16, 32, and this backbone"):
         train(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "keywords", "words"),
+    [
+        ("pit_ti_224", {}, "images of any size, which pit_ti_224 does not take .*; name another"),
+        ("swin_tiny_patch4_window7_224", {}, "give --model-kwargs strict_img_size=False"),
+        ("swin_tiny_patch4_window7_224", {"strict_img_size": False}, ""),
+    ],
+)
+def test_a_backbone_of_one_size_of_images_is_refused_when_it_is_built(
+    model: str, keywords: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    task = create_task(make_config(task="detection", model=model, output_dir=tmp_path))
+    assert isinstance(task, DensePrediction)
+    family = find_family(model)
+    build = partial(family.create_empty, model, "msa", input_size=224, **keywords)
+    if words:
+        with pytest.raises(InputError, match=words) as caught:
+            task.build_model(build, 5)
+        assert "\n" not in str(caught.value)
+    else:
+        task.build_model(build, 5)
 
 
 def test_a_detector_learns_from_its_softmax_parent(tmp_path: Path) -> None:
