@@ -168,7 +168,7 @@ def test_detectors_are_compared_by_their_precision(
     assert {"AP %", "px"} <= {column.title for column in columns}
     assert (ours["top1"], ours["input_size"], ours["data"]) == (37.2, 64, "SCENES")
     # The heads, which are alike, are most of it.
-    assert softmax["parameters"] > 3e6
+    assert float(str(softmax["parameters"])) > 3e6
     assert "Training loss and AP" in training.pictures[0].caption
     assert "codes are drawn on images with one label" in codes.notes[0]
 
