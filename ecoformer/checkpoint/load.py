@@ -214,7 +214,7 @@ class _Match:
         if problems:
             raise InputError(
                 f"{self.origin}: weights of another model: {'; '.join(problems)}; choose the model "
-                "and attention that it was made with (--model, --attn_type)"
+                "and attention that it was made with (--task, --model, --attn_type)"
                 + (", or start from it with --finetune." if strict else ".")
             )
 
@@ -265,6 +265,12 @@ def name_head(model: nn.Module) -> list[str]:
     names = names or "head"
     modules = [names] if isinstance(names, str) else names
     return [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
+
+
+def count_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """Count the classes that weights tell apart, in our layout, of a model like this one."""
+    name, *_ = name_head(model)
+    return len(state.get(name, ())) // _outputs_a_class(model)
 
 
 def _has_other_classes(theirs: Tensor, ours: Tensor) -> bool:
