@@ -64,6 +64,13 @@ class Comparison:
         return text
 
 
+def name_outputs(outputs: Any) -> dict[str, Tensor]:
+    """Give the tensors of what a model gives by name; one alone is the ``output``."""
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+
+
 def check_file(model: nn.Module, file: Path, batches: Sequence[Tensor]) -> list[Comparison]:
     """Run a file in a process of its own, which cannot import this package, and compare.
 
@@ -81,7 +88,12 @@ def check_file(model: nn.Module, file: Path, batches: Sequence[Tensor]) -> list[
     for number, batch in enumerate(batches):
         prefix = f"codes/{number}/"
         codes = [results[prefix + str(i)] for i in range(_count(results, prefix))]
-        actual = torch.from_numpy(results[f"output/{number}"])
+        given = f"output/{number}/"
+        actual = {
+            name.removeprefix(given): torch.from_numpy(output)
+            for name, output in results.items()
+            if name.startswith(given)
+        }
         comparisons.append(_compare(model, batch, actual, list(map(torch.from_numpy, codes))))
     if all(row.num_tied == row.shape[0] for row in comparisons):
         raise MismatchError("every image has a tie, so nothing was compared; export with others.")
@@ -106,10 +118,16 @@ def _count(results: Mapping[str, Any], prefix: str) -> int:
 
 
 def _compare(
-    model: nn.Module, batch: Tensor, actual: Tensor, codes: Sequence[Tensor]
+    model: nn.Module,
+    batch: Tensor,
+    actual: Tensor | Mapping[str, Tensor],
+    codes: Sequence[Tensor],
 ) -> Comparison:
     with _Replay(model, codes) as replay, torch.no_grad():
-        expected = model(batch)
+        expected = name_outputs(model(batch))
+    actual = name_outputs(actual)
+    if actual.keys() != expected.keys():
+        raise MismatchError(f"the file gives {', '.join(actual)}, the model {', '.join(expected)}.")
     if codes and replay.num_calls != len(codes):
         raise MismatchError(
             f"the file makes codes {len(codes)} times, the model {replay.num_calls} times."
@@ -117,18 +135,23 @@ def _compare(
     is_compared = torch.ones(len(batch), dtype=torch.bool)
     if replay.num_calls and not codes:
         is_compared = replay.nearest > _TIE
-    difference = (actual - expected)[is_compared].abs().amax().item() if is_compared.any() else 0.0
+    differences = {
+        name: (actual[name] - output)[is_compared].abs().amax().item() if is_compared.any() else 0.0
+        for name, output in expected.items()
+    }
     comparison = Comparison(
         tuple(batch.shape),
-        difference,
+        # Unlike max, keeps NaN.
+        torch.tensor(list(differences.values())).amax().item(),
         num_codes=sum(bits.numel() for bits in codes),
         num_flipped=replay.num_flipped,
         farthest=replay.farthest,
         num_tied=int((~is_compared).sum()),
     )
-    # Written so that NaN fails.
-    if not difference <= _MAX_DIFFERENCE * max(1.0, expected.abs().amax().item()):
-        raise MismatchError(f"the exported file differs by more than rounding: {comparison}.")
+    for name, output in expected.items():
+        # Written so that NaN fails.
+        if not differences[name] <= _MAX_DIFFERENCE * max(1.0, output.abs().amax().item()):
+            raise MismatchError(f"the exported file differs by more than rounding: {comparison}.")
     if not replay.farthest <= _TIE:
         raise MismatchError(f"codes of the exported file differ that are no ties: {comparison}.")
     return comparison

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from ecoformer.deploy.checking import Comparison, check_file
+from ecoformer.deploy.checking import Comparison, check_file, name_outputs
 from ecoformer.deploy.formats import find_format, trace
 from ecoformer.errors import InputError, describe_error
 from ecoformer.files import open_atomic
@@ -56,7 +56,8 @@ def export(
     random images of two other sizes and batch sizes. It takes its name when it has passed.
 
     Args:
-        model: float32, on the CPU, fitted; its mode, train or eval, stays.
+        model: float32, on the CPU, fitted; its mode, train or eval, stays. Of one that gives a
+            mapping, such as a detector, the file gives the tensors in it, by their names.
         example: [B, channels, height, width], float32. Its values matter to the comparison alone.
         dynamic: batch, height and width may have any length that the model takes. An axis that the
             model itself fixes stays fixed; the report says which do not.
@@ -76,14 +77,14 @@ def export(
     form.require()
     wanted = _AXES if dynamic else {}
     with _eval_mode(model), tempfile.TemporaryDirectory() as folder:
-        _try_out(model, example)
+        outputs = _try_out(model, example)
         # A length of 1 would be taken for fixed.
         traced = torch.cat([example, example]) if dynamic and len(example) == 1 else example
         file = Path(folder) / f"model{form.suffix}"
         try:
-            program = trace(model, traced, wanted)
+            program = trace(_TensorsAlone(model), traced, wanted)
             axes = _free_axes(program, traced)
-            form.write(program, file, {axis: _AXES[axis] for axis in axes})
+            form.write(program, file, {axis: _AXES[axis] for axis in axes}, outputs)
         except InputError:
             raise
         except Exception as error:
@@ -120,14 +121,29 @@ def _check_inputs(model: nn.Module, example: Tensor) -> None:
         )
 
 
+class _TensorsAlone(nn.Module):
+    """Gives what a model does, but of a mapping the tensors alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        out = self.model(images)
+        return out if isinstance(out, Tensor) else name_outputs(out)
+
+
 @torch.no_grad()
-def _try_out(model: nn.Module, example: Tensor) -> None:
+def _try_out(model: nn.Module, example: Tensor) -> list[str]:
+    """Run a model; returns the names of its outputs."""
     # What the model does not take it refuses in words of its own, with numbers.
     out = model(example)
-    if not isinstance(out, Tensor):
+    if not (isinstance(out, Tensor) or (isinstance(out, Mapping) and name_outputs(out))):
         raise InputError(
-            f"export takes a model whose output is one tensor, not a {type(out).__name__}; wrap it."
+            "export takes a model whose output is one tensor, or some by name in a mapping, not a "
+            f"{type(out).__name__}; wrap it."
         )
+    return list(name_outputs(out))
 
 
 def _free_axes(program: ExportedProgram, example: Tensor) -> dict[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,8 +33,14 @@ class Format(ABC):
         """Raise an InputError where something is missing that writing or checking a file needs."""
 
     @abstractmethod
-    def write(self, program: ExportedProgram, file: Path, axes: Mapping[int, str]) -> None:
-        """Write a program; ``axes`` names those axes of its input that have any length."""
+    def write(
+        self, program: ExportedProgram, file: Path, axes: Mapping[int, str], outputs: Sequence[str]
+    ) -> None:
+        """Write a program; ``axes`` names those axes of its input that have any length.
+
+        Args:
+            outputs: names, where the format has any; a program that gives a dict has them itself.
+        """
 
 
 class Onnx(Format):
@@ -49,11 +55,13 @@ class Onnx(Format):
         if missing:
             raise InputError(f"ONNX files need more libraries: pip install {' '.join(missing)}.")
 
-    def write(self, program: ExportedProgram, file: Path, axes: Mapping[int, str]) -> None:
+    def write(
+        self, program: ExportedProgram, file: Path, axes: Mapping[int, str], outputs: Sequence[str]
+    ) -> None:
         exported = torch.onnx.export(
             program,
             input_names=["input"],
-            output_names=["output"],
+            output_names=[*outputs],
             dynamic_shapes=({**axes},) if axes else None,
             verbose=False,
         )
@@ -69,7 +77,9 @@ class Pt2(Format):
     suffix = ".pt2"
     runs_on = "torch.export.load"
 
-    def write(self, program: ExportedProgram, file: Path, axes: Mapping[int, str]) -> None:
+    def write(
+        self, program: ExportedProgram, file: Path, axes: Mapping[int, str], outputs: Sequence[str]
+    ) -> None:
         # They are somebody's images.
         program.example_inputs = None
         torch.export.save(program, file)
@@ -94,7 +104,9 @@ class AotInductor(Format):
                 "in the variable CXX."
             ) from None
 
-    def write(self, program: ExportedProgram, file: Path, axes: Mapping[int, str]) -> None:
+    def write(
+        self, program: ExportedProgram, file: Path, axes: Mapping[int, str], outputs: Sequence[str]
+    ) -> None:
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))
 
 

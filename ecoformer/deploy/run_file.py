@@ -1,8 +1,8 @@
 """Run an exported file where this package cannot be imported: ``run_file.py FILE IN OUT``.
 
-IN is an ``.npz`` of inputs. OUT becomes one of ``output/NAME`` for each, and ``codes/NAME/CALL``,
-bool [B, H, K, N], for each call of hash functions, in the order in which they run. A compiled
-library does not show codes.
+IN is an ``.npz`` of inputs. OUT becomes one of ``output/NAME/OUTPUT`` for each, and
+``codes/NAME/CALL``, bool [B, H, K, N], for each call of hash functions, in the order in which they
+run. A compiled library does not show codes.
 """
 
 from __future__ import annotations
@@ -35,9 +35,17 @@ def run_onnx(path: str, batches: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     )
     for name, batch in batches.items():
         inputs = {plain.get_inputs()[0].name: batch}
-        yield f"output/{name}", plain.run(None, inputs)[0]
+        for output, value in zip(plain.get_outputs(), plain.run(None, inputs), strict=True):
+            yield f"output/{name}/{output.name}", value
         for number, codes in enumerate(shown.run(signs, inputs) if signs else ()):
             yield f"codes/{name}/{number}", codes
+
+
+def name_outputs(name: str, outputs: Any) -> Iterator[tuple[str, Any]]:
+    """Name what a program gives: one tensor, or some by their names."""
+    by_name = outputs if isinstance(outputs, dict) else {"output": outputs}
+    for key, value in by_name.items():
+        yield f"output/{name}/{key}", value.numpy()
 
 
 def run_pt2(path: str, batches: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -59,7 +67,7 @@ def run_pt2(path: str, batches: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     with torch.no_grad():
         for name, batch in batches.items():
             images = torch.from_numpy(batch)
-            yield f"output/{name}", module(images).numpy()
+            yield from name_outputs(name, module(images))
             codes.clear()
             Watch(module).run(images)
             for number, bits in enumerate(codes):
@@ -72,7 +80,7 @@ def run_aoti(path: str, batches: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
     module = torch._inductor.aoti_load_package(path)
     for name, batch in batches.items():
-        yield f"output/{name}", module(torch.from_numpy(batch)).numpy()
+        yield from name_outputs(name, module(torch.from_numpy(batch)))
 
 
 def main() -> None:

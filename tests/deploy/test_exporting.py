@@ -149,7 +149,7 @@ def test_a_file_with_other_codes_is_not_kept(
     hash_layers(other)["blocks.1.attn.hash"].weight[:, 2] *= -1
     program = formats.trace(other.eval(), draw_images(), {})
     monkeypatch.setattr(
-        formats.Pt2, "write", lambda self, _, file, axes: torch.export.save(program, file)
+        formats.Pt2, "write", lambda self, _, file, *__: torch.export.save(program, file)
     )
     with pytest.raises(MismatchError, match=r"codes .* are no ties: 2 x 3 x 16 x 24: outputs"):
         ecoformer.export(make_tiny(), draw_images(), tmp_path / "a.pt2", dynamic=False)
@@ -223,7 +223,12 @@ def test_bad_input_is_refused_in_one_line_and_leaves_no_file(
         (fitted, images.double(), "a.pt2", "export takes a float32 model and example"),
         (fitted, images.to("meta"), "a.pt2", "on the CPU, not on cpu, meta"),
         (fitted, images[..., :3], "a.pt2", "a map of 16 x 3 is smaller than a patch"),
-        (Pair(), images, "a.pt2", "whose output is one tensor, not a tuple; wrap it"),
+        (
+            Pair(),
+            images,
+            "a.pt2",
+            "output is one tensor, or some by name in a mapping, not a tuple",
+        ),
         (small, images[..., :16, :16], "a.pt2", "16 x 16 pixels is too small to export for all"),
         (fitted, images, "a.onnx", "need more libraries: pip install onnxscript"),
         (fitted, images, "a.aoti.pt2", "need a C\\+\\+ compiler: install g"),

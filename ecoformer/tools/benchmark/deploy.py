@@ -109,5 +109,5 @@ def _run_onnx(model: nn.Module, images: Tensor) -> Call:
 
 def _write(form: Format, model: nn.Module, images: Tensor, folder: str) -> Path:
     file = Path(folder) / f"model{form.suffix}"
-    form.write(trace(model, images, {}), file, {})
+    form.write(trace(model, images, {}), file, {}, ["output"])
     return file
