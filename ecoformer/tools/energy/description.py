@@ -63,6 +63,10 @@ def find_image_size(config: Config) -> tuple[int, int]:
     return config.model.input_size, config.model.input_size
 
 
+def _is_dense(config: Config) -> bool:
+    return issubclass(find_task(config.run.task), DensePrediction)
+
+
 def to_text(config: Config, cost: Cost, prices: Prices) -> str:
     """Write a table of the kinds of layers, and the totals."""
     total_pj = prices.price_operations(cost.mul, cost.add)
@@ -74,11 +78,11 @@ def to_text(config: Config, cost: Cost, prices: Prices) -> str:
     model = config.model
     height, width = cost.input_size
     area = [f"area             {cost.area_um2 / 1e12:.2f} m^2"] if prices.is_papers else []
-    is_classifier = config.run.task == "classification"
+    task = f"{config.run.task} by " if _is_dense(config) else ""
     return "\n".join(
         [
-            f"{'' if is_classifier else f'{config.run.task} by '}{model.model}, {model.attn_type} "
-            f"attention, one image of {height} x {width} pixels",
+            f"{task}{model.model}, {model.attn_type} attention, one image of {height} x {width} "
+            "pixels",
             "",
             format_markdown(_COLUMNS, rows),
             "",
@@ -145,5 +149,5 @@ def _list_notes(config: Config, cost: Cost, prices: Prices) -> list[str]:
     notes = [cls.cost_note for cls in classes if f"{cls.kind} attention" in cost.by_kind()]
     area = _AREA if prices.is_papers else ""
     traffic = _TRAFFIC.format(memory=prices.memory)
-    dense = _DENSE if issubclass(find_task(config.run.task), DensePrediction) else ""
+    dense = _DENSE if _is_dense(config) else ""
     return [*filter(None, [_SCOPE.format(prices=prices), dense, area, traffic, *notes])]
