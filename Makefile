@@ -18,7 +18,7 @@ demo: $(installed) ## train, convert, cost and compare a small model on embedded
 	@$(python) -m ecoformer demo --backbone $(BACKBONE)
 
 test: $(installed) ## all tests but the slow ones
-	@$(python) -m pytest
+	@$(python) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-all: $(installed) ## all tests
 	@$(python) -m pytest -m ""

@@ -50,6 +50,13 @@ def _build_once(name: str, kind: str, **options: Any) -> nn.Module:
     return with_random_hash_functions(create(name, attention=kind, num_classes=7, **options))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_models() -> Iterator[None]:
+    """Half a gigabyte."""
+    yield
+    _build_once.cache_clear()
+
+
 def build(name: str, kind: str, **options: Any) -> Pyramid:
     """A model by its timm name, as if fitted, in eval mode."""
     model = copy.deepcopy(_build_once(name, kind, **options)).eval()

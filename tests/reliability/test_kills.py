@@ -243,13 +243,15 @@ def watch_and_strike(rank: int, *, file: Path, strike: Strike) -> None:
     strike(rank)
 
 
-@pytest.mark.parametrize("num_epochs", [24, pytest.param(300, marks=pytest.mark.slow)])
-def test_soak(num_epochs: int, flags: list[str], tmp_path: Path) -> None:
-    """Kills after a quarter, a half and three quarters of the epochs."""
+@pytest.mark.parametrize(
+    ("num_epochs", "num_kills"), [(12, 1), pytest.param(300, 3, marks=pytest.mark.slow)]
+)
+def test_soak(num_epochs: int, num_kills: int, flags: list[str], tmp_path: Path) -> None:
+    """Kills that part the epochs equally."""
     flags = [*flags, "--epochs", str(num_epochs), "--num-workers", "1", "--k", "20"]
     file = tmp_path / "watched"
-    for _ in range(3):
-        strike = Strike("step", 3 * num_epochs // 4, signal.SIGKILL)
+    for _ in range(num_kills):
+        strike = Strike("step", 3 * num_epochs // (num_kills + 1), signal.SIGKILL)
         hook = functools.partial(watch_and_strike, file=file, strike=strike)
         killed = start(flags, tmp_path, hook=hook)
         assert killed.wait(300) == [-9], killed.said()
