@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test opens a window.
 os.environ["MPLBACKEND"] = "agg"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,10 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let collections of garbage pass over what was imported.
-
-    They come as often as what is alive has grown by a quarter, so models in reference cycles, as
-    most are, would stay until there are as many objects of them as of all libraries.
-    """
+    """Let later collections of garbage pass over all that was imported."""
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def give_memory_back() -> Iterator[None]:
+    """Models are reference cycles, and the C library keeps what it once had: 4 GB in the end."""
+    yield
     gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it
+        trim(0)
