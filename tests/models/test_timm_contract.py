@@ -381,7 +381,7 @@ def test_blocks_are_nodes_of_the_graph() -> None:
 def test_models_are_traced_but_not_scripted(name: str, kind: str) -> None:
     model, images = build(name, kind), draw_images()
     with torch.no_grad():
-        traced = torch.jit.trace(model, images)
+        traced = torch.jit.trace(model, images, check_trace=False)  # by other images, below
         other = draw_images(2).flip(0)
         # A traced MLP sums other parts of its hidden channels.
         torch.testing.assert_close(traced(other), model(other), rtol=1e-5, atol=1e-6)
