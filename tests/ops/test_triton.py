@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "odd": {"tokens": 37, "dim": 8, "bits": 5, "anchors": 7},
     "one token": {"images": 1, "tokens": 2, "dim": 16, "bits": 16, "anchors": 16},
     "published": {"heads": 1, "tokens": 80, "dim": 32, "bits": 16, "anchors": 25},
-    "two ranges": {"images": 1, "heads": 3, "tokens": 131, "dim": 3, "bits": 2, "anchors": 3},
+    "two ranges": {"images": 1, "heads": 2, "tokens": 131, "dim": 3, "bits": 2, "anchors": 3},
     "largest": {"images": 1, "heads": 1, "tokens": 33, "dim": 128, "bits": 64, "anchors": 64},
 }
 # Rounding of 16 bits; the interpreter's bfloat16 is cut off rather than rounded.
