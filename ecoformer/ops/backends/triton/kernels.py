@@ -94,6 +94,12 @@ def _count_real(counts, group, num_heads, num_tokens):
 
 
 @triton.jit
+def _token_pointers(tensor, group, num_tokens, tokens):
+    """[n], to the first of two numbers of each token, [groups, 2, N]."""
+    return tensor + group.to(tl.int64) * 2 * num_tokens + tokens
+
+
+@triton.jit
 def _load_matrix(
     matrix,
     HEIGHT: tl.constexpr,
@@ -220,8 +226,9 @@ def _dot(a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
     """Matrix product of float32 in full precision, by tensor cores.
 
     These multiply bfloat16 exactly, so the products of parts add up. A float32 has three parts,
-    float16 two; bfloat16 and signs are one. Products left out are below float32's rounding. The
-    parts of a factor that stays the same in a loop are made once, before it.
+    float16 two; bfloat16 and signs are one. Products left out are below float32's rounding, and of
+    a float32 of which two parts are taken, below 2^-15. The parts of a factor that stays the same
+    in a loop are made once, before it.
     """
     a_high, a_middle, a_low = _split(a, A_PARTS)
     b_high, b_middle, b_low = _split(b, B_PARTS)
@@ -231,7 +238,7 @@ def _dot(a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
         product = tl.dot(a_low, b_high, product, input_precision="ieee")
     if b_low is not None:
         product = tl.dot(a_high, b_low, product, input_precision="ieee")
-    if a_middle is not None and b_middle is not None:
+    if A_PARTS + B_PARTS > 4 and a_middle is not None and b_middle is not None:
         product = tl.dot(a_middle, b_middle, product, input_precision="ieee")
     if a_middle is not None:
         product = tl.dot(a_middle, b_high, product, input_precision="ieee")
@@ -255,10 +262,10 @@ def _measure(q, center):
 
 
 @triton.jit
-def _project(q, center, anchors, weight, kernel_mean, scale, Q_PARTS: tl.constexpr):
-    """Inverse norms [n] of rows [n, D], log2 of the kernel and this [n, M], and y [n, K].
+def _find_exponents(q, center, anchors, scale, Q_PARTS: tl.constexpr):
+    """Inverse norms [n] of rows [n, D], and log2 of the kernel [n, M].
 
-    Signs of y are codes. The anchors are less their centre.
+    The anchors are less their centre.
     """
     inverse_norms, x, x_squared = _measure(q, center)
     scale *= _LOG2_E
@@ -273,10 +280,16 @@ def _project(q, center, anchors, weight, kernel_mean, scale, Q_PARTS: tl.constex
         products = _dot(x, tl.trans(factors), 3, 3)
     exponents = products + offsets[None, :] + (scale * x_squared)[:, None]
     # A distance of 0 may round to less, and where all rows are alike that is divided by little.
-    exponents = tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return inverse_norms, tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _project(q, center, anchors, weight, kernel_mean, scale, Q_PARTS: tl.constexpr):
+    """Log2 of the kernel and this [n, M] of rows [n, D], and y [n, K]. Signs of y are codes."""
+    _inverse_norms, exponents = _find_exponents(q, center, anchors, scale, Q_PARTS)
     kernel = tl.exp2(exponents)
     y = _dot(kernel - kernel_mean[None, :], tl.trans(weight), 3, 3)
-    return inverse_norms, exponents, kernel, y
+    return exponents, kernel, y
 
 
 @triton.jit
@@ -403,7 +416,7 @@ def sum_values_kernel(
         is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, is_token)
         q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
         v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
-        _inverse_norms, _exponents, _kernel, y = _project(
+        _exponents, _kernel, y = _project(
             q_tile,
             center,
             anchors_tile,
@@ -474,33 +487,6 @@ def write_output_kernel(
 
 
 @triton.jit
-def _ratio_gradient(
-    grad,
-    v,
-    y,
-    context,
-    code_sum,
-    value_sum,
-    count,
-    K: tl.constexpr,
-    IS_NORMALIZED: tl.constexpr,
-    GRAD_PARTS: tl.constexpr,
-):
-    """Codes h [n, K]; inverse denominators [n]; the latter's gradients e [n]; g Z^T [n, K].
-
-    With g [n, D], the gradients of numerators: ``grad`` times the inverse denominators.
-    """
-    c: tl.constexpr = K + 1
-    h = tl.where(y > 0, 1.0, -1.0)
-    inverse = 1 / (tl.sum(h * code_sum[None, :], 1) + c * count)
-    # Of the gradient as it is stored, which has fewer parts.
-    g_context = _dot(grad, tl.trans(context), GRAD_PARTS, 3) * inverse[:, None]
-    g_bias = tl.sum(grad * value_sum[None, :], 1) if IS_NORMALIZED else tl.sum(grad * v, 1)
-    e = -(tl.sum(h * g_context, 1) + c * inverse * g_bias) * inverse
-    return h, inverse, e, g_context
-
-
-@triton.jit
 def sum_gradients_kernel(
     grad,
     grad_strides,
@@ -515,6 +501,8 @@ def sum_gradients_kernel(
     counts,
     sums,
     scales,
+    signs,
+    ratios,
     grad_sums,
     num_heads,
     num_tokens,
@@ -527,6 +515,8 @@ def sum_gradients_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     IS_NORMALIZED: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPARES_REGISTERS: tl.constexpr,
 ):
     """What all tokens of a range give to the gradients of all others.
 
@@ -534,6 +524,10 @@ def sum_gradients_kernel(
     sums that all share, g and e being those of a token's numerator and denominator. The second
     holds ``u^T [v, 1]``, u being how y follows the scale; the scale's gradient is linear in the
     first, so this and the corner give it without another pass.
+
+    What the gradients of rows need of each token is kept, [groups, 2, N]: its code, and the bits
+    whose y is within 1, through which gradients pass; its inverse denominator, and e. ``PARTS`` are
+    those of computed factors: gradients of 16-bit rows are rounded to less than two.
     """
     group, part = tl.program_id(0), tl.program_id(1)
     anchors_tile, center, weight_tile, mean_tile = _load_functions(
@@ -543,6 +537,8 @@ def sum_gradients_kernel(
     context, code_sum, value_sum, _count = _load_sums(sums, D, K, BLOCK_D, BLOCK_K)
     scale = tl.load(scales + group)
     count = _count_real(counts, group, num_heads, num_tokens)
+    c: tl.constexpr = K + 1
+    bits = tl.full([BLOCK_K], 1, signs.dtype.element_ty) << tl.arange(0, BLOCK_K)
     grad_context = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     u_values = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     # As in ``sum_values_kernel``, tokens are added up at the end.
@@ -551,41 +547,42 @@ def sum_gradients_kernel(
     u_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     u_grads = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
-    for start in range(part * range_tokens, last, BLOCK_N):
+    for start in tl.range(part * range_tokens, last, BLOCK_N, disable_licm=SPARES_REGISTERS):
         tokens = start + tl.arange(0, BLOCK_N)
-        is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, tokens < last)
-        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
-        grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        is_token = tokens < last
+        is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, is_token)
         q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
-        _inverse_norms, exponents, kernel, y = _project(
-            q_tile,
-            center,
-            anchors_tile,
-            weight_tile,
-            mean_tile,
-            scale,
-            _count_parts(q),
+        exponents, kernel, y = _project(
+            q_tile, center, anchors_tile, weight_tile, mean_tile, scale, _count_parts(q)
         )
-        h, inverse, e, g_context = _ratio_gradient(
-            grad_tile,
-            v_tile,
-            y,
-            context,
-            code_sum,
-            value_sum,
-            count,
-            K,
-            IS_NORMALIZED,
-            _count_parts(grad),
-        )
-        grad_context += _dot(tl.trans(h * inverse[:, None]), grad_tile, 3, _count_parts(grad))
-        grad_code_sums += h * e[:, None]
-        if IS_NORMALIZED:
-            grad_value_sums += grad_tile * inverse[:, None]
-        u = _dot(exponents * kernel, tl.trans(weight_tile), 3, 3)
-        u = tl.where(is_real[:, None] & (tl.abs(y) < 1), u, 0.0)
-        u_values += _dot(tl.trans(u), v_tile, 3, _count_parts(v))
+        h, passes = tl.where(y > 0, 1.0, -1.0), tl.abs(y) < 1
+        pointers = _token_pointers(signs, group, num_tokens, tokens)
+        packed = tl.sum(tl.where(y > 0, bits[None, :], 0), 1)
+        tl.store(pointers, packed, mask=is_token)
+        packed = tl.sum(tl.where(passes, bits[None, :], 0), 1)
+        tl.store(pointers + num_tokens, packed, mask=is_token)
+        # Rows are loaded where they are needed: all at once take more registers than there are.
+        u = _dot(exponents * kernel, tl.trans(weight_tile), PARTS, PARTS)
+        u = tl.where(is_real[:, None] & passes, u, 0.0)
         u_sums += u
+        v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        u_values += _dot(tl.trans(u), v_tile, PARTS, _count_parts(v))
+        grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        inverse = 1 / (tl.sum(h * code_sum[None, :], 1) + c * count)
+        if IS_NORMALIZED:
+            g_bias = tl.sum(grad_tile * value_sum[None, :], 1)
+            grad_value_sums += grad_tile * inverse[:, None]
+        else:
+            g_bias = tl.sum(grad_tile * v_tile, 1)
+        # Of the gradient as it is stored, which has fewer parts.
+        g_context = _dot(grad_tile, tl.trans(context), _count_parts(grad), PARTS)
+        g_context *= inverse[:, None]
+        e = -(tl.sum(h * g_context, 1) + c * inverse * g_bias) * inverse
+        pointers = _token_pointers(ratios, group, num_tokens, tokens)
+        tl.store(pointers, inverse, mask=is_token)
+        tl.store(pointers + num_tokens, e, mask=is_token)
+        grad_context += _dot(tl.trans(h * inverse[:, None]), grad_tile, PARTS, _count_parts(grad))
+        grad_code_sums += h * e[:, None]
         u_grads += u * (g_context + e[:, None] * code_sum[None, :])
     matrix: tl.constexpr = (K + 1) * (D + 1)
     grad_sums += (group * tl.num_programs(1) + part).to(tl.int64) * (2 * matrix)
@@ -623,11 +620,12 @@ def write_gradients_kernel(
     v_strides,
     anchors,
     weight,
-    kernel_mean,
     key_mask,
     counts,
     sums,
     scales,
+    signs,
+    ratios,
     grad_sums,
     grad_q,
     grad_q_strides,
@@ -644,15 +642,17 @@ def write_gradients_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     IS_NORMALIZED: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPARES_REGISTERS: tl.constexpr,
 ):
     """Gradients of a range of rows, from what ``sum_gradients_kernel`` found for all."""
     group, part = tl.program_id(0), tl.program_id(1)
-    anchors_tile, center, weight_tile, mean_tile = _load_functions(
-        anchors, weight, kernel_mean, group % num_heads, D, K, M, BLOCK_D, BLOCK_K, BLOCK_M
-    )
+    head = group % num_heads
+    anchors_tile, center = _load_anchors(anchors, head, D, M, BLOCK_D, BLOCK_M)
+    weight_tile = _load_matrix(weight + head * K * M, K, M, BLOCK_K, BLOCK_M, M)
     matrix: tl.constexpr = (K + 1) * (D + 1)
     sums += group.to(tl.int64) * matrix
-    context, code_sum, value_sum, _count = _load_sums(sums, D, K, BLOCK_D, BLOCK_K)
+    context, code_sum, _value_sum, _count = _load_sums(sums, D, K, BLOCK_D, BLOCK_K)
     grad_sums += group.to(tl.int64) * (2 * matrix)
     grad_context, grad_code_sum, grad_value_sum, grad_scale = _load_sums(
         grad_sums, D, K, BLOCK_D, BLOCK_K
@@ -663,38 +663,30 @@ def write_gradients_kernel(
     # The scale is -1 / (2 s), and every distance has the same share in s.
     count = _count_real(counts, group, num_heads, num_tokens)
     share = 2 * scale * grad_scale / count / M
+    bits = tl.full([BLOCK_K], 1, signs.dtype.element_ty) << tl.arange(0, BLOCK_K)
     is_anchor = (tl.arange(0, BLOCK_M) < M)[None, :]
     c: tl.constexpr = K + 1
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
-    for start in range(part * range_tokens, last, BLOCK_N):
+    for start in tl.range(part * range_tokens, last, BLOCK_N, disable_licm=SPARES_REGISTERS):
         tokens = start + tl.arange(0, BLOCK_N)
         is_token = tokens < last
         is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, is_token)
+        pointers = _token_pointers(signs, group, num_tokens, tokens)
+        packed = tl.load(pointers, mask=is_token, other=0)
+        h = tl.where((packed[:, None] & bits[None, :]) != 0, 1.0, -1.0)
+        packed = tl.load(pointers + num_tokens, mask=is_token, other=0)
+        passes = (packed[:, None] & bits[None, :]) != 0
+        pointers = _token_pointers(ratios, group, num_tokens, tokens)
+        inverse = tl.load(pointers, mask=is_token, other=0.0)
+        e = tl.load(pointers + num_tokens, mask=is_token, other=0.0)
         v_tile = _load_rows(v, v_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        # A code is in its own numerator and denominator, and in the sums that all share.
+        grad_h = e[:, None] * code_sum[None, :] + grad_code_sum[None, :]
+        grad_h += _dot(v_tile, tl.trans(grad_context), _count_parts(v), PARTS)
         grad_tile = _load_rows(grad, grad_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
-        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
-        inverse_norms, _exponents, kernel, y = _project(
-            q_tile,
-            center,
-            anchors_tile,
-            weight_tile,
-            mean_tile,
-            scale,
-            _count_parts(q),
-        )
-        h, inverse, e, g_context = _ratio_gradient(
-            grad_tile,
-            v_tile,
-            y,
-            context,
-            code_sum,
-            value_sum,
-            count,
-            K,
-            IS_NORMALIZED,
-            _count_parts(grad),
-        )
-        grad_v_tile = _dot(h, grad_context, 1, 3)
+        g_context = _dot(grad_tile, tl.trans(context), _count_parts(grad), PARTS)
+        grad_h += g_context * inverse[:, None]
+        grad_v_tile = _dot(h, grad_context, 1, PARTS)
         if IS_NORMALIZED:
             grad_v_tile += c * grad_value_sum[None, :]
         else:
@@ -705,17 +697,19 @@ def write_gradients_kernel(
             grad_v_tile, grad_v, grad_v_strides, group, num_heads, tokens, is_token, D, BLOCK_D
         )
 
-        # A code is in its own numerator and denominator, and in the sums that all share.
-        grad_h = g_context + e[:, None] * code_sum[None, :] + grad_code_sum[None, :]
-        grad_h += _dot(v_tile, tl.trans(grad_context), _count_parts(v), 3)
-        grad_y = tl.where(tl.abs(y) < 1, grad_h, 0.0)
-        grad_exponents = _dot(grad_y, weight_tile, 3, 3) * kernel
+        grad_y = tl.where(passes, grad_h, 0.0)
+        q_tile = _load_rows(q, q_strides, group, num_heads, tokens, is_real, D, BLOCK_D)
+        inverse_norms, exponents = _find_exponents(
+            q_tile, center, anchors_tile, scale, _count_parts(q)
+        )
+        kernel = tl.exp2(exponents)
+        grad_exponents = _dot(grad_y, weight_tile, PARTS, PARTS) * kernel
         grad_distances = tl.where(is_anchor, scale * grad_exponents + share, 0.0)
         # dx / 2 = along x - toward, less the centre; normalising takes the part along the row out,
         # but from rows that are too short for it.
         x = q_tile * inverse_norms[:, None]
         half_grad = tl.sum(grad_distances, 1)[:, None] * (x - center[None, :])
-        half_grad -= _dot(grad_distances, anchors_tile, 3, 3)
+        half_grad -= _dot(grad_distances, anchors_tile, PARTS, PARTS)
         radial = tl.where(inverse_norms * _MIN_NORM < 1, tl.sum(x * half_grad, 1), 0.0)
         grad_q_tile = (half_grad - radial[:, None] * x) * (2 * inverse_norms)[:, None]
         if key_mask is not None:

@@ -24,6 +24,9 @@ _NUM_WARPS = 4
 # where few images leave most of it idle.
 _RANGE_TOKENS = 512
 _SHORT_RANGE_TOKENS = 128
+# LLVM keeps the address of each factor in registers all through a loop, unless it is told not to
+# hoist. Triton after 3.8 hoists nothing then, not even the factors' parts.
+_CAN_SPARE_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 8)
 # Programs that a processor runs at once.
 _PROGRAMS_PER_PROCESSOR = 4
 
@@ -44,9 +47,7 @@ def forward(
     out = empty_rows(v)
     row_sums = launch.new_empty(*launch.grid, head_dim + 1)
     scales = launch.new_empty(num_images, num_heads)
-    # The bits of a code as those of a number.
-    code_dtype = torch.int32 if num_bits <= 32 else torch.int64
-    codes = torch.empty(launch.grid[0], num_tokens, dtype=code_dtype, device=q.device)
+    codes = launch.new_bits(num_tokens)
     range_sums = launch.new_empty(*launch.grid, num_bits + 1, head_dim + 1)
     launch(kernels.measure_rows_kernel, q, launch.functions[0], masks[0], row_sums)
     inputs = (q, v, *launch.functions, *masks)
@@ -68,19 +69,35 @@ def backward(
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do ``FusedBackend.backward``; what adds up to the gradients is float32."""
-    launch = _Launch(q, functions, is_normalized)
-    grad_q, grad_v = empty_rows(q), empty_rows(v)
-    inputs = (
-        *(grad, q, v, *launch.functions, *_find_masks(key_mask)),
-        *(sums.contiguous(), scale.contiguous()),
+    is_wide = torch.float32 in (q.dtype, v.dtype)
+    launch = _Launch(
+        q,
+        functions,
+        is_normalized,
+        PARTS=3 if is_wide else 2,
+        SPARES_REGISTERS=_CAN_SPARE_REGISTERS and (is_wide or q.shape[-1] > 32),
     )
+    grad_q, grad_v = empty_rows(q), empty_rows(v)
+    rows, masks = (grad, q, v), _find_masks(key_mask)
+    # What the forward left, and what the first kernel leaves for the second.
+    left = (sums.contiguous(), scale.contiguous())
+    tokens = (launch.new_bits(2, q.shape[2]), launch.new_empty(launch.grid[0], 2, q.shape[2]))
     # Loading ahead takes shared memory, for which fewer programs would run at once. Without the
     # warp groups of an H100, 64 tokens of the first kernel take more registers than there are.
     max_tile = 64 if find_device(q.device).capability >= (9, 0) else 32
     range_sums = launch.new_empty(*launch.grid, 2, *sums.shape[-2:])
-    launch(kernels.sum_gradients_kernel, *inputs, range_sums, num_stages=1, max_tile=max_tile)
-    grads = (range_sums.sum(1), grad_q, grad_v)
-    launch(kernels.write_gradients_kernel, *inputs, *grads, num_stages=1)
+    launch(
+        kernels.sum_gradients_kernel,
+        *(*rows, *launch.functions, *masks, *left, *tokens, range_sums),
+        num_stages=1,
+        max_tile=max_tile,
+    )
+    launch(
+        kernels.write_gradients_kernel,
+        *(*rows, *launch.functions[:2], *masks, *left, *tokens),
+        *(range_sums.sum(1), grad_q, grad_v),
+        num_stages=1,
+    )
     return grad_q, grad_v
 
 
@@ -142,7 +159,9 @@ _tiles: dict[tuple[Any, ...], int] = {}
 class _Launch:
     """Start kernels over the groups and ranges of some rows."""
 
-    def __init__(self, q: Tensor, functions: HashFunctions, is_normalized: bool) -> None:
+    def __init__(
+        self, q: Tensor, functions: HashFunctions, is_normalized: bool, **constants: Any
+    ) -> None:
         num_images, num_heads, num_tokens, head_dim = q.shape
         _, num_bits, num_anchors = functions.weight.shape
         self.device = q.device
@@ -158,6 +177,7 @@ class _Launch:
             "BLOCK_K": _fill_block(num_bits),
             "BLOCK_M": _fill_block(num_anchors),
             "IS_NORMALIZED": is_normalized,
+            **constants,
         }
         # Compiling what does not fit takes minutes.
         self._tiles = [tile for tile in TILES if fits(q, functions, tile)] or TILES[-1:]
@@ -169,6 +189,11 @@ class _Launch:
 
     def new_empty(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=self.device)
+
+    def new_bits(self, *size: int) -> Tensor:
+        """Numbers [groups, ...] whose bits are those of codes."""
+        dtype = torch.int32 if self._constants["K"] <= 32 else torch.int64
+        return torch.empty(self.grid[0], *size, dtype=dtype, device=self.device)
 
     def __call__(
         self, kernel: Any, *tensors: Tensor | None, num_stages: int = 3, max_tile: int = TILES[0]
