@@ -1,6 +1,7 @@
 """Compile the Triton kernels for GPUs that are not here, and count what came out.
 
-``python -m tests.ops.compiled`` rewrites ``compiled.csv``, which tests compare with.
+``python -m tests.ops.compiled`` rewrites ``compiled.csv``, which tests compare with, and with it
+the lines of ``.github/results/kernels.md`` that say "now".
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from ecoformer.ops.backends import HashFunctions
 from ecoformer.ops.backends.triton import launch
 
 TABLE = Path(__file__).with_name("compiled.csv")
+RESULTS = Path(__file__).parents[2] / ".github/results/kernels.md"
+GPUS = {"A100": 80, "H100": 90, "B200": 100}
+KERNELS = ("measure_rows", "sum_values", "write_output", "sum_gradients", "write_gradients")
 # Shared memory of a block at most, of an A100, RTX 3090, RTX 4090, H100 and B200.
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -205,5 +209,25 @@ def write_table() -> None:
                     writer.writerows(map(asdict, compile_all(capability, dtype, dim)))
 
 
+def fill_results(results: str) -> str:
+    """Put the figures of the table into results, in the line after each size's "before"."""
+    _, rows = read_table()
+    lines, cells = results.splitlines(), list[str]()
+    for i, line in enumerate(lines):
+        if line.startswith("| | now |"):
+            gpu, dtype, dim = cells[1].strip().split(", ")
+            size = (GPUS[gpu], dtype, int(dim.removeprefix("D = ")))
+            figures = (_format(rows[(*size, kernel)]) for kernel in KERNELS)
+            lines[i] = f"| | now | {' | '.join(figures)} |"
+        cells = line.split("|")
+    return "\n".join(lines) + "\n"
+
+
+def _format(row: dict[str, str]) -> str:
+    kib = int(row["shared_bytes"]) // 1024
+    return f"{row['registers']}/{row['stack_bytes']}/{kib}/{row['instructions']}"
+
+
 if __name__ == "__main__":
     write_table()
+    RESULTS.write_text(fill_results(RESULTS.read_text()))

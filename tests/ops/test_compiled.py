@@ -14,9 +14,11 @@ import triton
 from ecoformer.ops.backends.triton import launch
 from tests.ops.compiled import (
     DTYPES,
+    RESULTS,
     SHARED_BYTES,
     compile_all,
     describe,
+    fill_results,
     make_functions,
     read_table,
 )
@@ -60,6 +62,12 @@ def test_the_table_holds_what_was_aimed_at() -> None:
         # Of an H100's processor: 228 KiB, of which each block has one for itself.
         assert 2 * (int(row["shared_bytes"]) + 1024) <= 228 * 1024
         assert 2 * int(row["registers"]) * 32 * int(row["num_warps"]) <= 65_536
+
+
+def test_the_results_say_what_the_table_says() -> None:
+    results = RESULTS.read_text()
+    assert results.count("| now |") == len(PUBLISHED)
+    assert fill_results(results) == results
 
 
 # Head dim, bits, anchors.
