@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torchvision.ops import nms
 
 from ecoformer.engine.run import Run
 from ecoformer.engine.session import create_task
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Boxes that a detector is less sure of are left out.
+# Boxes that a detector is less sure of are left out, and of those that overlap all but the surest.
 _MIN_SCORE = 0.3
+_MAX_OVERLAP = 0.5
 # Of classes over an image.
 _OPACITY = 0.7
-_INCHES = 2.2
+_INCHES = 1.7
 
 
 def draw_predictions(runs: Sequence[Run], indices: Sequence[int]) -> Figure:
@@ -49,7 +51,7 @@ def draw_predictions(runs: Sequence[Run], indices: Sequence[int]) -> Figure:
     for index, (top, *others) in zip(indices, cells.T, strict=True):
         image, truth = images.read(index)
         for cell in (top, *others):
-            cell.imshow(image)
+            cell.imshow(image, interpolation="nearest")
             cell.set(xticks=[], yticks=[])
         if isinstance(tasks[0], Detection):
             _draw_boxes(top, truth.boxes, truth.labels, names)
@@ -63,8 +65,10 @@ def draw_predictions(runs: Sequence[Run], indices: Sequence[int]) -> Figure:
             if isinstance(run.model, RetinaNet):
                 original_size = torch.tensor([image.height, image.width])
                 boxes, scores, labels = find_objects(run.model, outputs, size, original_size)
-                is_sure = scores >= _MIN_SCORE
-                _draw_boxes(cell, boxes[is_sure], labels[is_sure], names)
+                # An object may be found as several classes.
+                kept = nms(boxes, scores, _MAX_OVERLAP)
+                kept = kept[scores[kept] >= _MIN_SCORE]
+                _draw_boxes(cell, boxes[kept], labels[kept], names)
             else:
                 classes = label_pixels(outputs, size, (image.height, image.width))
                 _draw_classes(cell, classes.numpy(), names)

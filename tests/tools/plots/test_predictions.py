@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from torchvision.ops import box_iou
 
 from ecoformer.config import make_config
 from ecoformer.data.pixels import normalize
@@ -68,8 +69,10 @@ def test_boxes_are_those_of_the_canvas_and_of_the_model(
         assert [text.get_text() for text in cell.texts] == [str(label) for label in boxes.labels]
     for cell in cells[1]:
         found = np.array(rectangles(cell))
-        assert len(found) == 100
+        assert 1 <= len(found) <= 100
         assert found.min() >= 0 and found.max() <= 96
+        overlaps = box_iou(*[torch.from_numpy(found)] * 2).fill_diagonal_(0)
+        assert overlaps.max() <= 0.5
 
 
 def test_classes_are_those_of_the_map_and_of_the_model(make_run: MakeRun) -> None:
