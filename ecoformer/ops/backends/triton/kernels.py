@@ -94,6 +94,24 @@ def _count_real(counts, group, num_heads, num_tokens):
 
 
 @triton.jit
+def _list_bits(numbers, BLOCK_K: tl.constexpr):
+    """The powers of two [K], of the type of ``numbers``, which are a token's bits each."""
+    return tl.full([BLOCK_K], 1, numbers.dtype.element_ty) << tl.arange(0, BLOCK_K)
+
+
+@triton.jit
+def _pack(is_set, bits):
+    """Numbers [n] whose bits are those of [n, K]."""
+    return tl.sum(tl.where(is_set, bits[None, :], 0), 1)
+
+
+@triton.jit
+def _unpack(numbers, bits):
+    """Whether each bit [n, K] of numbers [n] is set."""
+    return (numbers[:, None] & bits[None, :]) != 0
+
+
+@triton.jit
 def _token_pointers(tensor, group, num_tokens, tokens):
     """[n], to the first of two numbers of each token, [groups, 2, N]."""
     return tensor + group.to(tl.int64) * 2 * num_tokens + tokens
@@ -404,7 +422,7 @@ def sum_values_kernel(
     scale = _kernel_scale(row_sums, group, num_ranges, count, center, anchors_tile, D, M, BLOCK_D)
     if part == 0:
         tl.store(scales + group, scale)
-    bits = tl.full([BLOCK_K], 1, codes.dtype.element_ty) << tl.arange(0, BLOCK_K)
+    bits = _list_bits(codes, BLOCK_K)
     context = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     # Tiles are added up, and their tokens at the end: sums across threads cost more than sums.
     code_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -425,7 +443,7 @@ def sum_values_kernel(
             scale,
             _count_parts(q),
         )
-        packed = tl.sum(tl.where(y > 0, bits[None, :], 0), 1)
+        packed = _pack(y > 0, bits)
         tl.store(codes + group.to(tl.int64) * num_tokens + tokens, packed, mask=is_token)
         h = tl.where(y > 0, 1.0, -1.0)
         context += _dot(tl.trans(h), v_tile, 1, _count_parts(v))
@@ -464,7 +482,7 @@ def write_output_kernel(
     context, code_sum, value_sum, _count = _load_sums(sums, D, K, BLOCK_D, BLOCK_K)
     c: tl.constexpr = K + 1
     count = _count_real(counts, group, num_heads, num_tokens)
-    bits = tl.full([BLOCK_K], 1, codes.dtype.element_ty) << tl.arange(0, BLOCK_K)
+    bits = _list_bits(codes, BLOCK_K)
     # A column of a matrix: summed by tensor cores, codes are unpacked to factors of products only.
     code_sums = tl.where((tl.arange(0, 16) == 0)[None, :], code_sum[:, None], 0.0)
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
@@ -473,7 +491,7 @@ def write_output_kernel(
         is_token = tokens < last
         is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, is_token)
         packed = tl.load(codes + group.to(tl.int64) * num_tokens + tokens, mask=is_token, other=0)
-        h = tl.where((packed[:, None] & bits[None, :]) != 0, 1.0, -1.0)
+        h = tl.where(_unpack(packed, bits), 1.0, -1.0)
         numerator = _dot(h, context, 1, 3)
         if IS_NORMALIZED:
             numerator += c * value_sum[None, :]
@@ -538,7 +556,7 @@ def sum_gradients_kernel(
     scale = tl.load(scales + group)
     count = _count_real(counts, group, num_heads, num_tokens)
     c: tl.constexpr = K + 1
-    bits = tl.full([BLOCK_K], 1, signs.dtype.element_ty) << tl.arange(0, BLOCK_K)
+    bits = _list_bits(signs, BLOCK_K)
     grad_context = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     u_values = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     # As in ``sum_values_kernel``, tokens are added up at the end.
@@ -557,10 +575,8 @@ def sum_gradients_kernel(
         )
         h, passes = tl.where(y > 0, 1.0, -1.0), tl.abs(y) < 1
         pointers = _token_pointers(signs, group, num_tokens, tokens)
-        packed = tl.sum(tl.where(y > 0, bits[None, :], 0), 1)
-        tl.store(pointers, packed, mask=is_token)
-        packed = tl.sum(tl.where(passes, bits[None, :], 0), 1)
-        tl.store(pointers + num_tokens, packed, mask=is_token)
+        tl.store(pointers, _pack(y > 0, bits), mask=is_token)
+        tl.store(pointers + num_tokens, _pack(passes, bits), mask=is_token)
         # Rows are loaded where they are needed: all at once take more registers than there are.
         u = _dot(exponents * kernel, tl.trans(weight_tile), PARTS, PARTS)
         u = tl.where(is_real[:, None] & passes, u, 0.0)
@@ -663,7 +679,7 @@ def write_gradients_kernel(
     # The scale is -1 / (2 s), and every distance has the same share in s.
     count = _count_real(counts, group, num_heads, num_tokens)
     share = 2 * scale * grad_scale / count / M
-    bits = tl.full([BLOCK_K], 1, signs.dtype.element_ty) << tl.arange(0, BLOCK_K)
+    bits = _list_bits(signs, BLOCK_K)
     is_anchor = (tl.arange(0, BLOCK_M) < M)[None, :]
     c: tl.constexpr = K + 1
     last = tl.minimum((part + 1) * range_tokens, num_tokens)
@@ -673,9 +689,9 @@ def write_gradients_kernel(
         is_real = _find_real(key_mask, group, num_heads, num_tokens, tokens, is_token)
         pointers = _token_pointers(signs, group, num_tokens, tokens)
         packed = tl.load(pointers, mask=is_token, other=0)
-        h = tl.where((packed[:, None] & bits[None, :]) != 0, 1.0, -1.0)
+        h = tl.where(_unpack(packed, bits), 1.0, -1.0)
         packed = tl.load(pointers + num_tokens, mask=is_token, other=0)
-        passes = (packed[:, None] & bits[None, :]) != 0
+        passes = _unpack(packed, bits)
         pointers = _token_pointers(ratios, group, num_tokens, tokens)
         inverse = tl.load(pointers, mask=is_token, other=0.0)
         e = tl.load(pointers + num_tokens, mask=is_token, other=0.0)
