@@ -21,15 +21,21 @@ from ecoformer.tasks.dense import DenseMeter, DensePrediction, cut_out
 class Objects(NamedTuple):
     """What is found in an image, the surest first."""
 
-    boxes: Tensor  # [n, 4], pixels of the original image
-    scores: Tensor  # [n]
+    boxes: Tensor  # [n, 4], float32, corners, pixels of the original image
+    scores: Tensor  # [n], float32
     labels: Tensor  # [n], int64
 
 
 def find_objects(
     model: RetinaNet, outputs: Mapping[str, Any], size: tuple[int, int], original_size: Tensor
 ) -> Objects:
-    """Read the outputs of one image, (height, width) both as it was seen and as it was."""
+    """Read the outputs of one image.
+
+    Args:
+        outputs: of ``model`` for an image [1, 3, H, W].
+        size: height and width of the image without padding, pixels.
+        original_size: [2], int64, those of the image before it was resized.
+    """
     (found,) = model.detect(outputs, [size])
     scale = original_size / torch.tensor(size, device=original_size.device)
     boxes = found["boxes"] * scale.flip(0).repeat(2)

@@ -25,7 +25,13 @@ from ecoformer.tasks.mean_iou import MeanIou
 
 
 def label_pixels(logits: Tensor, size: tuple[int, int], original_size: Sequence[int]) -> Tensor:
-    """Take logits [1, num_classes, H, W] of one image to classes of its pixels as it was, int64."""
+    """Choose a class for each pixel of one image, before it was resized: [height, width], int64.
+
+    Args:
+        logits: [1, num_classes, H, W], float.
+        size: height and width of the image without padding, pixels.
+        original_size: those of the image before it was resized.
+    """
     height, width = size
     logits = logits[..., :height, :width]
     if logits.shape[-2:] != tuple(original_size):
