@@ -79,11 +79,14 @@ def _open_task(run: Run, first: Run) -> DensePrediction:
     task = create_task(run.config, None)
     if not isinstance(task, DensePrediction):
         raise InputError(f"{run.folder} neither detects nor segments; give a run that does.")
-    ours, theirs = ((one.config.run.task, one.config.data) for one in (run, first))
-    for name in ("data_set", "data_path", "short_side"):
-        if ours[0] != theirs[0] or getattr(ours[1], name) != getattr(theirs[1], name):
-            raise InputError(f"{run.folder} has another task or other data than {first.folder}.")
+    if _name_images(run) != _name_images(first):
+        raise InputError(f"{run.folder} has another task or other data than {first.folder}.")
     return task
+
+
+def _name_images(run: Run) -> tuple[object, ...]:
+    data = run.config.data
+    return run.config.run.task, data.data_set, data.data_path, data.short_side
 
 
 def _draw_boxes(axes: Axes, boxes: Any, labels: Any, names: Sequence[str]) -> None:

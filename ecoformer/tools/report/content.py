@@ -161,7 +161,7 @@ def _write_table(groups: Sequence[Group], rows: Sequence[dict[str, Value]], titl
         "float32 and with softmax fused."
     ]
     if any(len(group.runs) > 1 for group in groups) or len(rows) > 1:
-        notes.insert(0, SEEDS_NOTE.replace("top-1", title.removesuffix(" %")))
+        notes.insert(0, SEEDS_NOTE)
     return Section("Runs", table=(columns, rows), notes=notes)
 
 

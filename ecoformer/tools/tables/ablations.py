@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +20,7 @@ from ecoformer.tools.tables.costs import (
     describe_cost,
 )
 from ecoformer.tools.tables.recipe import Recipe
-from ecoformer.tools.tables.seeds import SEEDS_NOTE, describe_seeds, seed_columns
+from ecoformer.tools.tables.seeds import describe_curves, seed_columns, seed_notes
 
 ABLATION_COLUMNS = (
     Column("name", "attention"),
@@ -156,7 +156,7 @@ def run_ablation(
             row |= {"start": recipe.parent(arm.attention), "epochs": sum(recipe.epochs)}
             if "epochs" in arm.fields:
                 row["epochs"] = recipe.epochs[0] + int(str(arm.fields["epochs"]))
-            row |= describe_accuracy(curves[arm.name], curves[arms[0].name] if rows else {})
+            row |= describe_curves(curves[arm.name], curves[arms[0].name] if rows else {})
         rows.append(row)
     return rows
 
@@ -179,28 +179,8 @@ def describe_recipe(recipe: Recipe, rows: Sequence[Row]) -> list[str]:
             "last epoch, over all validation images. So short a training compares kinds, and says "
             "little of what they reach in the end.",
         )
-    if any("top1_std" in row for row in rows):
-        notes.insert(2, SEEDS_NOTE)
+    notes[2:2] = seed_notes(rows)
     return notes
-
-
-def describe_accuracy(
-    curves: Mapping[int, Sequence[float]], baseline: Mapping[int, Sequence[float]]
-) -> dict[str, Value]:
-    """Summarise the accuracies of one arm by ``describe_seeds``, and list them.
-
-    Args:
-        curves: seed to top-1 after each epoch, percent; the last one counts.
-        baseline: the same of the arm to compare with; empty for that arm itself.
-    """
-    row = describe_seeds(_take_last(curves), _take_last(baseline))
-    for seed, curve in curves.items():
-        row[f"top1_by_epoch_seed{seed}"] = " ".join(f"{top1:.2f}" for top1 in curve)
-    return row
-
-
-def _take_last(curves: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    return {seed: curve[-1] for seed, curve in curves.items()}
 
 
 def _measure_speeds(arms: Sequence[Arm], recipe: Recipe, num_classes: int) -> dict[str, float]:

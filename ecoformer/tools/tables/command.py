@@ -170,17 +170,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         table.add_argument(
             "--values", nargs="+", default=[], help="of the setting, instead of the usual"
         )
-        table.add_argument(
-            "--seeds", type=int, nargs="+", default=[0], help="a run each (%(default)s)"
-        )
-        table.add_argument(
-            "--epochs",
-            type=int,
-            nargs=2,
-            default=[8, 4],
-            metavar=("STAGE1", "STAGE2"),
-            help="(%(default)s)",
-        )
+        _add_seeds(table, [0])
+        _add_stages(table, [8, 4])
         table.add_argument(
             "--no-train", action="store_true", help="costs and speed only, no accuracy"
         )
@@ -232,9 +223,7 @@ def _add_sequences(table: argparse.ArgumentParser) -> None:
         ("--eval-samples", 1000, "held-out sequences to evaluate on"),
     ):
         table.add_argument(flag, type=int, default=default, help=f"{meaning} (%(default)s)")
-    table.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (%(default)s)"
-    )
+    _add_seeds(table, [0, 1, 2])
 
 
 def _add_scenes(table: argparse.ArgumentParser) -> None:
@@ -243,17 +232,25 @@ def _add_scenes(table: argparse.ArgumentParser) -> None:
         "--short-side", type=int, default=128, metavar="PIXELS", help="of a canvas (%(default)s)"
     )
     table.add_argument("--batch-size", type=int, default=8, help="canvases a step (%(default)s)")
+    _add_stages(table, [5, 2])
+    table.add_argument("--steps", type=int, default=128, help="of an epoch (%(default)s)")
+    _add_seeds(table, [0, 1, 2])
+
+
+def _add_stages(table: argparse.ArgumentParser, default: list[int]) -> None:
     table.add_argument(
         "--epochs",
         type=int,
         nargs=2,
-        default=[5, 2],
+        default=default,
         metavar=("STAGE1", "STAGE2"),
         help="(%(default)s)",
     )
-    table.add_argument("--steps", type=int, default=128, help="of an epoch (%(default)s)")
+
+
+def _add_seeds(table: argparse.ArgumentParser, default: list[int]) -> None:
     table.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (%(default)s)"
+        "--seeds", type=int, nargs="+", default=default, help="a run each (%(default)s)"
     )
 
 
@@ -297,8 +294,11 @@ def _make(options: argparse.Namespace, command: str) -> Table:
     device = choose_device(getattr(options, "device", "cpu"))
     environment = describe_environment(command, device)
     makers = {
-        **{"paper": _make_paper, "main": _make_main, "energy": _make_energy},
-        **{"sequences": _make_sequences, "scenes": _make_scenes},
+        "paper": _make_paper,
+        "main": _make_main,
+        "energy": _make_energy,
+        "sequences": _make_sequences,
+        "scenes": _make_scenes,
     }
     make = makers.get(options.table, _make_ablation)
     title, _ = _TABLES[options.table]

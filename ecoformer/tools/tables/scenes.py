@@ -15,7 +15,7 @@ from ecoformer.models.registry import find_family
 from ecoformer.tools.runs import run_training
 from ecoformer.tools.table import Column, Row, Value
 from ecoformer.tools.tables.recipe import LIGHT
-from ecoformer.tools.tables.seeds import SEEDS_NOTE, describe_seeds, seed_columns
+from ecoformer.tools.tables.seeds import describe_curves, seed_columns, seed_notes
 
 SCENE_COLUMNS = (
     Column("task", "task"),
@@ -134,13 +134,10 @@ def run_scenes(protocol: SceneProtocol, seeds: Sequence[int]) -> list[dict[str, 
                 curves.setdefault((task, kind), {})[seed] = curve
     rows: list[dict[str, Value]] = []
     for (task, kind), by_seed in curves.items():
-        last = {seed: curve[-1] for seed, curve in by_seed.items()}
-        softmax = {seed: curve[-1] for seed, curve in curves[task, _PARENT].items()}
         row: dict[str, Value] = {"task": task, "measure": _MEASURES[task]}
         row["name"] = find_family(protocol.variant).label(kind)
-        row |= describe_seeds(last, softmax if kind != _PARENT else {}, key="score")
-        for seed, curve in by_seed.items():
-            row[f"score_by_epoch_seed{seed}"] = " ".join(f"{score:.2f}" for score in curve)
+        baseline = curves[task, _PARENT] if kind != _PARENT else {}
+        row |= describe_curves(by_seed, baseline, key="score")
         rows.append(row)
     return rows
 
@@ -157,6 +154,4 @@ def describe_scenes(protocol: SceneProtocol, rows: Sequence[Row]) -> list[str]:
         "chosen by it. The first row of a task is its softmax. So short a training compares kinds, "
         "and says little of what they reach in the end.",
     ]
-    if any("score_std" in row for row in rows):
-        notes.append(SEEDS_NOTE)
-    return notes
+    return [*notes, *seed_notes(rows, key="score")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from ecoformer.tools.table import Column, Value
+from ecoformer.tools.table import Column, Row, Value
 
 SEEDS_NOTE = (
     "A result is the mean over seeds, std their standard deviation; vs first row is the mean of "
@@ -57,3 +57,30 @@ def describe_seeds(
     if len(differences) > 1:
         row["difference_ci95"] = half_interval(differences)
     return row
+
+
+def describe_curves(
+    curves: Mapping[int, Sequence[float]],
+    baseline: Mapping[int, Sequence[float]],
+    *,
+    key: str = "top1",
+) -> dict[str, Value]:
+    """Summarise what was measured after the last epoch by ``describe_seeds``, and list it all.
+
+    Args:
+        curves: seed to what was measured after each epoch, percent.
+        baseline: the same of the row to compare with; empty for that row itself.
+    """
+    row = describe_seeds(_take_last(curves), _take_last(baseline), key=key)
+    for seed, curve in curves.items():
+        row[f"{key}_by_epoch_seed{seed}"] = " ".join(f"{value:.2f}" for value in curve)
+    return row
+
+
+def seed_notes(rows: Sequence[Row], *, key: str = "top1") -> list[str]:
+    """Explain the columns of ``seed_columns``, where rows have several seeds."""
+    return [SEEDS_NOTE] if any(f"{key}_std" in row for row in rows) else []
+
+
+def _take_last(curves: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {seed: curve[-1] for seed, curve in curves.items()}

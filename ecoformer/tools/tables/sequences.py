@@ -12,9 +12,9 @@ from ecoformer.config import Config, make_config
 from ecoformer.errors import InputError
 from ecoformer.tools.runs import run_training
 from ecoformer.tools.table import Column, Row, Value
-from ecoformer.tools.tables.ablations import Arm, describe_accuracy, list_arms
+from ecoformer.tools.tables.ablations import Arm, list_arms
 from ecoformer.tools.tables.recipe import name_run
-from ecoformer.tools.tables.seeds import SEEDS_NOTE, seed_columns
+from ecoformer.tools.tables.seeds import describe_curves, seed_columns, seed_notes
 
 SEQUENCE_COLUMNS = (
     Column("data", "data"),
@@ -137,9 +137,7 @@ def run_sequences(
                 **{"data": data_set, "name": arm.name, "protocol": "short"},
                 "steps": protocol.epochs * protocol.steps,
             }
-            row |= describe_accuracy(
-                curves[data_set, arm.name], first if arm is not arms[0] else {}
-            )
+            row |= describe_curves(curves[data_set, arm.name], first if arm is not arms[0] else {})
             rows.append(row)
         full: dict[str, Value] = {"data": data_set, "protocol": "full, published", "steps": 50_000}
         rows += [full | {"name": n, "published": top1} for n, top1 in _PUBLISHED[data_set].items()]
@@ -163,6 +161,4 @@ def describe_protocol(
         "whose classes are not balanced, after 50,000 steps. They stand in a column of their own: "
         "a short figure says how far a kind is by then, and nothing of what it reaches.",
     ]
-    if any("top1_std" in row for row in rows):
-        notes.append(SEEDS_NOTE)
-    return notes
+    return [*notes, *seed_notes(rows)]

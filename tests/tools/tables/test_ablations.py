@@ -15,8 +15,9 @@ from ecoformer.config.file import read_config
 from ecoformer.engine.logs import read_log
 from ecoformer.errors import InputError
 from ecoformer.models.registry import find_family
-from ecoformer.tools.tables.ablations import describe_accuracy, list_arms
+from ecoformer.tools.tables.ablations import list_arms
 from ecoformer.tools.tables.command import main
+from ecoformer.tools.tables.seeds import describe_curves
 from tests.tools.tables.conftest import Refuse
 
 
@@ -69,7 +70,7 @@ def test_what_no_arm_can_be(ablation: str, model: str, value: str) -> None:
 
 
 def test_the_last_epoch_of_each_seed_counts() -> None:
-    row = describe_accuracy({0: [50.0, 81.0], 1: [51.0, 83.0]}, {0: [99.0, 80.0], 1: [99.0, 81.0]})
+    row = describe_curves({0: [50.0, 81.0], 1: [51.0, 83.0]}, {0: [99.0, 80.0], 1: [99.0, 81.0]})
     assert (row["top1"], row["difference"], row["num_seeds"]) == (82, 1.5, 2)
     assert row["top1_by_epoch_seed1"] == "51.00 83.00"
 
