@@ -13,15 +13,16 @@ NOT_AUGMENTED: Mapping[str, object] = {
     "mixup": 0.0,
     "cutmix": 0.0,
 }
-# An image with boxes or a map has no one label, and no one size.
+# An image with boxes or a map has no one label.
 DENSE_WITHOUT_MEANING: Mapping[str, object] = {
     **NOT_AUGMENTED,
     "cutmix_minmax": None,
     "smoothing": 0.0,
-    "input_size": 224,
 }
 _DENSE: Mapping[str, object] = {
     **DENSE_WITHOUT_MEANING,
+    # Not that of the family's weights: an image has no one size.
+    "input_size": 224,
     # Weights of a classifier begin another task, as published: with drop path.
     "train_mode": True,
     "weight_decay": 1e-4,

@@ -97,6 +97,7 @@ class Classification(LoadedTask):
     has_logits = True
     inputs: str | None = "images"
     default_classes = 1000
+    sizes = ("input_size",)
 
     def open_loaders(self, *, is_train: bool, pin_memory: bool) -> Loaders:
         """Open the splits; of a batch, the labels are the last."""

@@ -47,13 +47,11 @@ class DensePrediction(LoadedTask):
 
     samples = "images"
     inputs = "images"
+    sizes = ("short_side", "long_side")
     without_meaning = DENSE_WITHOUT_MEANING
 
     def explain(self, off: object) -> str:
-        return (
-            f"classification, and --task {self.config.run.task} has {off}; leave it out (sizes "
-            "are --short-side and --long-side)."
-        )
+        return f"classification, and --task {self.config.run.task} has {off}; leave it out."
 
     @abstractmethod
     def open_split(self, split: str) -> LabelledSamples: ...

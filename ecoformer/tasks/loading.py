@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+# Settings that say how large a sample is.
+_SIZES = ("input_size", "short_side", "long_side", "max_tokens")
+
 
 class LoadedTask(Task):
     """Opens loaders once, and names the samples of a step by what they drew.
@@ -31,13 +34,21 @@ class LoadedTask(Task):
 
     # Of a model that is built without data.
     default_classes: int
-    # Settings of no meaning, and the value that each has then.
+    # Those settings of size that have a meaning.
+    sizes: Sequence[str] = _SIZES
+    # Other settings of none, and the value that each has then.
     without_meaning: Mapping[str, object] = MappingProxyType({})
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._loaders: Loaders | None = None
-        settings = config.to_flat()
+        settings, defaults = config.to_flat(), type(config)().to_flat()
+        for name in _SIZES:
+            if name not in self.sizes and settings[name] != defaults[name]:
+                raise InputError(
+                    f"{name} {settings[name]} is no size of --task {config.run.task}, which has "
+                    f"{' and '.join(self.sizes)}; leave it out."
+                )
         for name, off in self.without_meaning.items():
             if settings[name] != off:
                 raise InputError(f"{name} {settings[name]} is for {self.explain(off)}")

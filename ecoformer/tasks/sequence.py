@@ -28,6 +28,7 @@ class SequenceClassification(Classification):
     samples = "sequences"
     inputs = "tokens"
     default_classes = 10
+    sizes = ("max_tokens",)
     without_meaning = NOT_AUGMENTED
 
     def explain(self, off: object) -> str:

@@ -143,6 +143,7 @@ def assert_same_state(first: Path, second: Path) -> None:
         if name in ("/config/output_dir", "/config/num_workers", "/config/dist_timeout"):
             continue
         if isinstance(value, torch.Tensor):
-            assert torch.equal(value, other[name]), name
+            found = other[name]
+            assert torch.equal(value, found), f"{name}: {value.flatten()}, {found.flatten()}"
         else:
             assert value == other[name], name

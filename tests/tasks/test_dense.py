@@ -345,7 +345,8 @@ def test_an_output_that_is_not_finite_is_no_figure(task: str, tmp_path: Path) ->
     ("fields", "words"),
     [
         ({"mixup": 0.8}, "mixup 0.8 is for classification, and --task .* has 0.0"),
-        ({"input_size": 512}, "input_size 512 is for classification.* --short-side"),
+        ({"input_size": 512}, "input_size 512 is no size of .* has short_side and long_side"),
+        ({"max_tokens": 64}, "max_tokens 64 is no size of"),
         ({"data_set": "DIGITS"}, "--data-set DIGITS has nothing for --task"),
         ({"data_set": "COCO"}, "data"),
         ({"data_path": "no/such/folder"}, "no/such/folder is no folder"),
