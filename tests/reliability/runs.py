@@ -137,6 +137,9 @@ def _enter(
     rank: int, environment: dict[str, str], command: list[str], said: Path, hook: Hook | None
 ) -> None:
     lead_session(said)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        # As a terminal has them, also where nohup runs the tests.
+        signal.signal(number, signal.SIG_DFL)
     os.environ.update(environment)
     if hook is not None:
         hook(rank)
