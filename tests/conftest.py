@@ -8,7 +8,7 @@ import os
 
 # Before torch is imported, and inherited by every process that a test starts: sums come out in
 # one order on all machines, and ranks on one machine do not fight over its cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 # No test opens a window.
 os.environ["MPLBACKEND"] = "agg"
 
