@@ -56,31 +56,46 @@ def hash_attention(
 
 
 def hash_attention_weights(
-    codes: Tensor, queries: Tensor, value_bias: ValueBias = "released"
+    codes: Tensor,
+    queries: Tensor,
+    value_bias: ValueBias = "released",
+    *,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Weights that ``hash_attention`` gives to all values at some queries, without N x N.
 
     ``(weights @ v)[..., i, :]`` is its output at token ``queries[i]``. Each row sums to 1 under
-    the normalized bias; weights can be negative under the released one.
+    the normalized bias; weights can be negative under the released one. From and to a masked token
+    they are 0.
 
     Args:
         codes: [B, H, N, K] in {-1, +1}, float.
         queries: [Q], int64, tokens.
-        value_bias: as for ``hash_attention``.
+        value_bias, key_mask: as for ``hash_attention``.
 
     Returns:
         [B, H, Q, N], float32, or float64 where ``codes`` are.
 
     Raises:
-        InputError: another ``value_bias``.
+        InputError: as by ``hash_attention``.
     """
     check_value_bias(value_bias)
+    num_tokens, num_bits = codes.shape[-2:]
+    c = num_bits + 1
     codes = codes.to(compute_dtype(codes))
-    c = codes.shape[-1] + 1
+    num_real: int | Tensor = num_tokens
+    if key_mask is not None:
+        check_key_mask(key_mask, codes)
+        codes, num_real = hide(codes, key_mask), count_real(key_mask, codes.dtype)
     with without_autocast(codes):
         dots = codes[..., queries, :] @ codes.mT
-        total = dots.sum(-1, keepdim=True) + c * codes.shape[-2]
+        total = dots.sum(-1, keepdim=True) + c * num_real
         if value_bias == "normalized":
-            return (dots + c) / total
-        own = queries.unsqueeze(-1) == torch.arange(codes.shape[-2], device=codes.device)
-        return (dots + c * own) / total
+            weights = (dots + c) / total
+        else:
+            own = queries.unsqueeze(-1) == torch.arange(num_tokens, device=codes.device)
+            weights = (dots + c * own) / total
+    if key_mask is None:
+        return weights
+    is_real = key_mask[:, queries, None] & key_mask[:, None]  # [B, Q, N]
+    return weights.masked_fill(~is_real.unsqueeze(1), 0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ecoformer import InputError, ops
+from ecoformer.hash_config import ValueBias
 from ecoformer.ops import kernelized_hash_attention, operator, reference, use_backend
 from ecoformer.ops.backends import BACKENDS, blocked
 from tests.problems import (
@@ -93,6 +94,21 @@ def test_half_precision_rows_are_masked_too(name: str, value_bias: str, dtype: t
     )
     for tensor, exact in zip(found, truth, strict=True):
         assert_close(tensor, exact.to(dtype))
+
+
+@pytest.mark.parametrize("value_bias", VALUE_BIASES)
+def test_weights_of_chosen_queries_give_their_outputs(value_bias: ValueBias) -> None:
+    codes, v, mask = draw(3, 2, 31, 5).sign(), draw(3, 2, 31, 4, seed=1), draw_mask(3, 31)
+    # The last image has no real token.
+    mask[-1] = False
+    is_masked, queries = ~mask[:, None, :, None], torch.tensor([30, 0, 7])
+    spoiled = codes.masked_fill(is_masked, float("nan"))
+    weights = ops.hash_attention_weights(spoiled, queries, value_bias, key_mask=mask)
+    outputs = ops.hash_attention(spoiled, v, value_bias, key_mask=mask)
+    assert_close(weights @ v, outputs[:, :, queries])
+    assert not weights.masked_select(is_masked.mT).any()
+    with pytest.raises(InputError, match=r"key_mask is \[images, tokens\] = \[3, 31\]"):
+        ops.hash_attention_weights(codes, queries, key_mask=mask[:2])
 
 
 @backends
