@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 
@@ -45,6 +44,7 @@ def pytest_collection_finish() -> None:
 def give_memory_back() -> Iterator[None]:
     """Models are reference cycles, and the C library keeps what it once had: 4 GB in the end."""
     yield
+    from ecoformer.memory import give_memory_back as trim
+
     gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it
-        trim(0)
+    trim()

@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 from ecoformer.errors import InputError
+from ecoformer.memory import give_memory_back
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -60,6 +61,10 @@ class WorkerWatch:
         Raises:
             InputError: a worker was killed.
         """
+        if loader.num_workers and not self._workers:
+            # A forked process shares this heap, holes and all, until this one fills them again: a
+            # step on the CPU has gigabytes of them.
+            give_memory_back()
         others = multiprocessing.active_children()
         is_main = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD) if is_main else None

@@ -5,7 +5,6 @@ What is compared takes turns, so that a busy machine slows all of it alike.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from ecoformer import __version__
 from ecoformer.hashing import with_random_hash_functions
+from ecoformer.memory import give_memory_back
 
 Call = Callable[[], object]
 # Makes inputs and returns what is timed. It travels to another process, so it is a function of a
@@ -279,7 +279,7 @@ def _resident_peak(build: Build, num_threads: int) -> int:
     call = build()
     call()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_memory_back()
     # Sets the high-water mark back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _kernel_bytes("self/status", "VmRSS")
