@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from ecoformer.config import make_config
 from ecoformer.config.file import read_config
 from ecoformer.engine.logs import read_log
 from ecoformer.tools.tables.command import main
 from tests.tools.tables.conftest import Refuse
 
 ROOT = Path(__file__).parents[3]
+PROTOCOLS = ("listops.py", "short/listops.py")
 KINDS = {"msa", "msa_share_qk", "performer", "ecoformer"}
 
 
@@ -51,7 +53,10 @@ def test_kinds_are_trained_once_and_stand_apart_from_what_is_published(
     assert main([*command, "--data-set", "PATHFINDER", "LISTOPS"]) == 0
     again = {name: (run / "last_checkpoint.pth").stat().st_mtime_ns for name, run in runs.items()}
     assert again == written
-    rows = json.loads((folder / "sequences.json").read_text())["rows"]
+    table = json.loads((folder / "sequences.json").read_text())
+    batches = "of 8 sequences of LISTOPS, up to 24 tokens, at a peak rate of 2.5e-05"
+    assert batches in table["notes"][0]
+    rows = table["rows"]
     assert [row["data"] for row in rows] == ["PATHFINDER"] * 10 + ["LISTOPS"] * 10
     short, published = rows[10:15], rows[15:]
     assert {(row["protocol"], row["steps"], row["num_seeds"]) for row in short} == {("short", 4, 1)}
@@ -68,6 +73,13 @@ def test_kinds_are_trained_once_and_stand_apart_from_what_is_published(
         folder / "sequences" / "PATHFINDER" / "seed0" / "ecoformer" / "config.yaml"
     )
     assert (config.optim.lr, config.data.epoch_samples) == (8e-4, 4)
+
+
+def test_listops_in_little_is_listops() -> None:
+    folder = ROOT / "configs" / "sequence"
+    full, little = (make_config(config=str(folder / path)).to_flat() for path in PROTOCOLS)
+    changed = {name: value for name, value in little.items() if value != full[name]}
+    assert changed == {"config": changed["config"], "max_tokens": 100, "lr": 1.6e-2}
 
 
 @pytest.mark.parametrize(
