@@ -45,8 +45,8 @@ class Dash(NamedTuple):
 
     @property
     def points(self) -> tuple[Point, Point, Point]:
-        middle = tuple((a + b) / 2 for a, b in zip(self.start, self.end, strict=True))
-        return self.start, (middle[0], middle[1]), self.end
+        (a, b), (c, d) = self
+        return self.start, ((a + c) / 2, (b + d) / 2), self.end
 
 
 class Pathfinder:
@@ -130,13 +130,16 @@ def _move(point: Point, direction: float, distance: float) -> Point:
 
 
 def _has_room(dash: Dash, taken: list[Point], clearance: float) -> bool:
-    low, high = _MARGIN, SIDE - _MARGIN
-    return all(
-        low <= x <= high
-        and low <= y <= high
-        and all((x - a) ** 2 + (y - b) ** 2 >= clearance**2 for a, b in taken)
-        for x, y in dash.points
-    )
+    # Plain loops: half of an image's time is spent here.
+    low, high, smallest = _MARGIN, SIDE - _MARGIN, clearance * clearance
+    for x, y in dash.points:
+        if not (low <= x <= high and low <= y <= high):
+            return False
+        for a, b in taken:
+            across, down = x - a, y - b
+            if across * across + down * down < smallest:
+                return False
+    return True
 
 
 def _paint(contours: list[list[Dash]], dots: list[Point]) -> Image.Image:
