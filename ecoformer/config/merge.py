@@ -112,11 +112,13 @@ def _check_distillation(settings: DistillationConfig) -> None:
             "--teacher is for distillation alone; add --distill output, logits or both, or start "
             "from those weights with --finetune."
         )
-    if settings.align_steps and not settings.compares_outputs:
-        raise InputError(
-            f"--align-steps {settings.align_steps} needs attention outputs to compare; add "
-            "--distill output or both."
-        )
+    for name in ("align_steps", "distill_weight"):
+        value = getattr(settings, name)
+        if value != getattr(DistillationConfig(), name) and not settings.compares_outputs:
+            raise InputError(
+                f"--{name.replace('_', '-')} {value} needs attention outputs to compare; add "
+                "--distill output or both."
+            )
 
 
 def _tell_attention(family: ModelFamily, name: str, variant: str, attention: str) -> None:

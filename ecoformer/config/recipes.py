@@ -12,11 +12,11 @@ NOT_AUGMENTED: Mapping[str, object] = {
     "reprob": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,
+    "cutmix_minmax": None,
 }
 # An image with boxes or a map has no one label.
 DENSE_WITHOUT_MEANING: Mapping[str, object] = {
     **NOT_AUGMENTED,
-    "cutmix_minmax": None,
     "smoothing": 0.0,
 }
 _DENSE: Mapping[str, object] = {

@@ -131,10 +131,6 @@ class DataConfig:
         )
         _require(self, lambda x: x >= 0, "at least 0", "num_workers", "max_bad_images")
         _require(self, lambda x: x >= 32, "at least 32 pixels", "short_side")
-        if self.long_side < self.short_side:
-            raise InputError(
-                f"long_side is {self.long_side}; expected at least short_side, {self.short_side}."
-            )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ecoformer.ranks import rank, run_on_all, world_size
 
 # Settings that may differ when a run goes on: where things are and how they are computed, not
 # what is computed.
-_FREE_FIELDS = {
+FREE_FIELDS = {
     "allow_missing",
     "allow_resume_change",
     "checkpoint_every",
@@ -210,7 +210,7 @@ def _require_same_run(
     changes = {
         name: (_PERMISSIONS.get(name, "config"), f"{name} {change}")
         for name, change in describe_changes(saved, present).items()
-        if name not in _FREE_FIELDS
+        if name not in FREE_FIELDS
     }
     # Earlier files, and tasks that cannot tell, have none.
     if checkpoint.get("data") and state.data:

@@ -58,11 +58,12 @@ def fetch(source: str) -> Path:
         if paths:
             return paths[0]
         # What there is to say of it, rank 0 has said.
-        logging.disable(logging.WARNING)
+        before = logging.root.manager.disable
+        logging.disable(max(before, logging.WARNING))
         try:
             return resolve_source(source)
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
 
     return run_on_all(find)[rank()]
 

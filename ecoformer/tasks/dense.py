@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -47,7 +47,7 @@ class DensePrediction(LoadedTask):
 
     samples = "images"
     inputs = "images"
-    sizes = ("short_side", "long_side")
+    sizes: Sequence[str] = ("short_side", "long_side")
     without_meaning = DENSE_WITHOUT_MEANING
 
     def explain(self, off: object) -> str:

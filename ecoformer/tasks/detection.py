@@ -9,9 +9,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ecoformer.config import Config
 from ecoformer.data.boxes import BoxedImages
 from ecoformer.data.dense import build_box_transform, collate_boxes, open_boxes
 from ecoformer.data.loaders import Collate, SampleTransform
+from ecoformer.errors import InputError
 from ecoformer.models.dense import RetinaNet
 from ecoformer.tasks.average_precision import AveragePrecision
 from ecoformer.tasks.base import Metrics, Network
@@ -67,6 +69,14 @@ class Detection(DensePrediction):
     """Beside images and sizes, a batch has a dict of each image's boxes, as ``collate_boxes``."""
 
     default_classes = 80
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        data = config.data
+        if data.long_side < data.short_side:
+            raise InputError(
+                f"long_side is {data.long_side}; expected at least short_side, {data.short_side}."
+            )
 
     def open_split(self, split: str) -> BoxedImages:
         data = self.config.data

@@ -62,6 +62,7 @@ class Segmentation(DensePrediction):
     """Beside images and sizes, a batch has labels [B, H, W], uint8, as ``collate_label_maps``."""
 
     default_classes = 150
+    sizes = ("short_side",)
 
     def open_split(self, split: str) -> LabelMaps:
         data = self.config.data

@@ -335,6 +335,7 @@ def test_teacher_of_another_model(
         ({"teacher": None}, "--distill output needs a teacher"),
         ({"distill": "none"}, "--teacher is for distillation alone"),
         ({"distill": "logits", "align_steps": 1}, "--align-steps 1 needs attention outputs"),
+        ({"distill": "logits", "distill_weight": 1.0}, "--distill-weight 1.0 needs attention out"),
         ({"align_steps": 2 * NUM_STEPS + 1}, "--align-steps 7 are more than the 6 steps"),
         ({"attn_type": "msa"}, "pvt_v2_b0/msa has none"),
         ({"attn_type": "sra"}, "pvt_v2_b0/sra has none"),

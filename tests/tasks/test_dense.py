@@ -345,7 +345,7 @@ def test_an_output_that_is_not_finite_is_no_figure(task: str, tmp_path: Path) ->
     ("fields", "words"),
     [
         ({"mixup": 0.8}, "mixup 0.8 is for classification, and --task .* has 0.0"),
-        ({"input_size": 512}, "input_size 512 is no size of .* has short_side and long_side"),
+        ({"input_size": 512}, "input_size 512 is no size of .* has short_side"),
         ({"max_tokens": 64}, "max_tokens 64 is no size of"),
         ({"data_set": "DIGITS"}, "--data-set DIGITS has nothing for --task"),
         ({"data_set": "COCO"}, "data"),
@@ -355,6 +355,21 @@ def test_an_output_that_is_not_finite_is_no_figure(task: str, tmp_path: Path) ->
     ],
 )
 def test_what_cannot_be_trained(
+    task: str, fields: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=words):
+        train(configure(tmp_path, task=task, **fields), family=FAMILY)
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "words"),
+    [
+        ("detection", {"long_side": 63}, "long_side is 63; expected at least short_side, 64"),
+        ("segmentation", {"long_side": 512}, "long_side 512 is no size of .* has short_side;"),
+        ("segmentation", {"cutmix_minmax": (0.2, 0.8)}, "cutmix_minmax .* is for classification"),
+    ],
+)
+def test_what_means_nothing_to_one_of_them(
     task: str, fields: dict[str, object], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=words):

@@ -154,6 +154,7 @@ def test_a_full_protocol_has_50000_steps(name: str) -> None:
         ({"eval_split": "test"}, "PIXELS has no third split, as LISTOPS and PATHFINDER have"),
         ({"max_tokens": 63}, "has 64 tokens, and the model positions for 63"),
         ({"mixup": 0.8}, "mixup 0.8 is for images"),
+        ({"cutmix_minmax": (0.2, 0.8)}, "cutmix_minmax .* is for images"),
         ({"input_size": 448}, "input_size 448 is no size of --task sequence, which has max_tokens"),
         ({"model": "pvt_v2_b0"}, "pvt_v2_b0 takes images, and --task sequence gives tokens"),
         ({"attn_type": "sra"}, "encoder has no attention kind 'sra'"),

@@ -43,6 +43,14 @@ _SIDES = {
     "sequences": (1024, 2048, 4096, 8192, 16384),
     "dense": (800,),
 }
+# Flags that mean nothing to tasks which do not measure on any device; and to all others.
+_NOT_OF_CPU = ("compile", "device", "dtype", "plot", "tokens")
+_WITHOUT_MEANING = {
+    "threads": (*_NOT_OF_CPU, "data_path", "images"),
+    "deploy": (*_NOT_OF_CPU, "data_path", "images"),
+    "data": (*_NOT_OF_CPU, "model"),
+}
+_NOT_OF_REST = ("data_path", "images")
 _GPU_SIDES = _SIDES | {"model": (224, 512, 448)}
 _EPILOG = """\
 readme     attention cores, fit and evaluation at the sizes of the README (the default)
@@ -128,6 +136,14 @@ def _run(options: argparse.Namespace, command: str) -> bool:
     for name in ("rounds", "batch_size", "images"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
+    usual = vars(_parse([]))
+    for name in _WITHOUT_MEANING.get(options.task, _NOT_OF_REST):
+        if getattr(options, name) not in (usual[name], "cpu"):
+            raise InputError(
+                f"--{name.replace('_', '-')} means nothing to {options.task}; leave it out."
+            )
+    if options.task in ("threads", "data") and len(options.resolutions or ()) > 1:
+        raise InputError(f"{options.task} takes one of --resolutions.")
     if options.time_budget is not None and not (options.json and _PARTS[options.task]):
         raise InputError(
             f"--time-budget is for {', '.join(name for name, parts in _PARTS.items() if parts)}, "
@@ -176,7 +192,7 @@ def _run_threads(options: argparse.Namespace, command: str) -> bool:
     from ecoformer.tools.benchmark.threads import measure_threads
     from ecoformer.tools.measure import describe_environment
 
-    (side,) = (options.resolutions or [224])[:1]
+    (side,) = options.resolutions or [224]
     table = measure_threads(
         Workload(options.model, options.batch_size or 8, side, False, False),
         num_rounds=options.rounds,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torchvision.ops import nms
 
+from ecoformer.data.label_maps import IGNORED
 from ecoformer.engine.run import Run
 from ecoformer.engine.session import create_task
 from ecoformer.errors import InputError
@@ -100,4 +102,6 @@ def _draw_boxes(axes: Axes, boxes: Any, labels: Any, names: Sequence[str]) -> No
 
 
 def _draw_classes(axes: Axes, labels: Any, names: Sequence[str]) -> None:
+    # Pixels of no class stay as they are.
+    labels = np.ma.masked_equal(np.asarray(labels), IGNORED)
     axes.imshow(labels, alpha=_OPACITY, cmap="tab20", vmin=0, vmax=len(names) - 1)

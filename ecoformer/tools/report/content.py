@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ecoformer.cost import count_cost
 from ecoformer.cost.executed import count_executed
+from ecoformer.engine.resume import FREE_FIELDS
 from ecoformer.engine.run import Run, load_run
 from ecoformer.errors import InputError
 from ecoformer.models.registry import find_family
@@ -20,8 +21,10 @@ from ecoformer.tools.table import Column, Value
 from ecoformer.tools.tables.costs import EXECUTED_NOTE, add_savings, cost_columns
 from ecoformer.tools.tables.seeds import SEEDS_NOTE, describe_seeds, seed_columns
 
-# Where they differ, runs are of one kind all the same.
-_OF_A_RUN = ("seed", "output_dir", "resume", "finetune", "device", "num_workers")
+# Where they differ, runs are of one kind all the same. Whether there are weights or a teacher to
+# begin with tells kinds apart, and not where those lie; other folders may hold other data.
+_OF_A_RUN = {"seed", *FREE_FIELDS} - {"data_path"}
+_GIVEN = ("finetune", "teacher")
 _RESOLUTIONS = (32, 64, 128, 224, 448, 1024)
 _SOFTMAX = "msa"
 
@@ -59,9 +62,8 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
     for folder in folders:
         run = load_run(folder)
         flat = run.config.to_flat()
-        key = repr({k: v for k, v in flat.items() if k not in _OF_A_RUN}) + repr(
-            bool(flat["finetune"])
-        )
+        settings = {name: value for name, value in flat.items() if name not in _OF_A_RUN}
+        key = repr((settings, [bool(flat[name]) for name in _GIVEN]))
         model = run.config.model
         family = find_family(model.model)
         if family.inputs != "images":

@@ -11,9 +11,11 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torchvision.ops import box_iou
 
 from ecoformer.config import make_config
+from ecoformer.data.label_maps import IGNORED
 from ecoformer.data.pixels import normalize
 from ecoformer.data.scenes import SceneMaps, open_scenes
 from ecoformer.engine.run import Run, load_run, train
@@ -84,6 +86,21 @@ def test_classes_are_those_of_the_map_and_of_the_model(make_run: MakeRun) -> Non
     pixels = normalize(torch.from_numpy(np.array(image))[None])
     with torch.inference_mode():
         assert np.array_equal(said, run.model(pixels).argmax(1)[0])
+
+
+def test_pixels_of_no_class_stay_as_they_are(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, read = make_run("segmentation"), SceneMaps.read
+
+    def read_with_a_hole(maps: SceneMaps, index: int) -> tuple[Image.Image, np.ndarray]:
+        image, labels = read(maps, index)
+        labels[:5, :7] = IGNORED
+        return image, labels
+
+    monkeypatch.setattr(SceneMaps, "read", read_with_a_hole)
+    shown = draw_predictions([run], [0]).axes[0].images[1].get_array()
+    assert shown is not None and np.ma.getmaskarray(shown).nonzero()[0].size == 5 * 7
 
 
 def test_bad_input_is_one_line(

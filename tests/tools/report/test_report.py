@@ -139,6 +139,27 @@ def test_settings_set_runs_apart(tmp_path: Path) -> None:
     assert [group.name for group in read_groups([plain, short])] == ["plain", "short"]
 
 
+@pytest.mark.parametrize(
+    ("field", "values", "is_one"),
+    [
+        ("teacher", ("seed0/msa.pth", "seed1/msa.pth"), True),
+        ("finetune", ("seed0/msa.pth", "null"), False),
+        ("checkpoint_every", ("5", "10"), True),
+        ("data_path", ("here", "there"), False),
+    ],
+)
+def test_where_things_lie_sets_no_seeds_apart(
+    field: str, values: tuple[str, str], is_one: bool, tmp_path: Path
+) -> None:
+    runs = [write_run(tmp_path / f"seed{seed}", "ecoformer", seed) for seed in range(2)]
+    for run, value in zip(runs, values, strict=True):
+        with (run / "config.yaml").open("a") as file:
+            file.write(f"\n{field}: {value}\n")
+            if field == "teacher":
+                file.write("distill: logits\n")
+    assert len(read_groups(runs)) == (1 if is_one else 2)
+
+
 def test_the_same_run_twice(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "msa")
     with pytest.raises(InputError, match="the same settings and seed"):
