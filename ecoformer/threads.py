@@ -38,8 +38,8 @@ def one_thread(*, if_small: bool) -> Iterator[None]:
     if not if_small or num_threads == 1:
         yield
         return
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(num_threads)

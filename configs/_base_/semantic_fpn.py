@@ -1,4 +1,4 @@
-"""Semantic FPN on ADE20K: the task's defaults are the published schedule, for 8 ranks."""
+"""Semantic FPN on ADE20K: with the defaults of the task the published schedule, for 8 ranks."""
 
 task = "segmentation"
 data_set = "ADE20K"

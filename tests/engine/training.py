@@ -139,11 +139,23 @@ def assert_same_state(first: Path, second: Path) -> None:
     """Two checkpoints are equal, but for where they lie and how they were computed."""
     one, other = (flatten(read_checkpoint(path)) for path in (first, second))
     assert one.keys() == other.keys()
-    for name, value in one.items():
-        if name in ("/config/output_dir", "/config/num_workers", "/config/dist_timeout"):
-            continue
-        if isinstance(value, torch.Tensor):
-            found = other[name]
-            assert torch.equal(value, found), f"{name}: {value.flatten()}, {found.flatten()}"
-        else:
-            assert value == other[name], name
+    free = {f"/config/{name}" for name in ("output_dir", "num_workers", "dist_timeout")}
+    # All of them, and by how much: that tells where to look.
+    differences = [
+        tell_difference(name, one[name], other[name])
+        for name in one
+        if name not in free and not is_equal(one[name], other[name])
+    ]
+    assert not differences
+
+
+def is_equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+def tell_difference(name: str, one: Any, other: Any) -> str:
+    if not isinstance(one, Tensor):
+        return f"{name}: {one}, {other}"
+    places = (one != other).nonzero()
+    values = [(one[place].item(), other[place].item()) for place in map(tuple, places[:3])]
+    return f"{name}: {len(places)} of {one.numel()}, first {values}"
