@@ -165,17 +165,20 @@ class MultiHeadAttention(nn.Module, ABC):
         of the result are finite, and do not count.
         """
 
-    def count_call(
-        self, args: Sequence[Any], keywords: Mapping[str, Any], out: Any
-    ) -> tuple[int, int]:
-        """The same of a call, whose result ``out`` is known: rows folded into the batch count."""
-        size = args[1] if len(args) > 1 else keywords.get("size")
-        mul, add = self.count_attention(out.shape[1], size)
-        return out.shape[0] * mul, out.shape[0] * add
-
     @abstractmethod
     def count_attention(self, num_tokens: int, size: Size | None = None) -> tuple[int, int]:
         """Multiplications and additions of the attention of one image, projections aside."""
+
+    def count_call(
+        self, args: Sequence[Any], keywords: Mapping[str, Any], out: Any
+    ) -> tuple[int, int]:
+        """The same of one call that returned ``out``, [B, N, C]: each of the B rows counts.
+
+        A layer with another way to be called, or to answer, overrides this.
+        """
+        size = args[1] if len(args) > 1 else keywords.get("size")
+        mul, add = self.count_attention(out.shape[1], size)
+        return out.shape[0] * mul, out.shape[0] * add
 
 
 def require_size(size: Size | None) -> Size:

@@ -130,7 +130,7 @@ def count_cost(model: nn.Module, input_size: int | tuple[int, int] = 224) -> Cos
 
     def watch(name: str, kind: str, count: _Count) -> Callable[..., None]:
         def hook(
-            module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
+            module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any
         ) -> None:
             mul, add = count(module, args, keywords, output)
             if isinstance(module, nn.Linear):
@@ -221,15 +221,13 @@ def _count_norm(module: nn.Module, args: Any, keywords: Any, out: Tensor) -> tup
     return 2 * out.numel(), 2 * out.numel()
 
 
-def _count_attention(module: nn.Module, args: Any, keywords: Any, out: Tensor) -> tuple[int, int]:
-    size = args[1] if len(args) > 1 else keywords.get("size")
+def _count_attention(module: nn.Module, args: Any, keywords: Any, out: Any) -> tuple[int, int]:
     assert isinstance(module, MultiHeadAttention)
-    mul, add = module.count_attention(out.shape[1], size)
     # One image runs through: further rows are what a model has folded into the batch.
-    return out.shape[0] * mul, out.shape[0] * add
+    return module.count_call(args, keywords, out)
 
 
-_Count = Callable[[nn.Module, Any, Any, Tensor], tuple[int, int]]
+_Count = Callable[[nn.Module, Any, Any, Any], tuple[int, int]]
 _COUNTERS: dict[str, tuple[type[nn.Module], _Count]] = {
     "convolution": (nn.Conv2d, _count_convolution),
     "linear": (nn.Linear, _count_linear),

@@ -119,15 +119,17 @@ def count_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_values(module: nn.Module, inputs: Tensor, output: Tensor, written: dict[int, int]) -> int:
+def count_values(module: nn.Module, inputs: Tensor, output: Any, written: dict[int, int]) -> int:
     """Count the values that a layer reads and writes for one image, weights aside.
 
     Args:
-        written: ``id`` of a layer to the values that it wrote; this one is added.
+        output: a tensor; of attention, whatever it returns.
+        written: ``id`` of a layer to the values that it wrote; this one is added, unless it is
+            attention.
     """
-    written[id(module)] = output.numel()
     if isinstance(module, MultiHeadAttention):
         return count_attention_values(module, written)
+    written[id(module)] = output.numel()
     return inputs.numel() + output.numel()
 
 

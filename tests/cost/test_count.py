@@ -9,10 +9,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from ecoformer import EcoFormerAttention, InputError, convert, count_cost, fit_hash_functions
 from ecoformer.attention import SpatialReductionAttention
-from ecoformer.cost import Cost
+from ecoformer.cost import Cost, LayerCost
 from pvt import FAMILY
 from tests.backbones import assert_golden_cost, build_empty, golden_rows
 from tests.tiny import TINY_HASH, TinyModel, draw_images
@@ -42,6 +43,14 @@ class KeywordAttention(nn.Module):
         return self.attn(images.flatten(2).mT, size=images.shape[2:])
 
 
+def count_codes(tokens: int, heads: int, dim: int) -> tuple[int, int]:
+    """Multiplications and additions of attention over codes of ``TINY_HASH``, by hand."""
+    bits, anchors = 4, 6
+    mul = 2 * anchors + anchors * bits + bits + 1 + dim
+    add = 2 * anchors * dim + anchors * bits + 2 * bits + 2 * bits * dim + dim
+    return heads * tokens * mul, heads * tokens * add
+
+
 def kinds_of(cost: Cost, name: str) -> list[str]:
     return [layer.kind for layer in cost.layers if layer.name == name]
 
@@ -54,11 +63,8 @@ def test_operations_are_the_released_ones(row: str) -> None:
 def test_a_model_of_ones_own_by_hand() -> None:
     model, height, width = TinyModel(depth=1), 8, 12
     tokens = 2 * 3
-    bits, anchors, heads, dim = 4, 6, 2, 4
-    attention_mul = heads * tokens * (2 * anchors + anchors * bits + bits + 1 + dim)
-    attention_add = (
-        heads * tokens * (2 * anchors * dim + anchors * bits + 2 * bits + 2 * bits * dim + dim)
-    )
+    attention = count_codes(tokens, heads=2, dim=4)
+    attention_mul, attention_add = attention
     convolution = tokens * 8 * (4 * 4 * 3 + 1)
     linear = tokens * (3 * 8 * 8 + 2 * 8 * 16) + 8 * 5
     norm = 3 * 2 * tokens * 8
@@ -67,7 +73,7 @@ def test_a_model_of_ones_own_by_hand() -> None:
         "convolution": (convolution, convolution),
         "normalisation": (norm, norm),
         "linear": (linear, linear),
-        "ecoformer attention": (attention_mul, attention_add),
+        "ecoformer attention": attention,
     }
     assert cost.mul == convolution + linear + norm + attention_mul
     assert cost.add == convolution + linear + norm + attention_add
@@ -183,6 +189,55 @@ def test_what_is_converted_tells_its_own_cost() -> None:
     layer = EcoFormerAttention(24, 3, hashing=TINY_HASH)
     mul, add = layer.count_attention(5)
     assert count_cost(model, 32).by_kind()["ecoformer attention"] == (2 * mul, 2 * add)
+
+
+def list_converted(model: nn.Module, size: int | tuple[int, int]) -> list[LayerCost]:
+    """Convert a model, and list what its attention costs."""
+    convert(model, TINY_HASH)
+    return [one for one in count_cost(model, size).layers if one.kind == "ecoformer attention"]
+
+
+def expect_converted(name: str, tokens: int, heads: int, dim: int) -> LayerCost:
+    bits, anchors = 4, 6
+    functions = heads * (bits * anchors + anchors + anchors * dim)
+    # Queries and values are read, and what the heads found is written.
+    values = 3 * tokens * heads * dim
+    mul, add = count_codes(tokens, heads, dim)
+    return LayerCost(name, "ecoformer attention", mul, add, functions, values)
+
+
+@pytest.mark.parametrize("is_channels_first", [False, True])
+def test_tokens_of_a_map_are_its_pixels(is_channels_first: bool) -> None:
+    class Map(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, 24, kernel_size=4, stride=4)
+            self.attn = (
+                timm.models.fastvit.Attention(24, head_dim=8)
+                if is_channels_first
+                else timm.models.volo.Attention(24, num_heads=3)
+            )
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.patch(images)
+            return self.attn(x if is_channels_first else x.movedim(1, 3))
+
+    # 4 x 5 patches, for 24 channels in 3 heads.
+    assert list_converted(Map(), (16, 20)) == [expect_converted("attn", tokens=20, heads=3, dim=8)]
+
+
+def test_convolutions_may_project_a_map() -> None:
+    model = timm.create_model("visformer_tiny", img_size=64)
+    counted = [(one.mul, one.add) for one in list_converted(model, 64)]
+    # 3 heads of 4 x 4 tokens, then of 2 x 2.
+    assert counted == 4 * [count_codes(16, 3, 64)] + 4 * [count_codes(4, 3, 128)]
+
+
+def test_attention_may_return_more_than_a_tensor() -> None:
+    model = VisionTransformer(32, 16, 2, num_heads=3, hidden_dim=24, mlp_dim=48, num_classes=5)
+    names = [f"encoder.layers.encoder_layer_{i}.self_attention" for i in range(2)]
+    expected = [expect_converted(name, tokens=2 * 2 + 1, heads=3, dim=8) for name in names]
+    assert list_converted(model, 32) == expected
 
 
 def test_softmax_in_windows_counts_the_pairs_that_it_sees() -> None:

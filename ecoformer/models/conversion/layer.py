@@ -5,7 +5,7 @@ Letters: B batch, H heads, N tokens, D head dim, C channels of a token, A = H * 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,9 @@ class ConvertedAttention(EcoFormerAttention):
     def count_call(
         self, args: Sequence[Any], keywords: Mapping[str, Any], out: Any
     ) -> tuple[int, int]:
-        return count_call(self, self.form, self.count_attention, args, keywords)
+        num_rows, num_tokens, _ = self.form.read(self, *args, **keywords).x.shape
+        mul, add = self.count_attention(num_tokens)
+        return num_rows * mul, num_rows * add
 
     def attend(
         self, x: Tensor, size: Size | None, key_mask: Tensor | None = None, position: Any = None
@@ -105,19 +107,6 @@ class ConvertedAttention(EcoFormerAttention):
 
 # Tables call it what it computes.
 ConvertedAttention.kind = EcoFormerAttention.kind
-
-
-def count_call(
-    layer: nn.Module,
-    form: Form,
-    count: Callable[[int], tuple[int, int]],
-    args: Sequence[Any],
-    keywords: Mapping[str, Any],
-) -> tuple[int, int]:
-    """Count by tokens what a layer does for all rows of a batch that it is called with."""
-    num_rows, num_tokens, _ = form.read(layer, *args, **keywords).x.shape
-    mul, add = count(num_tokens)
-    return num_rows * mul, num_rows * add
 
 
 def find_misfit(form: Form, layer: nn.Module) -> str | None:
