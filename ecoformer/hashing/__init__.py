@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ecoformer.hashing.calibration import (
+    find_statistics,
     fit_hash_functions,
     hash_layers,
     with_random_hash_functions,
@@ -15,6 +16,7 @@ __all__ = [
     "HashFit",
     "KernelHash",
     "SimilarityTargets",
+    "find_statistics",
     "fit_hash",
     "fit_hash_functions",
     "hash_layers",

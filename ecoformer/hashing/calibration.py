@@ -27,6 +27,21 @@ def hash_layers(model: nn.Module) -> dict[str, KernelHash]:
     return {name: m for name, m in model.named_modules() if isinstance(m, KernelHash)}
 
 
+def find_statistics(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Find what else a forward may change: other buffers of the state dict, as BatchNorm's.
+
+    Each by its module and its name there, since a forward may also put a new tensor in its place.
+    """
+    return [
+        (module, name)
+        for module in model.modules()
+        if not isinstance(module, KernelHash)
+        for name, _ in module.named_buffers(recurse=False)
+        # Those are tables and caches, which follow from the sizes of module and inputs.
+        if name not in module._non_persistent_buffers_set
+    ]
+
+
 @torch.no_grad()
 def fit_hash_functions(
     model: nn.Module, inputs: object, generator: torch.Generator | None = None
@@ -37,7 +52,8 @@ def fit_hash_functions(
     use, so the next one sees rows that were already hashed. The model stays in its mode, train or
     eval; autocast is off. A first fit starts from standard-normal rows, a refit from the present
     ones; anchors are drawn anew either way. Where a layer is called with a ``key_mask``, its masked
-    tokens have no part in its fit.
+    tokens have no part in its fit. All else in the model's state dict, as BatchNorm's running
+    statistics, is what it was, after an error too.
 
     Args:
         inputs: what the model takes, prepared as for training, on its device: a tuple of several
@@ -57,6 +73,8 @@ def fit_hash_functions(
         raise InputError("the model has no EcoFormer layer, so there is nothing to fit.")
     fits: dict[str, HashFit] = {}
     short: list[str] = []
+    statistics = find_statistics(model)
+    before = [module.get_buffer(name).clone() for module, name in statistics]
     handles = []
     for name, layer in layers.items():
 
@@ -79,6 +97,8 @@ def fit_hash_functions(
     finally:
         for handle in handles:
             handle.remove()
+        for (module, name), value in zip(statistics, before, strict=True):
+            module.get_buffer(name).copy_(value)
     if not fits:
         raise InputError("the inputs reach no EcoFormer layer of the model, so nothing was fitted.")
     if short:

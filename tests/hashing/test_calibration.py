@@ -173,6 +173,40 @@ def test_fit_leaves_parameters_and_gradients_alone() -> None:
         assert parameter.grad is None and parameter.requires_grad
 
 
+class Normed(nn.Module):
+    """A model with BatchNorm before it, and a table that grows with the images."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.body = TinyModel()
+        self.register_buffer("table", torch.zeros(0), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.table = images.new_ones(images.shape[-1])
+        out: Tensor = self.body(self.norm(images) * self.table)
+        return out
+
+
+@pytest.mark.parametrize("is_failure", [False, True])
+def test_a_fit_in_train_mode_moves_no_running_statistics(is_failure: bool) -> None:
+    model = Normed().train()
+    model.norm(draw_images())
+    before = copy.deepcopy(model.norm.state_dict())
+    assert before["num_batches_tracked"] == 1
+    if is_failure:
+        for parameter in model.body.blocks[1].parameters():
+            nn.init.constant_(parameter, float("nan"))
+        with pytest.raises(NonFiniteError):
+            fit(model)
+    else:
+        fit(model)
+    assert is_same(before, model.norm.state_dict())
+    assert model.table.shape == (24,)
+
+
 def test_a_failure_names_the_layer_and_leaves_no_hook() -> None:
     model = TinyModel().eval()
     weight = model.get_submodule("blocks.1.attn.to_qk").weight
