@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -60,6 +60,22 @@ def max_over_ranks(number: int) -> int:
     box = torch.tensor(number)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return int(box)
+
+
+def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
+    """Give all ranks what rank 0 has, in place; one message for each dtype.
+
+    Their number, shapes and dtypes are the same on each rank; all lie on one device.
+    """
+    if not dist.is_initialized():
+        return
+    # Not a set, whose order differs between processes.
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in group])
+        dist.broadcast(flat, src=0)
+        for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def broadcast_object(value: T) -> T:

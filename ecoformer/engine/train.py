@@ -29,8 +29,8 @@ from ecoformer.engine.session import Session
 from ecoformer.engine.signals import Request, agree, leave_at_signal, stop_signals
 from ecoformer.engine.state import TrainState
 from ecoformer.errors import NonFiniteError, Preempted
-from ecoformer.hashing import fit_hash_functions, hash_layers
-from ecoformer.ranks import is_main, rank, run_on_main, world_size
+from ecoformer.hashing import find_statistics, fit_hash_functions, hash_layers
+from ecoformer.ranks import broadcast_tensors, is_main, rank, run_on_main, world_size
 from ecoformer.seeding import derive_seed, seed_everything
 
 _logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def train_epoch(session: Session, state: TrainState, network: nn.Module, saver: 
     assert loader is not None
     epoch, seed, num_steps = state.epoch, config.run.seed, len(loader)
     num_accumulated = config.optim.grad_accum_steps
+    statistics = find_statistics(state.model)
     is_fit_due = epoch % config.optim.refit_every_epochs == 0 and bool(hash_layers(state.model))
     network.train(config.run.is_train_mode)
     compute = session.compute(network)
@@ -144,7 +145,11 @@ def train_epoch(session: Session, state: TrainState, network: nn.Module, saver: 
         with nullcontext() if is_update else _without_sync(network):
             loss = task.loss(compute, batch)
             state.scaler.scale(loss / (group_end - group_start)).backward()
-        norm = update_weights(state, config.optim.clip_grad) if is_update else loss
+        norm = loss
+        if is_update:
+            norm = update_weights(state, config.optim.clip_grad)
+            # Each rank moved them by batches of its own, and a checkpoint holds rank 0's.
+            broadcast_tensors([module.get_buffer(name) for module, name in statistics])
         state.loss.add(loss)
         state.step = step + 1
         health.check(loss, norm)
@@ -193,8 +198,8 @@ def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
-    # Hash functions change at a fit only, and are broadcast there. The argument of this name is
-    # on its way out, the attribute is not.
+    # Hash functions are broadcast after a fit, others after each update: the next forward would be
+    # too late for an evaluation. The argument of this name is on its way out, the attribute is not.
     parallel.broadcast_buffers = False
     _settle_buckets(parallel, model)
     return parallel
@@ -257,11 +262,9 @@ def _refit(model: nn.Module, inputs: Any, *, seed: int) -> None:
 
 def broadcast_hash_functions(model: nn.Module) -> None:
     """Give every rank the hash functions of rank 0; the bare model is alike on all."""
-    if not torch.distributed.is_initialized():
-        return
-    for layer in hash_layers(model).values():
-        for buffer in layer.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+    layers = hash_layers(model).values()
+    broadcast_tensors([buffer for layer in layers for buffer in layer.buffers()])
+    for layer in layers:
         layer.refresh_fitted()
 
 
