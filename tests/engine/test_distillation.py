@@ -113,16 +113,16 @@ def run_watched(model: nn.Module, images: Tensor, layers: list[str]) -> dict[str
 def test_loss_is_that_of_the_formula(
     distill: str, model: str, attn_type: str, configure: Callable[..., Config], tmp_path: Path
 ) -> None:
-    layers, teacher_fields = LAYERS, {}
+    layers, fields = LAYERS, dict[str, object]()
+    if distill != "logits":
+        fields["distill_weight"] = 7.0
     if model != "pvt_v2_b0":
         depths = twins.TWINS_VARIANTS[model].depths[:3]
         layers = [f"blocks.{i}.{j}.attn" for i, depth in enumerate(depths) for j in range(depth)]
         file = tmp_path / "softmax.pth"
         torch.save(twins.create_model(model, "msa", num_classes=2).state_dict(), file)
-        teacher_fields = {"teacher": file}
-    config = configure(
-        model=model, attn_type=attn_type, distill=distill, distill_weight=7.0, **teacher_fields
-    )
+        fields["teacher"] = file
+    config = configure(model=model, attn_type=attn_type, distill=distill, **fields)
     task, student, teacher = start(config)
     images, labels = draw_batch()
     ours, theirs = (run_watched(m, images, layers) for m in (student, teacher))

@@ -154,12 +154,17 @@ def test_help_names_the_flags_that_matter(capsys: pytest.CaptureFixture[str]) ->
     assert all(flag in out for flag in ("--json", "--config", "--model", "--nbits", "--input-size"))
 
 
-@pytest.mark.parametrize(("task", "size"), [("detection", [96, 160]), ("segmentation", [96, 96])])
+@pytest.mark.parametrize(
+    ("task", "flags", "size"),
+    [
+        ("detection", ["--data-set", "COCO", "--long-side", "160"], [96, 160]),
+        ("segmentation", ["--data-set", "ADE20K"], [96, 96]),
+    ],
+)
 def test_a_dense_task_counts_its_heads_at_its_own_size(
-    task: str, size: list[int], capsys: pytest.CaptureFixture[str]
+    task: str, flags: list[str], size: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--task", task, "--short-side", "96", "--long-side", "160"]
-    words += ["--data-set", "COCO" if task == "detection" else "ADE20K"]
+    words = ["--task", task, "--short-side", "96", *flags]
     assert get_energy.main(words) == 0
     assert capsys.readouterr().out.startswith(f"{task} by pvt_v2_b0, ecoformer attention, one")
     assert get_energy.main([*words, "--json"]) == 0
