@@ -102,7 +102,7 @@ def test_the_heads_of_a_dense_task_come_along(
     """For images of any size; what is no tensor stays behind."""
     shrink(monkeypatch)
     monkeypatch.setattr(registry, "FAMILIES", [*registry.FAMILIES, "tests.tasks.tiny_pyramid"])
-    flags = ["--task", task, "--data-set", "SCENES", "--short-side", "160", "--long-side", "192"]
+    flags = ["--task", task, "--data-set", "SCENES", "--short-side", "160"]
     made = create_task(parse_config([*flags, "--model", "tiny_pyramid"]))
     assert isinstance(made, LoadedTask)
     model = made.build_model(partial(FAMILY.create_model, "tiny_pyramid"), 5)
