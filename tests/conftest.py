@@ -44,7 +44,7 @@ def pytest_collection_finish() -> None:
 def give_memory_back() -> Iterator[None]:
     """Models are reference cycles, and the C library keeps what it once had: 4 GB in the end."""
     yield
-    from ecoformer.memory import give_memory_back as trim
+    from ecoformer import memory
 
     gc.collect()
-    trim()
+    memory.give_memory_back()

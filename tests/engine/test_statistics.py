@@ -18,7 +18,7 @@ from ecoformer.engine.run import evaluate, train
 from ecoformer.errors import Preempted
 from ecoformer.ranks import broadcast_tensors, rank
 from tests.engine.ranks import run_ranks
-from tests.engine.training import assert_same_state
+from tests.engine.training import assert_same_run
 from tests.tasks.toy import DIM, NUM_STEPS, Toy, ToyModel, configure, stop_at
 
 
@@ -86,12 +86,6 @@ def _train_pair(folder: Path, num_accumulated: int, update: int | None) -> dict[
     values = dict(evaluate(config, task=Normed).values)
     assert values == {name: log[-1][name] for name in values}
     return values
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for name in ("last_checkpoint.pth", "best_checkpoint.pth"):
-        assert_same_state(one / name, other / name)
-    assert (one / "log.txt").read_bytes() == (other / "log.txt").read_bytes()
 
 
 @pytest.mark.parametrize(("num_accumulated", "update"), [(1, NUM_STEPS + 1), (2, 2)])

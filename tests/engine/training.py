@@ -149,6 +149,13 @@ def assert_same_state(first: Path, second: Path) -> None:
     assert not differences
 
 
+def assert_same_run(one: Path, other: Path) -> None:
+    """What two folders hold of their runs is equal, but for what may differ."""
+    for name in ("last_checkpoint.pth", "best_checkpoint.pth"):
+        assert_same_state(one / name, other / name)
+    assert (one / "log.txt").read_bytes() == (other / "log.txt").read_bytes()
+
+
 def is_equal(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
@@ -156,6 +163,8 @@ def is_equal(one: Any, other: Any) -> bool:
 def tell_difference(name: str, one: Any, other: Any) -> str:
     if not isinstance(one, Tensor):
         return f"{name}: {one}, {other}"
+    if one.shape != other.shape:
+        return f"{name}: {one.shape}, {other.shape}"
     places = (one != other).nonzero()
     values = [(one[place].item(), other[place].item()) for place in map(tuple, places[:3])]
     return f"{name}: {len(places)} of {one.numel()}, first {values}"

@@ -28,7 +28,7 @@ from ecoformer.models.registry import find_family
 from ecoformer.tasks import detection, segmentation
 from ecoformer.tasks.dense import DensePrediction
 from tests.engine.ranks import run_ranks
-from tests.engine.training import assert_same_state
+from tests.engine.training import assert_same_run
 from tests.problems import LargestTensor
 from tests.tasks.tiny_pyramid import FAMILY, shrink
 from tests.tasks.toy import stop_at
@@ -95,12 +95,6 @@ def test_it_goes_on_exactly_where_it_was_stopped(
             train(stopped, family=FAMILY)
     train(stopped, family=FAMILY)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for name in ("last_checkpoint.pth", "best_checkpoint.pth"):
-        assert_same_state(one / name, other / name)
-    assert (one / "log.txt").read_bytes() == (other / "log.txt").read_bytes()
 
 
 def _train_pair(folder: Path, task: str, update: int | None) -> str:

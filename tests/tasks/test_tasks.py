@@ -20,19 +20,13 @@ from ecoformer.errors import InputError, NonFiniteError, Preempted
 from ecoformer.tasks import TASKS, find_task, register_task
 from ecoformer.tasks.base import Meter, Metrics, Network
 from tests.engine.ranks import run_ranks
-from tests.engine.training import assert_same_state
+from tests.engine.training import assert_same_run
 from tests.reliability import runs
 from tests.tasks.toy import NUM_HELD_OUT, NUM_STEPS, Ragged, Toy, ToyModel, configure, stop_at
 
 
 def log_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for name in ("last_checkpoint.pth", "best_checkpoint.pth"):
-        assert_same_state(one / name, other / name)
-    assert (one / "log.txt").read_bytes() == (other / "log.txt").read_bytes()
 
 
 def test_it_trains_and_its_metrics_decide(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

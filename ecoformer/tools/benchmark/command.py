@@ -43,14 +43,14 @@ _SIDES = {
     "sequences": (1024, 2048, 4096, 8192, 16384),
     "dense": (800,),
 }
-# Flags that mean nothing to tasks which do not measure on any device; and to all others.
-_NOT_OF_CPU = ("compile", "device", "dtype", "plot", "tokens")
+# Flags that mean nothing to a task: of what is measured on any device, and of images in files.
+_OF_DEVICES = ("compile", "device", "dtype", "plot")
+_OF_FILES = ("data_path", "images")
 _WITHOUT_MEANING = {
-    "threads": (*_NOT_OF_CPU, "data_path", "images"),
-    "deploy": (*_NOT_OF_CPU, "data_path", "images"),
-    "data": (*_NOT_OF_CPU, "model"),
+    "threads": _OF_DEVICES + _OF_FILES,
+    "deploy": _OF_DEVICES + _OF_FILES,
+    "data": (*_OF_DEVICES, "model"),
 }
-_NOT_OF_REST = ("data_path", "images")
 _GPU_SIDES = _SIDES | {"model": (224, 512, 448)}
 _EPILOG = """\
 readme     attention cores, fit and evaluation at the sizes of the README (the default)
@@ -137,7 +137,7 @@ def _run(options: argparse.Namespace, command: str) -> bool:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
     usual = vars(_parse([]))
-    for name in _WITHOUT_MEANING.get(options.task, _NOT_OF_REST):
+    for name in _WITHOUT_MEANING.get(options.task, _OF_FILES):
         if getattr(options, name) not in (usual[name], "cpu"):
             raise InputError(
                 f"--{name.replace('_', '-')} means nothing to {options.task}; leave it out."

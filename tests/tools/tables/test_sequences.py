@@ -14,7 +14,6 @@ from ecoformer.tools.tables.command import main
 from tests.tools.tables.conftest import Refuse
 
 ROOT = Path(__file__).parents[3]
-PROTOCOLS = ("listops.py", "short/listops.py")
 KINDS = {"msa", "msa_share_qk", "performer", "ecoformer"}
 
 
@@ -75,11 +74,16 @@ def test_kinds_are_trained_once_and_stand_apart_from_what_is_published(
     assert (config.optim.lr, config.data.epoch_samples) == (8e-4, 4)
 
 
-def test_listops_in_little_is_listops() -> None:
+@pytest.mark.parametrize(
+    ("name", "fields"), [("listops", {"max_tokens": 100}), ("pathfinder", {"batch_size": 32})]
+)
+def test_a_protocol_in_little_is_the_full_one_but_for(name: str, fields: dict[str, int]) -> None:
     folder = ROOT / "configs" / "sequence"
-    full, little = (make_config(config=str(folder / path)).to_flat() for path in PROTOCOLS)
+    full, little = (
+        make_config(config=folder / part / f"{name}.py").to_flat() for part in (".", "short")
+    )
     changed = {name: value for name, value in little.items() if value != full[name]}
-    assert changed == {"config": changed["config"], "max_tokens": 100, "lr": 1.6e-2}
+    assert changed == {"config": changed["config"], **fields, "lr": 1.6e-2}
 
 
 @pytest.mark.parametrize(
